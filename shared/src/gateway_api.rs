@@ -1,0 +1,265 @@
+//! The gateway's HTTP contract (DESIGN section 7): the types of requests and answers.
+
+use serde::{Deserialize, Serialize};
+
+/// Response header that says how an answer is less than it could be (`lexical`, `stale`).
+pub const DEGRADED_HEADER: &str = "x-atlas-degraded";
+
+/// `POST /v1/query_chat`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueryChatRequest {
+    /// What to look for, in words.
+    pub query: String,
+    /// How many passages at most, 1 to `MAX_TOP_K`; the gateway's default when missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top_k: Option<usize>,
+    /// Which collection; the gateway's default when missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub collection: Option<String>,
+    /// Drop passages whose cosine is below this, 0 to 1. Ignored for passages without a cosine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub relevancy_threshold: Option<f32>,
+    /// At most one passage a file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub collapse_by_file: Option<bool>,
+    /// Only passages that match.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filter: Option<QueryFilter>,
+}
+
+/// Which passages may be found.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueryFilter {
+    /// A glob over `source`, such as `docs/**/*.md`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// A language, such as `rust`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lang: Option<String>,
+    /// A repository name, as it was indexed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repo: Option<String>,
+    /// A tenant: only its passages.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
+}
+
+/// One passage of an answer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Passage {
+    /// The passage, exactly the lines it names.
+    pub text: String,
+    /// Cosine in [0, 1]; null where there is none (lexical search).
+    pub similarity: Option<f32>,
+    /// Path of the file inside its repository, or the name given at indexing.
+    pub source: String,
+    /// First line, counted from 1.
+    pub start_line: u32,
+    /// Last line, included.
+    pub end_line: u32,
+    /// Heading path or symbol, such as `Guide › Install`.
+    pub heading: Option<String>,
+    /// Fused score: only its order means something.
+    pub score: f32,
+    /// Where it was found.
+    pub collection: String,
+    /// Language, when known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lang: Option<String>,
+    /// Repository, when known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repo: Option<String>,
+    /// Commit, when known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commit: Option<String>,
+}
+
+/// A document to index. A bare string in `/v1/embed_batch` is a document named by its hash.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Document {
+    /// Path of the file inside its repository, or any stable name.
+    pub source: String,
+    /// The whole text, UTF-8.
+    pub text: String,
+    /// Language; guessed from `source` when missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lang: Option<String>,
+    /// Repository name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repo: Option<String>,
+    /// Commit it was read at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commit: Option<String>,
+    /// Tenant it belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
+}
+
+/// `POST /v1/embed_batch`: an array of these.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum EmbedItem {
+    /// A text without a name.
+    Text(String),
+    /// A named document.
+    Document(Document),
+}
+
+/// The answer to `POST /v1/embed_batch`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobCreated {
+    /// For `GET /v1/jobs/{id}`.
+    pub job_id: String,
+}
+
+/// Where an index job is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobState {
+    /// Waiting.
+    Queued,
+    /// At work.
+    Running,
+    /// Finished; single documents may have failed.
+    Done,
+    /// Stopped by an error.
+    Failed,
+}
+
+/// `GET /v1/jobs/{id}`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobStatus {
+    /// Its id.
+    pub job_id: String,
+    /// Where it is.
+    pub state: JobState,
+    /// Documents in the job.
+    pub documents: usize,
+    /// Documents finished, unchanged ones included.
+    pub documents_done: usize,
+    /// Chunks written.
+    pub chunks: usize,
+    /// Tokens billed for embeddings.
+    pub tokens: u64,
+    /// The first errors, in words.
+    pub errors: Vec<String>,
+}
+
+/// `PUT /v1/documents`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PutDocuments {
+    /// Which collection; the gateway's default when missing. Created when it does not exist.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub collection: Option<String>,
+    /// What to index, bounded by `MAX_BODY_BYTES`.
+    pub documents: Vec<Document>,
+}
+
+/// What happened to one document.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DocumentOutcome {
+    /// Same content as indexed: nothing was written, nothing was embedded.
+    Unchanged,
+    /// Its chunks are searchable.
+    Indexed,
+    /// It was not indexed; see `error`.
+    Failed,
+}
+
+/// One line of the answer to `PUT /v1/documents`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DocumentResult {
+    /// Which document.
+    pub source: String,
+    /// What happened.
+    pub outcome: DocumentOutcome,
+    /// How many chunks it has now.
+    pub chunks: usize,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// The answer to `PUT /v1/documents`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PutDocumentsResult {
+    /// One a document, in order.
+    pub results: Vec<DocumentResult>,
+    /// Tokens billed for embeddings.
+    pub tokens: u64,
+}
+
+/// `DELETE /v1/documents`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeleteDocuments {
+    /// Which collection; the gateway's default when missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub collection: Option<String>,
+    /// Repository the sources belong to, when they were indexed with one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repo: Option<String>,
+    /// Sources to delete.
+    pub sources: Vec<String>,
+}
+
+/// `GET /v1/documents?collection=…&repo=…`: what is indexed, so that a client sends only what changed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DocumentList {
+    /// One a document, by source.
+    pub documents: Vec<IndexedDocument>,
+}
+
+/// One indexed document.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct IndexedDocument {
+    /// Its name.
+    pub source: String,
+    /// [`content_hash`] of the text it was indexed from.
+    pub content_hash: String,
+    /// How many chunks it has.
+    pub chunks: usize,
+}
+
+/// The hash by which the gateway and its clients see whether a document changed: SHA-256 in hex.
+pub fn content_hash(text: &str) -> String {
+    use sha2::{Digest, Sha256};
+    use std::fmt::Write as _;
+
+    Sha256::digest(text.as_bytes()).iter().fold(String::with_capacity(64), |mut hex, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    })
+}
+
+/// One line of `GET /v1/collections`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CollectionInfo {
+    /// Its name.
+    pub name: String,
+    /// Chunks in it.
+    pub chunks: u64,
+    /// Embedding model it was built with; null for lexical collections.
+    pub embedding_model: Option<String>,
+    /// Length of its vectors.
+    pub embedding_size: Option<usize>,
+}
+
+/// An `application/problem+json` error (RFC 9457).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Problem {
+    /// A stable code in snake case.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// What happened, in a few words.
+    pub title: String,
+    /// HTTP status.
+    pub status: u16,
+    /// What happened, why, and what to do.
+    pub detail: String,
+}

@@ -1,0 +1,231 @@
+//! The token ledger: a port of its own, because workers (chat) and the gateway (embeddings)
+//! book under the same daily limit.
+//!
+//! Protocol: **reserve** an upper bound before a call, then **settle** it with what was billed,
+//! **release** it when the call was certainly not billed, or **assume** it spent when nobody can
+//! know (a timeout, a cut connection, a dead process). A grant is atomic against the day's, the
+//! tenant's and the run's limit, so the sum of what is billed can never exceed a limit, however
+//! many callers race (DESIGN section 5, step 4).
+
+use std::{fmt, ops};
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::{TaskId, UpstreamError};
+
+/// A number of model tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Tokens(pub u64);
+
+impl Tokens {
+    /// `self - other`, or 0.
+    #[must_use]
+    pub fn saturating_sub(self, other: Self) -> Self {
+        Self(self.0.saturating_sub(other.0))
+    }
+}
+
+impl ops::Add for Tokens {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self(self.0.saturating_add(other.0))
+    }
+}
+
+impl ops::AddAssign for Tokens {
+    fn add_assign(&mut self, other: Self) {
+        *self = *self + other;
+    }
+}
+
+impl std::iter::Sum for Tokens {
+    fn sum<I: Iterator<Item = Self>>(iter: I) -> Self {
+        iter.fold(Self::default(), ops::Add::add)
+    }
+}
+
+impl fmt::Display for Tokens {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What the API said it billed for one call.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Tokens of the request.
+    pub prompt: Tokens,
+    /// Tokens of the answer, reasoning tokens included.
+    pub completion: Tokens,
+}
+
+impl Usage {
+    /// What counts against the budget.
+    pub fn total(self) -> Tokens {
+        self.prompt + self.completion
+    }
+}
+
+impl ops::AddAssign for Usage {
+    fn add_assign(&mut self, other: Self) {
+        self.prompt += other.prompt;
+        self.completion += other.completion;
+    }
+}
+
+/// What kind of call a ledger row stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CallKind {
+    /// `/v1/chat/completions`.
+    Chat,
+    /// `/v1/embeddings`.
+    Embedding,
+}
+
+/// The limits of this process's configuration. A limit that an operator set for the fleet
+/// (`set_budget`) wins over them, in the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// `DAILY_TOKEN_BUDGET`.
+    pub daily: Tokens,
+    /// `TOKEN_BUDGET_PER_RUN`.
+    pub run: Tokens,
+}
+
+/// Asks for tokens before a call.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ReserveRequest {
+    /// The run that calls; `None` for calls outside a run (index jobs). Its limit is checked too.
+    pub task_id: Option<TaskId>,
+    /// The fencing token of the run's lease. A stale one gets [`LedgerError::Fenced`].
+    pub attempt: Option<u32>,
+    /// Whose optional tenant limit applies too.
+    pub tenant: Option<String>,
+    /// The model that will be called.
+    pub model: String,
+    /// What is called.
+    pub kind: CallKind,
+    /// An upper bound of what the call can bill.
+    pub tokens: Tokens,
+    /// Limits of the caller's configuration.
+    pub limits: Limits,
+}
+
+/// Tokens that were granted and must be settled, released or assumed. Not `Clone`: a model call
+/// takes it by value, so one grant is never spent twice by our own code.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reservation {
+    /// Row in `token_ledger`.
+    pub id: Uuid,
+    /// How much was granted.
+    pub tokens: Tokens,
+    /// The model it was granted for.
+    pub model: String,
+}
+
+/// Which limit said no.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeniedBy {
+    /// The run's own limit: ask for less, or give up.
+    Run,
+    /// The day's limit: defer.
+    Day,
+    /// The tenant's limit for the day: defer.
+    Tenant,
+}
+
+/// A reservation that was not granted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Denial {
+    /// Which limit said no.
+    pub denied_by: DeniedBy,
+    /// What was asked for.
+    pub requested: Tokens,
+    /// What would have been granted at that moment.
+    pub available: Tokens,
+    /// The limit itself.
+    pub limit: Tokens,
+    /// When the limit starts anew (next UTC midnight); `None` for the run's limit.
+    pub resets_at: Option<Timestamp>,
+}
+
+/// The answer to a [`ReserveRequest`]. A denial is an answer, not an error.
+#[derive(Debug)]
+pub enum ReserveOutcome {
+    /// Go ahead.
+    Granted(Reservation),
+    /// Do not call.
+    Denied(Denial),
+}
+
+/// How a reservation ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum Closing {
+    /// The API said what it billed. Booked in full, even above the reservation.
+    Settled {
+        /// What was billed.
+        usage: Usage,
+    },
+    /// Certainly not billed: refused, or never sent.
+    Released,
+    /// Nobody can know: the whole reservation is booked as spent.
+    Assumed,
+}
+
+/// One day's account of one scope.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BudgetState {
+    /// The UTC day, `YYYY-MM-DD`, by the store's clock.
+    pub day: String,
+    /// The limit in force.
+    pub limit: Tokens,
+    /// Settled and assumed.
+    pub used: Tokens,
+    /// Granted and open.
+    pub reserved: Tokens,
+    /// Next UTC midnight.
+    pub resets_at: Timestamp,
+}
+
+impl BudgetState {
+    /// What a reservation could get now.
+    pub fn available(&self) -> Tokens {
+        self.limit.saturating_sub(self.used + self.reserved)
+    }
+}
+
+/// Why the ledger did not answer.
+#[derive(Debug, thiserror::Error)]
+pub enum LedgerError {
+    /// The lease is no longer ours: stop at once, write nothing.
+    #[error("the run was taken over by another worker (attempt {attempt} is stale)")]
+    Fenced {
+        /// The stale fencing token.
+        attempt: u32,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Upstream(#[from] UpstreamError),
+}
+
+/// Books tokens. Implemented by every store; one contract suite for all.
+#[async_trait]
+pub trait Ledger: Send + Sync {
+    /// Grants or denies tokens, atomically against every limit that applies.
+    async fn reserve(&self, request: &ReserveRequest) -> Result<ReserveOutcome, LedgerError>;
+
+    /// Ends a reservation. Idempotent: a second call with the same id changes nothing, except that
+    /// an *assumed* one may be corrected by what was really billed.
+    async fn close(&self, reservation: Reservation, closing: Closing) -> Result<(), LedgerError>;
+
+    /// Today's account of the whole fleet.
+    async fn budget(&self, limits: Limits) -> Result<BudgetState, LedgerError>;
+}

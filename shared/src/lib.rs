@@ -1,0 +1,23 @@
+//! What the worker and the gateway must agree on.
+//!
+//! Contracts first: the message contract ([`message`]), the gateway's HTTP API
+//! ([`gateway_api`]), the token ledger port ([`ledger`]) and the model ports ([`model`]).
+//! Then what every process needs: configuration ([`config`]), secrets, telemetry,
+//! metrics and probes, and one layer of retries and circuit breakers ([`resilience`]).
+//!
+//! Architecture invariant: this crate knows neither the worker nor the gateway.
+
+pub mod config;
+pub mod error;
+pub mod gateway_api;
+pub mod ids;
+pub mod ledger;
+pub mod message;
+pub mod model;
+pub mod secret;
+
+pub use config::{Config, ConfigErrors, Env};
+pub use error::{Dependency, UpstreamError};
+pub use ids::{TaskId, WorkerId};
+pub use ledger::{Ledger, Tokens};
+pub use secret::Secret;

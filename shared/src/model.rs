@@ -1,0 +1,183 @@
+//! The model ports: chat and embeddings, in the terms of the OpenAI API.
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    UpstreamError,
+    ledger::{Tokens, Usage},
+};
+
+/// Who speaks in a chat.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "role", rename_all = "snake_case")]
+pub enum ChatMessage {
+    /// Our rules.
+    System {
+        /// Text.
+        content: String,
+    },
+    /// The request, and passages as data.
+    User {
+        /// Text.
+        content: String,
+    },
+    /// An earlier answer of the model.
+    Assistant {
+        /// Text, if any.
+        content: Option<String>,
+        /// Tools it asked for.
+        tool_calls: Vec<ToolCall>,
+    },
+    /// What a tool gave.
+    Tool {
+        /// Which call this answers.
+        tool_call_id: String,
+        /// Text.
+        content: String,
+    },
+}
+
+/// A tool the model may call.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ToolSpec {
+    /// Function name.
+    pub name: String,
+    /// What it does, for the model.
+    pub description: String,
+    /// JSON schema of the arguments.
+    pub parameters: serde_json::Value,
+}
+
+/// A tool call the model made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ToolCall {
+    /// Server-given id.
+    pub id: String,
+    /// Function name.
+    pub name: String,
+    /// Arguments, JSON in a string, unchecked.
+    pub arguments: String,
+}
+
+/// How the answer must look (`OPENAI_RESPONSE_FORMAT`).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ResponseFormat {
+    /// Plain text.
+    Text,
+    /// Any JSON object.
+    JsonObject,
+    /// A strict JSON schema.
+    JsonSchema {
+        /// Schema name.
+        name: String,
+        /// The schema.
+        schema: serde_json::Value,
+    },
+}
+
+/// One call of `/v1/chat/completions`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ChatRequest {
+    /// Model name.
+    pub model: String,
+    /// The conversation.
+    pub messages: Vec<ChatMessage>,
+    /// The completion cap that the API enforces.
+    pub max_completion_tokens: u32,
+    /// How the answer must look.
+    pub response_format: ResponseFormat,
+    /// Tools on offer.
+    pub tools: Vec<ToolSpec>,
+    /// Sent as `X-Client-Request-Id`, so that a call can be found in the provider's log and in the
+    /// simulator's meter: `<task id>.<attempt>.<step>`.
+    pub request_id: String,
+}
+
+/// Why the model stopped.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    /// By itself.
+    Stop,
+    /// At the completion cap.
+    Length,
+    /// To call tools.
+    ToolCalls,
+    /// By a content filter.
+    ContentFilter,
+    /// Something this version does not know.
+    Other,
+}
+
+/// One answer of the model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ChatAnswer {
+    /// The model that answered, as the server names it.
+    pub model: String,
+    /// Text, if any.
+    pub content: Option<String>,
+    /// A refusal in words, if the model refused.
+    pub refusal: Option<String>,
+    /// Tools it wants called.
+    pub tool_calls: Vec<ToolCall>,
+    /// Why it stopped.
+    pub finish_reason: FinishReason,
+    /// What was billed; `None` when the server does not say (then the reservation is assumed spent).
+    pub usage: Option<Usage>,
+}
+
+/// What a failed call may have cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Billed {
+    /// Nothing: it was refused or never arrived.
+    Nothing,
+    /// Nobody can know (timeout, cut connection, unreadable answer).
+    Unknown,
+}
+
+/// A failed model call.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct ModelError {
+    /// What to do.
+    #[source]
+    pub error: UpstreamError,
+    /// What to book.
+    pub billed: Billed,
+}
+
+/// A chat model behind an OpenAI-compatible API. One attempt a call: retries, fallback and booking
+/// belong to the caller.
+#[async_trait]
+pub trait ChatModel: Send + Sync {
+    /// Calls the model once.
+    async fn complete(&self, request: &ChatRequest) -> Result<ChatAnswer, ModelError>;
+
+    /// An upper bound of the prompt tokens this request can bill: the whole serialised request
+    /// counted with the model's tokenizer plus a margin, or its bytes where the tokenizer is unknown.
+    fn prompt_tokens_upper_bound(&self, request: &ChatRequest) -> Tokens;
+}
+
+/// Turns texts into vectors. One attempt a call, as for [`ChatModel`].
+#[async_trait]
+pub trait Embedder: Send + Sync {
+    /// One vector a text, in order, with what was billed.
+    async fn embed(&self, texts: &[String], request_id: &str) -> Result<Embeddings, ModelError>;
+
+    /// The model's name, recorded in collections.
+    fn model(&self) -> &str;
+
+    /// An upper bound of what embedding these texts can bill.
+    fn tokens_upper_bound(&self, texts: &[String]) -> Tokens;
+}
+
+/// The answer of an [`Embedder`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Embeddings {
+    /// One vector a text, all of one length.
+    pub vectors: Vec<Vec<f32>>,
+    /// What was billed; `None` when the server does not say.
+    pub usage: Option<Usage>,
+}

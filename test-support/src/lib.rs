@@ -1,0 +1,31 @@
+//! Real services for tests: a Pub/Sub emulator, and Postgres behind a PostgREST-compatible server.
+//!
+//! A service that a machine lacks is a *named skip*: the test says so and returns. With
+//! `ATLAS_REQUIRE_SERVICES=1` (set in CI) the same is a failure. See [`skip`].
+//!
+//! Child processes run under [`guard`]: they end when the test process ends, however it ends.
+
+use std::io::Write as _;
+
+pub mod guard;
+
+/// Reports that `test` cannot run here because `service` is missing, or fails when services are required.
+///
+/// The line goes to the real standard error, past the test harness's capture, and into the file that
+/// `ATLAS_SKIP_LOG` names, so that `make test` can list all skips at its end.
+pub fn skip(test: &str, service: &str, reason: &str) {
+    let line = format!("SKIPPED {test}: {service} is not available here: {reason}");
+    assert!(!services_required(), "{line} (ATLAS_REQUIRE_SERVICES=1 makes this a failure)");
+    // A closed standard error is no reason to fail a test.
+    let _ = writeln!(std::io::stderr(), "{line}");
+    if let Ok(path) = std::env::var("ATLAS_SKIP_LOG")
+        && let Ok(mut file) = std::fs::OpenOptions::new().create(true).append(true).open(path)
+    {
+        let _ = writeln!(file, "{line}");
+    }
+}
+
+/// True when a missing service must fail the test (`ATLAS_REQUIRE_SERVICES=1`).
+pub fn services_required() -> bool {
+    std::env::var("ATLAS_REQUIRE_SERVICES").is_ok_and(|value| !matches!(value.as_str(), "" | "0" | "false"))
+}

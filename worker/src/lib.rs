@@ -1,0 +1,11 @@
+//! Pulls architecture requests, asks the gateway for passages, has a model write a grounded spec
+//! within budget, stores it and publishes it.
+//!
+//! The life cycle of a run reads top to bottom in [`run`]. [`queue`] and [`store`] are the ports to
+//! the outside with their adapters; [`agent`] turns passages into a spec without touching either.
+//!
+//! Architecture invariant: this crate never depends on the gateway's crate; they meet at
+//! `atlas_shared::gateway_api`.
+
+pub mod queue;
+pub mod store;
