@@ -101,7 +101,10 @@ pub struct Limits {
 /// Asks for tokens before a call.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ReserveRequest {
-    /// The run that calls; `None` for calls outside a run (index jobs). Its limit is checked too.
+    /// Id of the reservation, chosen by the caller (a fresh UUID a call): a retry of a `reserve` that
+    /// timed out gets the same grant back instead of a second one.
+    pub id: Uuid,
+    /// The run that calls: its limit is checked too. `None` for calls outside a run (index jobs).
     pub task_id: Option<TaskId>,
     /// The fencing token of the run's lease. A stale one gets [`LedgerError::Fenced`].
     pub attempt: Option<u32>,
@@ -121,7 +124,7 @@ pub struct ReserveRequest {
 /// takes it by value, so one grant is never spent twice by our own code.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reservation {
-    /// Row in `token_ledger`.
+    /// Row in `token_ledger`: the id of the request.
     pub id: Uuid,
     /// How much was granted.
     pub tokens: Tokens,
@@ -148,7 +151,7 @@ pub struct Denial {
     pub denied_by: DeniedBy,
     /// What was asked for.
     pub requested: Tokens,
-    /// What would have been granted at that moment.
+    /// What that limit would have granted at that moment. Another limit may grant less.
     pub available: Tokens,
     /// The limit itself.
     pub limit: Tokens,

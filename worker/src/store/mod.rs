@@ -38,6 +38,9 @@ pub struct Lease {
 pub struct ClaimRequest {
     /// Which run.
     pub task_id: TaskId,
+    /// Chosen by the caller, a fresh UUID a delivery: a retry of a claim that timed out gets the same
+    /// lease back instead of [`Claim::Held`].
+    pub claim_id: Uuid,
     /// The request as it came, with `task_id`: stored in `architect_in.data` by the first claim.
     pub message: Value,
     /// Whose budget, if any.
@@ -82,6 +85,11 @@ pub struct ClaimedRun {
     pub spent: Tokens,
     /// True when another worker's lease on it had expired.
     pub taken_over: bool,
+    /// How many earlier attempts ended as `deferred`: these are no failures, so an attempt limit
+    /// does not count them.
+    pub deferrals: u32,
+    /// True: somebody cancelled it while nobody could be told. Finish it as failed, code `cancelled`.
+    pub cancel_requested: bool,
 }
 
 /// A finished step of a run (`run_steps`).
@@ -153,6 +161,19 @@ pub enum RunStatus {
     Done,
     /// Final.
     Failed,
+}
+
+impl std::str::FromStr for RunStatus {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        [Self::Queued, Self::Running, Self::Deferred, Self::Done, Self::Failed]
+            .into_iter()
+            .find(|status| status.as_str() == text)
+            .ok_or_else(|| {
+                format!("{text:?} is no state of a run: use queued, running, deferred, done or failed")
+            })
+    }
 }
 
 impl RunStatus {
@@ -261,6 +282,17 @@ pub struct FleetChange {
     pub paused: Option<bool>,
     /// Ask every gateway to flush its caches.
     pub flush_cache: bool,
+    /// New limit of one tenant, from today on.
+    pub tenant_limit: Option<TenantLimit>,
+}
+
+/// What one tenant may use a day. Kept in `token_days`; each new day starts with the last one set.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TenantLimit {
+    /// Whose.
+    pub tenant: String,
+    /// Tokens a day; `None` removes the limit.
+    pub limit: Option<Tokens>,
 }
 
 /// A run as `atlas runs` shows it.
@@ -319,8 +351,10 @@ pub trait RunStore: Ledger {
     async fn claim_run(&self, request: &ClaimRequest) -> Result<Claim, StoreError>;
 
     /// Takes up to `limit` runs that are due without a message: expired leases, `queued` past their
-    /// `not_before`, `deferred` past it or with tokens enough for what was denied. Oldest first;
-    /// skips what another worker is claiming. Takes none while the fleet is paused.
+    /// `not_before`, and `deferred` ones when what they were denied fits now (at midnight the new day's
+    /// account is empty, so it does). A deferred run that no day's limit can ever fit is due at its
+    /// `not_before`, so that the worker decides. Oldest first; takes no more deferred runs than fit
+    /// together; skips what another worker is claiming. Takes none while the fleet is paused.
     async fn claim_due(
         &self,
         worker: &WorkerId,
@@ -333,7 +367,8 @@ pub trait RunStore: Ledger {
     async fn renew_lease(&self, lease: &Lease, duration: Duration) -> Result<Renewal, StoreError>;
 
     /// Ends a reservation and stores what the call brought, in one transaction. With a stale lease
-    /// the tokens are booked all the same (they were billed), the checkpoint is refused.
+    /// the tokens are booked all the same (they were billed), the checkpoint is refused. Idempotent:
+    /// the first checkpoint of a step stays.
     async fn settle_step(
         &self,
         lease: &Lease,
@@ -341,7 +376,9 @@ pub trait RunStore: Ledger {
         checkpoint: &Checkpoint,
     ) -> Result<(), StoreError>;
 
-    /// Makes the run final: result, state, ledger and outbox in one transaction.
+    /// Makes the run final: result, state, ledger and outbox in one transaction. With a stale lease the
+    /// settlement is booked and everything else refused. A retry by the attempt that finished the run
+    /// gets the same outbox row back. Reservations that the attempt left open are booked as assumed.
     async fn finish_run(&self, lease: Lease, finish: &Finish) -> Result<Published, StoreError>;
 
     /// Puts the run aside until `needed` tokens are available: next UTC midnight, or earlier when a
