@@ -113,6 +113,7 @@ pub struct Config {
 }
 
 /// `RequestQueue` adapter.
+#[expect(clippy::large_enum_variant, reason = "there is one in a process")]
 #[derive(Clone, Debug)]
 pub enum QueueConfig {
     /// A table in the SQLite file of this folder.
@@ -780,6 +781,7 @@ impl Reader<'_> {
 }
 
 #[cfg(test)]
+#[expect(clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
 

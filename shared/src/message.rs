@@ -196,7 +196,7 @@ fn parse_object(mut raw: Map<String, Value>, message_id: &str) -> Result<Inbound
         Some("chat") => {
             let content = match raw.get("content") {
                 Some(Value::String(content)) if !content.trim().is_empty() => content.clone(),
-                Some(Value::String(_)) | None | Some(Value::Null) => {
+                Some(Value::String(_) | Value::Null) | None => {
                     return reject(
                         "empty_content",
                         "`content` is empty. Say what to design, in a sentence or more.".to_owned(),
