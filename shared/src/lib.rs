@@ -13,8 +13,14 @@ pub mod gateway_api;
 pub mod ids;
 pub mod ledger;
 pub mod message;
+pub mod metrics;
 pub mod model;
+pub mod ops;
+pub mod resilience;
 pub mod secret;
+pub mod telemetry;
+pub mod tokenizer;
+pub mod trace_context;
 
 pub use config::{Config, ConfigErrors, Env};
 pub use error::{Dependency, UpstreamError};

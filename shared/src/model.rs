@@ -135,6 +135,8 @@ pub enum Billed {
     Nothing,
     /// Nobody can know (timeout, cut connection, unreadable answer).
     Unknown,
+    /// The answer was useless, but it said what it cost: book exactly this.
+    Known(Usage),
 }
 
 /// A failed model call.
