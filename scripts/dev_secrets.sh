@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Makes the development stack's secrets, once: random passwords, API keys, and a service-role key
+# (a JWT, as Supabase hands out) signed with a random secret. Existing files are left alone.
+#
+# The files are readable by all, because the containers' users must read them, and the folder above
+# them is closed to everyone but you.
+set -euo pipefail
+
+dir=${1:?usage: dev_secrets.sh FOLDER}
+umask 077
+mkdir -p "$dir"
+umask 022
+
+# keep NAME COMMAND…: the command's output becomes the secret, unless there is one.
+keep() {
+    local name=$1
+    shift
+    [[ -s $dir/$name ]] && return
+    "$@" >"$dir/.$name.new"
+    chmod 644 "$dir/.$name.new"
+    mv "$dir/.$name.new" "$dir/$name"
+}
+
+# Without a line end: some readers of these files would take it for a part of the secret.
+random() { printf '%s' "$(openssl rand -hex 24)"; }
+read_secret() { cat "$dir/$1"; }
+base64url() { openssl base64 -A | tr '+/' '-_' | tr -d '='; }
+
+# RFC 7519, HS256; good for ten years, on this machine's stack only.
+service_role_jwt() {
+    local now head body
+    now=$(date +%s)
+    head=$(printf '{"alg":"HS256","typ":"JWT"}' | base64url)
+    body=$(printf '{"iss":"atlas-dev","role":"service_role","iat":%d,"exp":%d}' \
+        "$now" $((now + 10 * 365 * 86400)) | base64url)
+    printf '%s.%s.%s' "$head" "$body" \
+        "$(printf '%s.%s' "$head" "$body" | openssl dgst -sha256 -hmac "$(read_secret jwt_secret)" -binary | base64url)"
+}
+
+for name in postgres_password authenticator_password jwt_secret worker_rag_api_key cli_rag_api_key grafana_password; do
+    keep "$name" random
+done
+keep database_url printf 'postgres://postgres:%s@postgres:5432/postgres' "$(read_secret postgres_password)"
+keep authenticator_url printf 'postgres://authenticator:%s@postgres:5432/postgres' "$(read_secret authenticator_password)"
+keep service_role_key service_role_jwt
+keep api_keys printf 'worker:%s,cli:%s' "$(read_secret worker_rag_api_key)" "$(read_secret cli_rag_api_key)"
