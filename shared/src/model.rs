@@ -160,6 +160,13 @@ pub trait ChatModel: Send + Sync {
     /// An upper bound of the prompt tokens this request can bill: the whole serialised request
     /// counted with the model's tokenizer plus a margin, or its bytes where the tokenizer is unknown.
     fn prompt_tokens_upper_bound(&self, request: &ChatRequest) -> Tokens;
+
+    /// An answer of `model` billed more than was reserved: raises that model's margin from here on.
+    fn note_overrun(&self, model: &str, reserved: Tokens, billed: Tokens);
+
+    /// Is the API reachable, is the key right, does it know the first configured model? Costs no
+    /// tokens (`GET /models`); a server without that route counts as well.
+    async fn check(&self) -> Result<(), UpstreamError>;
 }
 
 /// Turns texts into vectors. One attempt a call, as for [`ChatModel`].

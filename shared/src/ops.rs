@@ -8,7 +8,9 @@
 
 use std::{
     collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use axum::{
@@ -25,6 +27,9 @@ use crate::{
     Dependency, UpstreamError,
     metrics::{self, Registry},
 };
+
+/// Bound of one [`probe_ready`].
+const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The state of everything this process needs. Clones share the state.
 #[derive(Clone, Debug, Default)]
@@ -172,6 +177,29 @@ pub fn router(checks: Checks, registry: Registry) -> Router {
         .route("/health", get(ready))
         .route("/metrics", get(render))
         .with_state(Ops { checks, registry })
+}
+
+/// Asks the process on `listen` whether it is ready, for `--healthcheck` in containers that have no
+/// curl. The error says why not.
+pub async fn probe_ready(listen: SocketAddr) -> Result<(), String> {
+    let ip = match listen.ip() {
+        ip if !ip.is_unspecified() => ip,
+        IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+    };
+    let url = format!("http://{}/health/ready", SocketAddr::new(ip, listen.port()));
+    let client = reqwest::Client::builder()
+        .timeout(PROBE_TIMEOUT)
+        .no_proxy()
+        .build()
+        .map_err(|error| error.to_string())?;
+    let response = client.get(&url).send().await.map_err(|error| format!("{url}: {error}"))?;
+    if response.status().is_success() {
+        return Ok(());
+    }
+    let status = response.status();
+    let body = response.text().await.unwrap_or_default();
+    Err(format!("{status}: {body}"))
 }
 
 async fn live(State(Ops { checks, .. }): State<Ops>) -> Response {
