@@ -97,7 +97,7 @@ pub struct Document {
     pub tenant: Option<String>,
 }
 
-/// `POST /v1/embed_batch`: an array of these.
+/// `POST /v1/embed_batch?collection=…`: an array of these.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum EmbedItem {
@@ -205,6 +205,13 @@ pub struct DeleteDocuments {
     pub repo: Option<String>,
     /// Sources to delete.
     pub sources: Vec<String>,
+}
+
+/// The answer to `DELETE /v1/documents`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeleteDocumentsResult {
+    /// How many of the sources were there.
+    pub deleted: usize,
 }
 
 /// `GET /v1/documents?collection=…&repo=…`: what is indexed, so that a client sends only what changed.

@@ -10,6 +10,8 @@
 pub mod config;
 pub mod error;
 pub mod gateway_api;
+pub mod gateway_client;
+mod http_client;
 pub mod ids;
 pub mod ledger;
 pub mod message;
