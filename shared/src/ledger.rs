@@ -7,14 +7,29 @@
 //! tenant's and the run's limit, so the sum of what is billed can never exceed a limit, however
 //! many callers race (DESIGN section 5, step 4).
 
-use std::{fmt, ops};
+use std::{fmt, ops, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{TaskId, UpstreamError};
+use crate::{Config, TaskId, UpstreamError, config::StoreConfig, sqlite::Database};
+
+pub mod sqlite;
+
+pub use sqlite::SqliteLedger;
+
+/// Scope of the row in `token_days` that counts everything. A tenant's row has [`tenant_scope`].
+pub const GLOBAL_SCOPE: &str = "global";
+
+/// A reservation that is open for so long, and of no running run, has lost its holder.
+pub const ORPHAN_AGE: Duration = Duration::from_hours(1);
+
+/// The scope of one tenant's row in `token_days`.
+pub fn tenant_scope(tenant: &str) -> String {
+    format!("tenant:{tenant}")
+}
 
 /// A number of model tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -22,6 +37,22 @@ use crate::{TaskId, UpstreamError};
 pub struct Tokens(pub u64);
 
 impl Tokens {
+    /// The largest number a store books; sums of thousands of these still fit a `bigint`. Larger ones
+    /// are stored as this one, which is above any limit.
+    pub const MAX_STORED: Self = Self(1_000_000_000_000_000);
+
+    /// The number as a store keeps it.
+    #[must_use]
+    pub fn to_stored(self) -> i64 {
+        i64::try_from(self.0.min(Self::MAX_STORED.0)).unwrap_or(i64::MAX)
+    }
+
+    /// A stored number.
+    #[must_use]
+    pub fn from_stored(stored: i64) -> Self {
+        Self(u64::try_from(stored).unwrap_or(0))
+    }
+
     /// `self - other`, or 0.
     #[must_use]
     pub fn saturating_sub(self, other: Self) -> Self {
@@ -231,4 +262,17 @@ pub trait Ledger: Send + Sync {
 
     /// Today's account of the whole fleet.
     async fn budget(&self, limits: Limits) -> Result<BudgetState, LedgerError>;
+}
+
+/// The ledger that the configuration names.
+pub async fn open(config: &Config) -> Result<Arc<dyn Ledger>, UpstreamError> {
+    match &config.store {
+        StoreConfig::Embedded(dir) => Ok(Arc::new(SqliteLedger::new(Database::open(dir).await?))),
+        StoreConfig::Supabase(_) => Err(UpstreamError::misconfigured(
+            crate::Dependency::Store,
+            "SUPABASE_URL",
+            "this build has no Supabase ledger yet",
+            "unset it and set ATLAS_DATA_DIR",
+        )),
+    }
 }

@@ -20,6 +20,7 @@ pub mod model;
 pub mod ops;
 pub mod resilience;
 pub mod secret;
+pub mod sqlite;
 pub mod telemetry;
 pub mod tokenizer;
 pub mod trace_context;

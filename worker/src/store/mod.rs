@@ -4,18 +4,40 @@
 //! due times; a worker's clock decides nothing. Nothing outside this folder names an adapter;
 //! [`open`] picks one by configuration.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use atlas_shared::{
-    Ledger, TaskId, Tokens, UpstreamError, WorkerId,
+    Config, Ledger, TaskId, Tokens, UpstreamError, WorkerId,
+    config::StoreConfig,
     ledger::{BudgetState, Closing, LedgerError, Limits, Usage},
     message::Answer,
+    sqlite::Database,
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
+
+mod sqlite;
+
+pub use sqlite::SqliteStore;
+
+/// How long a row that `finish_run` or `defer_run` wrote is left to its writer before sweepers see it.
+pub const OUTBOX_HOLD: Duration = Duration::from_secs(30);
+
+/// The store that the configuration names.
+pub async fn open(config: &Config) -> Result<Arc<dyn RunStore>, UpstreamError> {
+    match &config.store {
+        StoreConfig::Embedded(dir) => Ok(Arc::new(SqliteStore::new(Database::open(dir).await?))),
+        StoreConfig::Supabase(_) => Err(UpstreamError::misconfigured(
+            atlas_shared::Dependency::Store,
+            "SUPABASE_URL",
+            "this build has no Supabase store yet",
+            "unset it and set ATLAS_DATA_DIR",
+        )),
+    }
+}
 
 /// Why a store call did not do what was asked.
 pub type StoreError = LedgerError;
@@ -57,6 +79,7 @@ pub struct ClaimRequest {
 /// The answer to a [`ClaimRequest`].
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "outcome", rename_all = "snake_case")]
+#[expect(clippy::large_enum_variant, reason = "matched at once, never kept")]
 pub enum Claim {
     /// Ours now: work.
     Claimed(ClaimedRun),
