@@ -7,6 +7,7 @@
 
 use std::io::Write as _;
 
+pub mod emulator;
 pub mod guard;
 
 /// Reports that `test` cannot run here because `service` is missing, or fails when services are required.
