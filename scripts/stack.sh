@@ -123,9 +123,10 @@ case $command in
         [[ -d $path ]] || die "$path is not a folder."
         need_engine
         prepare_secrets
+        # Under its own name: it tells folders apart in the index.
         path=$(realpath -- "$path")
-        cli_mounts=(--volume "$path:/docs:ro")
-        cli index /docs "$@"
+        cli_mounts=(--volume "$path:/index/$(basename -- "$path"):ro")
+        cli index "/index/$(basename -- "$path")" "$@"
         ;;
     publish | ask)
         [[ -n ${ATLAS_MSG:-} ]] || die "Say what to design: make atlas-$command MSG=\"Design a logging system\""
