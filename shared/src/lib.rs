@@ -17,6 +17,7 @@ pub mod ledger;
 pub mod message;
 pub mod metrics;
 pub mod model;
+pub mod openai;
 pub mod ops;
 pub mod resilience;
 pub mod secret;

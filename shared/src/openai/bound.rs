@@ -1,0 +1,193 @@
+//! Upper bounds of what a call can bill for its prompt: what is reserved must never be less.
+//!
+//! With a known tokenizer: every text of the request, the schema and the tools, counted exactly, plus
+//! what the API adds around messages, plus a margin for what it does not publish (how it words
+//! schemas and tools). Without: bytes instead of tokens.
+//!
+//! The margin starts small and is per model. A model that once billed more than its bound gets a
+//! margin under which it would not have, so that the same surprise does not come twice.
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+};
+
+use crate::{
+    Tokens,
+    model::{ChatMessage, ChatRequest, ResponseFormat, ToolCall},
+    tokenizer,
+};
+
+/// Around each message: start, role, separators (three or four, by OpenAI's cookbook), rounded up.
+const PER_MESSAGE: u64 = 5;
+/// Around each tool, schema or tool call: wording that the API adds.
+const PER_PART: u64 = 16;
+/// The start of the answer, and a system message that some servers put in front of their own.
+const PER_REQUEST: u64 = 8;
+const PER_REQUEST_UNKNOWN: u64 = 96;
+/// The margin of a model that never surprised us, in thousandths.
+const FIRST_MARGIN: u64 = 30;
+/// Added to what a surprise shows to be needed.
+const EXTRA_MARGIN: u64 = 20;
+/// Ten times the count: something else is wrong then.
+const LAST_MARGIN: u64 = 9_000;
+/// Requests may name any model, so what is remembered is bounded.
+const MAX_MODELS: usize = 256;
+
+/// The margins of models that billed more than their bound, in thousandths.
+#[derive(Debug, Default)]
+pub(super) struct Margins(Mutex<HashMap<String, u64>>);
+
+impl Margins {
+    pub(super) fn prompt_tokens(&self, request: &ChatRequest) -> Tokens {
+        Tokens(with_margin(counted(request), self.margin(&request.model)))
+    }
+
+    /// What a call reserved and billed includes the completion, so the excess shows the least by which
+    /// the prompt's bound was too small; doubling makes sure that few surprises are enough.
+    pub(super) fn note_overrun(&self, model: &str, reserved: Tokens, billed: Tokens) {
+        if billed <= reserved {
+            return;
+        }
+        let old = self.margin(model);
+        let factor = 1000 + old;
+        let needed = factor.saturating_mul(billed.0).div_ceil(reserved.0.max(1)).saturating_sub(1000);
+        let new = needed.saturating_add(EXTRA_MARGIN).max(old * 2).min(LAST_MARGIN);
+        tracing::warn!(
+            model,
+            billed_tokens = billed.0,
+            reserved_tokens = reserved.0,
+            margin_permille = new,
+            "a call billed more than was reserved; the model's margin is raised"
+        );
+        let mut margins = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if margins.len() < MAX_MODELS || margins.contains_key(model) {
+            margins.insert(model.to_owned(), new);
+        }
+    }
+
+    fn margin(&self, model: &str) -> u64 {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner).get(model).unwrap_or(&FIRST_MARGIN)
+    }
+}
+
+fn with_margin(counted: u64, permille: u64) -> u64 {
+    counted.saturating_add(counted.saturating_mul(permille).div_ceil(1000))
+}
+
+/// The request without its margin.
+fn counted(request: &ChatRequest) -> u64 {
+    let count = |text: &str| tokenizer::count(&request.model, text).tokens;
+    let call =
+        |ToolCall { id, name, arguments }: &ToolCall| PER_PART + count(id) + count(name) + count(arguments);
+    let messages: u64 = request
+        .messages
+        .iter()
+        .map(|message| {
+            PER_MESSAGE
+                + match message {
+                    ChatMessage::System { content } | ChatMessage::User { content } => count(content),
+                    ChatMessage::Assistant { content, tool_calls } => {
+                        content.as_deref().map_or(0, count) + tool_calls.iter().map(call).sum::<u64>()
+                    }
+                    ChatMessage::Tool { tool_call_id, content } => {
+                        PER_PART + count(tool_call_id) + count(content)
+                    }
+                }
+        })
+        .sum();
+    let format = match &request.response_format {
+        ResponseFormat::Text => 0,
+        ResponseFormat::JsonObject => PER_PART,
+        ResponseFormat::JsonSchema { name, schema } => {
+            2 * PER_PART + count(name) + count(&schema.to_string())
+        }
+    };
+    let tools: u64 = request
+        .tools
+        .iter()
+        .map(|tool| {
+            PER_PART + count(&tool.name) + count(&tool.description) + count(&tool.parameters.to_string())
+        })
+        .sum();
+    let around = if tokenizer::is_known(&request.model) { PER_REQUEST } else { PER_REQUEST_UNKNOWN };
+    around + messages + format + tools
+}
+
+/// An upper bound of what embedding `texts` bills. OpenAI bills exactly the tokens of the texts;
+/// other models add a few around each.
+pub(super) fn embedding_tokens(model: &str, texts: &[String]) -> Tokens {
+    let around = if tokenizer::is_known(model) { 1 } else { PER_PART };
+    Tokens(texts.iter().map(|text| around + tokenizer::count(model, text).tokens).sum())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    fn request(model: &str, text: &str) -> ChatRequest {
+        ChatRequest {
+            model: model.to_owned(),
+            messages: vec![ChatMessage::User { content: text.to_owned() }],
+            max_completion_tokens: 10,
+            response_format: ResponseFormat::JsonSchema {
+                name: "s".to_owned(),
+                schema: json!({"type": "object"}),
+            },
+            tools: Vec::new(),
+            request_id: "r".to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_bound_is_tight_for_known_models_and_bytes_for_others() {
+        let text = "the quick brown fox ".repeat(500);
+        let known = Margins::default().prompt_tokens(&request("gpt-4.1", &text)).0;
+        let exact = tokenizer::count("gpt-4.1", &text).tokens;
+        assert!(known > exact && known < exact * 11 / 10, "{known} for {exact} tokens");
+        let unknown = Margins::default().prompt_tokens(&request("llama-3", &text)).0;
+        assert!(unknown > text.len() as u64);
+    }
+
+    #[test]
+    fn a_surprise_does_not_come_twice() {
+        let margins = Margins::default();
+        let request = request("gpt-4.1", &"word ".repeat(1000));
+        let before = margins.prompt_tokens(&request);
+        margins.note_overrun("gpt-4.1", before, before);
+        assert_eq!(margins.prompt_tokens(&request), before, "exactly the reservation is no overrun");
+        let billed = Tokens(before.0 * 3 / 2);
+        margins.note_overrun("gpt-4.1", before, billed);
+        let after = margins.prompt_tokens(&request);
+        assert!(after >= billed, "{after}");
+        margins.note_overrun("gpt-4.1", after, after + Tokens(1));
+        assert!(margins.prompt_tokens(&request) >= after + Tokens(1), "a margin never shrinks");
+        margins.note_overrun("gpt-4.1", Tokens(0), Tokens(u64::MAX));
+        assert!(margins.prompt_tokens(&request).0 <= before.0 * 10, "nor grows without bound");
+        assert_eq!(Margins::default().prompt_tokens(&request), before, "and is nobody else's");
+    }
+
+    #[test]
+    fn embeddings_are_bounded() {
+        let texts = vec!["hello world".to_owned(), "x".to_owned()];
+        assert_eq!(embedding_tokens("text-embedding-3-small", &texts), Tokens(2 + 1 + 2));
+        assert!(embedding_tokens("e5", &texts).0 > 12);
+    }
+
+    proptest! {
+        #[test]
+        fn the_bound_grows_with_the_request(text in "\\PC{0,100}", more in "\\PC{1,50}") {
+            for model in ["gpt-4.1", "llama-3"] {
+                let bound = |messages: Vec<ChatMessage>| {
+                    Margins::default().prompt_tokens(&ChatRequest { messages, ..request(model, "") }).0
+                };
+                let one = ChatMessage::User { content: text.clone() };
+                let two = ChatMessage::System { content: more.clone() };
+                prop_assert!(bound(vec![one.clone(), two]) > bound(vec![one]));
+            }
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! What the API's `x-ratelimit-*` headers said last, by model, for whoever paces the calls.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use http::HeaderMap;
+use tokio::time::Instant;
+
+use crate::{Tokens, http_client};
+
+/// Requests may name any model, so what is remembered is bounded.
+const MAX_MODELS: usize = 256;
+
+/// The rate limits of one model, as of its last answer. `None`: the server does not say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RateLimits {
+    /// Requests in a window.
+    pub limit_requests: Option<u64>,
+    /// Requests left in this window.
+    pub remaining_requests: Option<u64>,
+    /// When the requests are back at their limit.
+    pub requests_reset: Option<Instant>,
+    /// Tokens in a window.
+    pub limit_tokens: Option<u64>,
+    /// Tokens left in this window.
+    pub remaining_tokens: Option<u64>,
+    /// When the tokens are back at their limit.
+    pub tokens_reset: Option<Instant>,
+    /// Do not call before this instant (`Retry-After` of a 429).
+    pub not_before: Option<Instant>,
+}
+
+impl RateLimits {
+    /// How long a call of that many tokens (prompt and cap) should wait; zero: go ahead.
+    pub fn wait(&self, tokens: Tokens) -> Duration {
+        let now = Instant::now();
+        let until = |at: Option<Instant>| at.map_or(Duration::ZERO, |at| at.saturating_duration_since(now));
+        let mut wait = until(self.not_before);
+        if self.remaining_requests == Some(0) {
+            wait = wait.max(until(self.requests_reset));
+        }
+        if self.remaining_tokens.is_some_and(|left| left < tokens.0) {
+            wait = wait.max(until(self.tokens_reset));
+        }
+        wait
+    }
+}
+
+/// The last known rate limits of all models. Clones share them.
+#[derive(Clone, Debug, Default)]
+pub struct RateLimitState(Arc<Mutex<HashMap<String, RateLimits>>>);
+
+impl RateLimitState {
+    /// The limits of one model; `None` before its first answer, or when the server says nothing.
+    pub fn get(&self, model: &str) -> Option<RateLimits> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(model).copied()
+    }
+
+    /// Takes the headers of an answer. `refused`: it was a 429.
+    pub(super) fn note(&self, model: &str, headers: &HeaderMap, refused: bool) {
+        let now = Instant::now();
+        let number = |name: &str| headers.get(name)?.to_str().ok()?.trim().parse::<u64>().ok();
+        let reset = |name: &str| Some(now + duration(headers.get(name)?.to_str().ok()?.trim())?);
+        let limits = RateLimits {
+            limit_requests: number("x-ratelimit-limit-requests"),
+            remaining_requests: number("x-ratelimit-remaining-requests"),
+            requests_reset: reset("x-ratelimit-reset-requests"),
+            limit_tokens: number("x-ratelimit-limit-tokens"),
+            remaining_tokens: number("x-ratelimit-remaining-tokens"),
+            tokens_reset: reset("x-ratelimit-reset-tokens"),
+            not_before: refused
+                .then(|| http_client::retry_after(headers))
+                .flatten()
+                .and_then(|after| now.checked_add(after)),
+        };
+        let silent = limits.limit_requests.is_none()
+            && limits.remaining_requests.is_none()
+            && limits.remaining_tokens.is_none()
+            && limits.not_before.is_none();
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if silent {
+            // An answer without headers ends what an earlier refusal said.
+            if !refused && let Some(known) = all.get_mut(model) {
+                known.not_before = None;
+            }
+        } else if all.len() < MAX_MODELS || all.contains_key(model) {
+            all.insert(model.to_owned(), limits);
+        }
+    }
+}
+
+/// A duration as the API writes it: `20ms`, `6m0s`, `1h2m3.5s`; plain numbers are seconds.
+fn duration(text: &str) -> Option<Duration> {
+    let seconds = text.parse::<f64>().ok().or_else(|| seconds(text))?;
+    // A year is no rate limit's window, and an `Instant` cannot hold every duration.
+    Duration::try_from_secs_f64(seconds).ok().filter(|total| *total < Duration::from_hours(24 * 365))
+}
+
+/// The seconds of a duration with units.
+fn seconds(text: &str) -> Option<f64> {
+    let mut total = 0.0;
+    let mut rest = text;
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let (number, tail) = rest.split_at(digits);
+        let unit_len = tail.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(tail.len());
+        let (unit, tail) = tail.split_at(unit_len);
+        let seconds = match unit {
+            "ns" => 1e-9,
+            "us" | "µs" => 1e-6,
+            "ms" => 1e-3,
+            "s" => 1.0,
+            "m" => 60.0,
+            "h" => 3600.0,
+            "d" => 86_400.0,
+            _ => return None,
+        };
+        total += number.parse::<f64>().ok()? * seconds;
+        rest = tail;
+    }
+    Some(total)
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
+        pairs.iter().map(|(name, value)| ((*name).parse().unwrap(), value.parse().unwrap())).collect()
+    }
+
+    #[test]
+    fn durations_are_read_as_the_api_writes_them() {
+        assert_eq!(duration("20ms"), Some(Duration::from_millis(20)));
+        assert_eq!(duration("6m0s"), Some(Duration::from_mins(6)));
+        assert_eq!(duration("1h2m3.5s"), Some(Duration::from_millis(3_723_500)));
+        assert_eq!(duration("2"), Some(Duration::from_secs(2)));
+        for nonsense in ["soon", "1x", "s", "-1", "9e99", "1.2.3s", "99999999999h"] {
+            assert_eq!(duration(nonsense), None, "{nonsense}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_waits_only_when_it_does_not_fit() {
+        let state = RateLimitState::default();
+        assert_eq!(state.get("m"), None);
+        state.note(
+            "m",
+            &headers(&[
+                ("x-ratelimit-limit-requests", "100"),
+                ("x-ratelimit-remaining-requests", "5"),
+                ("x-ratelimit-reset-requests", "1s"),
+                ("x-ratelimit-remaining-tokens", "1000"),
+                ("x-ratelimit-reset-tokens", "6m0s"),
+            ]),
+            false,
+        );
+        let limits = state.get("m").unwrap();
+        assert_eq!(limits.wait(Tokens(1000)), Duration::ZERO);
+        assert_eq!(limits.wait(Tokens(1001)), Duration::from_mins(6));
+        tokio::time::advance(Duration::from_mins(7)).await;
+        assert_eq!(limits.wait(Tokens(1001)), Duration::ZERO, "the window is over");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refusal_holds_until_its_retry_after_or_the_next_answer() {
+        let state = RateLimitState::default();
+        state.note("m", &headers(&[("retry-after", "3")]), true);
+        assert_eq!(state.get("m").unwrap().wait(Tokens(1)), Duration::from_secs(3));
+        state.note("m", &HeaderMap::new(), false);
+        assert_eq!(state.get("m").unwrap().wait(Tokens(1)), Duration::ZERO);
+    }
+
+    proptest! {
+        #[test]
+        fn any_header_is_read_or_ignored(text in "[ -~]{0,30}") {
+            let state = RateLimitState::default();
+            state.note("m", &headers(&[("x-ratelimit-reset-tokens", &text), ("retry-after", &text)]), true);
+        }
+    }
+}
