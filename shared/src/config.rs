@@ -189,7 +189,8 @@ pub struct OpenAiConfig {
 }
 
 /// `OPENAI_RESPONSE_FORMAT`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ResponseFormatSetting {
     /// Strict JSON schema.
     JsonSchema,
