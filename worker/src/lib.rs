@@ -7,5 +7,6 @@
 //! Architecture invariant: this crate never depends on the gateway's crate; they meet at
 //! `atlas_shared::gateway_api`.
 
+pub mod agent;
 pub mod queue;
 pub mod store;

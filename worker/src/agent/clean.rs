@@ -1,0 +1,215 @@
+//! What is done to every text that others wrote, where it comes in: characters that do not belong
+//! into text are dropped, and what looks like a secret is taken out before it can leave for an API.
+
+use std::{borrow::Cow, sync::LazyLock};
+
+use regex::{Captures, Regex};
+
+/// Cleans a text of several lines.
+pub(super) fn text(raw: &str) -> String {
+    let kept: String = raw.replace("\r\n", "\n").chars().filter_map(keep).collect();
+    redact(&kept).into_owned()
+}
+
+/// Cleans a text and puts it on one line.
+pub(super) fn line(raw: &str) -> String {
+    text(raw).split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// At most `max` characters; a cut is visible.
+pub(super) fn cut(text: &str, max: usize) -> String {
+    match text.char_indices().nth(max) {
+        None => text.to_owned(),
+        Some((end, _)) => format!("{}…", text[..end].trim_end()),
+    }
+}
+
+/// At most about `max` characters of a long text: its beginning and its end, with a note between.
+pub(super) fn cut_middle(text: &str, max: usize) -> Cow<'_, str> {
+    let length = text.chars().count();
+    if length <= max {
+        return Cow::Borrowed(text);
+    }
+    let (head, tail) = (max * 2 / 3, max / 3);
+    let at = |index: usize| text.char_indices().nth(index).map_or(text.len(), |(at, _)| at);
+    Cow::Owned(format!(
+        "{}\n[… {} characters left out …]\n{}",
+        text[..at(head)].trim_end(),
+        length - head - tail,
+        text[at(length - tail)..].trim_start()
+    ))
+}
+
+fn keep(c: char) -> Option<char> {
+    match c {
+        '\n' | '\t' => Some(c),
+        '\u{b}' | '\u{c}' | '\r' | '\u{85}' | '\u{2028}' | '\u{2029}' => Some('\n'),
+        // Control characters (NUL does not even fit into jsonb), and what hides or reorders text:
+        // zero-width and bidirectional marks, and the tag characters that no reader sees.
+        c if c.is_control() => None,
+        '\u{200b}'..='\u{200f}'
+        | '\u{202a}'..='\u{202e}'
+        | '\u{2060}'..='\u{2069}'
+        | '\u{feff}'
+        | '\u{fff9}'..='\u{fffb}'
+        | '\u{e0000}'..='\u{e007f}' => None,
+        c => Some(c),
+    }
+}
+
+/// A pattern of secrets and what is put in its place.
+struct Pattern {
+    regex: Regex,
+    /// What it is; shown in its place.
+    name: &'static str,
+}
+
+/// What secrets look like. Each pattern names a prefix that its issuer documents, so that ordinary
+/// text does not match.
+static PATTERNS: LazyLock<Vec<Pattern>> = LazyLock::new(|| {
+    [
+        (
+            "private key",
+            r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY( BLOCK)?-----[\s\S]*?(-----END [A-Z0-9 ]{0,40}PRIVATE KEY( BLOCK)?-----|\z)",
+        ),
+        ("AWS key", r"\b(?:AKIA|ASIA|ABIA|ACCA)[0-9A-Z]{16}\b"),
+        ("API key", r"\bsk-[A-Za-z0-9_-]{20,}"),
+        ("GitHub token", r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{22,})"),
+        ("GitLab token", r"\bglpat-[A-Za-z0-9_-]{20,}"),
+        ("Slack token", r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}"),
+        ("Google API key", r"\bAIza[0-9A-Za-z_-]{35}"),
+        ("Stripe key", r"\b[rs]k_(?:live|test)_[0-9A-Za-z]{16,}"),
+        ("npm token", r"\bnpm_[A-Za-z0-9]{36}\b"),
+        ("JWT", r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"),
+    ]
+    .into_iter()
+    .filter_map(|(name, pattern)| Some(Pattern { name, regex: Regex::new(pattern).ok()? }))
+    .collect()
+});
+
+/// `scheme://user:password@host`.
+static URL_PASSWORD: LazyLock<Option<Regex>> =
+    LazyLock::new(|| Regex::new(r"(\b[a-z][a-z0-9+.-]*://[^\s:/@]{1,64}:)([^\s@/]{1,256})@").ok());
+
+/// `api_key = "…"` and its like; the value is judged by [`looks_random`].
+static ASSIGNMENT: LazyLock<Option<Regex>> = LazyLock::new(|| {
+    Regex::new(
+        r#"(?i)\b([a-z0-9_.-]{0,40}(?:passw(?:or)?d|secret|api[_-]?key|access[_-]?key|auth[_-]?token|token)["']?\s*(?:=|:|=>)\s*["']?)([A-Za-z0-9+/_=.~-]{16,})"#,
+    )
+    .ok()
+});
+
+/// Takes out what looks like a secret.
+pub(super) fn redact(text: &str) -> Cow<'_, str> {
+    let mut text = Cow::Borrowed(text);
+    for Pattern { regex, name } in PATTERNS.iter() {
+        if regex.is_match(&text) {
+            text = Cow::Owned(regex.replace_all(&text, format!("(redacted {name})")).into_owned());
+        }
+    }
+    if let Some(regex) = &*URL_PASSWORD
+        && regex.is_match(&text)
+    {
+        text = Cow::Owned(regex.replace_all(&text, "$1(redacted)@").into_owned());
+    }
+    if let Some(regex) = &*ASSIGNMENT
+        && regex.is_match(&text)
+    {
+        let judged = regex.replace_all(&text, |found: &Captures<'_>| {
+            if looks_random(&found[2]) { format!("{}(redacted)", &found[1]) } else { found[0].to_owned() }
+        });
+        text = Cow::Owned(judged.into_owned());
+    }
+    text
+}
+
+/// Names and words are not secrets; a mix of digits and letters of both cases is.
+fn looks_random(value: &str) -> bool {
+    let digits = value.bytes().filter(u8::is_ascii_digit).count();
+    let upper = value.bytes().any(|byte| byte.is_ascii_uppercase());
+    let lower = value.bytes().any(|byte| byte.is_ascii_lowercase());
+    let hex = value.len() >= 32 && value.bytes().all(|byte| byte.is_ascii_hexdigit());
+    hex || (digits >= 3 && upper && lower)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn every_pattern_compiles() {
+        assert_eq!(PATTERNS.len(), 10);
+        assert!(URL_PASSWORD.is_some());
+        assert!(ASSIGNMENT.is_some());
+    }
+
+    /// Put together here, so that no scanner takes this file for a leak.
+    fn secrets() -> Vec<String> {
+        let long = "aB3dE5fG7hJ9kL1mN3pQ5rS7tU9vW1xY3zA5b";
+        vec![
+            format!("AKIA{}", "ABCDEFGHIJ234567"),
+            format!("sk-proj-{long}"),
+            format!("ghp_{long}"),
+            format!("github_pat_{long}"),
+            format!("glpat-{long}"),
+            format!("xoxb-{long}"),
+            format!("AIza{}", &long[..35]),
+            format!("sk_live_{long}"),
+            format!("npm_{}", &long[..36]),
+            format!("eyJ{long}.eyJ{long}.{long}"),
+            format!("-----BEGIN RSA PRIVATE {}-----\n{long}\n{long}\n-----END RSA PRIVATE KEY-----", "KEY"),
+            format!("-----BEGIN OPENSSH PRIVATE {}-----\n{long}", "KEY"),
+        ]
+    }
+
+    #[test]
+    fn secrets_do_not_pass() {
+        for secret in secrets() {
+            let cleaned = text(&format!("before {secret} after"));
+            assert!(cleaned.starts_with("before (redacted "), "{secret}: {cleaned}");
+            assert!(!cleaned.contains("aB3dE5"), "{cleaned}");
+        }
+        assert_eq!(text("postgres://app:hunter2@db/atlas"), "postgres://app:(redacted)@db/atlas");
+        assert_eq!(text("API_KEY=\"aB3dE5fG7hJ9kL1m\""), "API_KEY=\"(redacted)\"");
+    }
+
+    #[test]
+    fn ordinary_text_passes_untouched() {
+        for ordinary in [
+            "Set OPENAI_API_KEY and OPENAI_BASE_URL=https://api.openai.com/v1.",
+            "let token = tokenizer_for_the_model(name);",
+            "secret: service_role_key_of_the_project",
+            "sk-learn is a library; task_id and disk-usage are words",
+            "http://localhost:8501/v1/query_chat",
+            "commit 3f9a2c1b and port 8000",
+        ] {
+            assert_eq!(text(ordinary), ordinary);
+        }
+    }
+
+    #[test]
+    fn hidden_characters_are_dropped() {
+        assert_eq!(text("a\u{0}b\u{202e}c\u{200b}d\u{e0041}e\r\nf\tg"), "abcde\nf\tg");
+        assert_eq!(line("  a \n\n b\tc "), "a b c");
+    }
+
+    #[test]
+    fn a_long_text_keeps_its_ends() {
+        let long = format!("{}{}{}", "a".repeat(100), "b".repeat(100), "c".repeat(100));
+        let shorter = cut_middle(&long, 30);
+        assert_eq!(shorter, format!("{}\n[… 270 characters left out …]\n{}", "a".repeat(20), "c".repeat(10)));
+        assert_eq!(cut_middle("short", 30), "short");
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_can_be_cleaned_and_cut(raw in "\\PC{0,200}", max in 0_usize..50) {
+            let cleaned = text(&raw);
+            prop_assert_eq!(&text(&cleaned), &cleaned);
+            prop_assert!(cut(&raw, max).chars().count() <= max + 1);
+            let _ = cut_middle(&raw, max);
+        }
+    }
+}

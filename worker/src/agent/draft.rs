@@ -1,0 +1,749 @@
+//! The state machine of one document: see the module above for how to drive it.
+
+use std::collections::HashSet;
+
+use atlas_shared::{
+    Config, Tokens,
+    config::ResponseFormatSetting,
+    gateway_api::Passage,
+    message::Task,
+    model::{ChatAnswer, ChatMessage, ChatRequest, FinishReason, ResponseFormat, ToolCall, ToolSpec},
+};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{
+    clean,
+    finish::{self, Finished, Note},
+    passages::Shelf,
+    prompt,
+    read::{self, Reading},
+    schema,
+    spec::{Field, Kind, Spec},
+};
+
+/// The tool's name.
+const SEARCH_TOOL: &str = "search_knowledge";
+/// Longest query that goes to the gateway.
+const MAX_QUERY_CHARS: usize = 400;
+/// A long request or parent is cut to this many characters before the first call, and further by
+/// [`Draft::squeeze`] where the budget demands it.
+const MAX_SUBJECT_CHARS: usize = 60_000;
+/// Below this a cut request or parent says nothing.
+const MIN_SUBJECT_CHARS: usize = 600;
+/// A draft with fewer passages than this gives completion tokens away before it drops more.
+const PASSAGES_WORTH_KEEPING: usize = 6;
+/// What another round costs besides its prompt: the tool call that asks for it, with room.
+const TOOL_CALL_TOKENS: u64 = 300;
+/// Tool calls of one answer that are looked at.
+const MAX_TOOL_CALLS: usize = 8;
+/// An earlier answer is shown to the model for mending up to this length.
+const MAX_MEND_CHARS: usize = 24_000;
+
+/// What a document is written from.
+#[derive(Clone, Debug)]
+pub struct DraftInput {
+    /// The request.
+    pub task: Task,
+    /// Passages found for it, best first.
+    pub passages: Vec<Passage>,
+    /// The answer that `metadata.parent_id` names (`architect_out.data`).
+    pub parent: Option<Value>,
+    /// Limits and dialect.
+    pub options: AgentOptions,
+    /// Why the passages are fewer or worse than they should be, in a sentence, if they are.
+    pub degraded: Option<String>,
+}
+
+/// Limits and dialect of the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentOptions {
+    /// `OPENAI_RESPONSE_FORMAT`.
+    pub response_format: ResponseFormatSetting,
+    /// `AGENT_MAX_SEARCHES`.
+    pub max_searches: u32,
+    /// `OPENAI_MAX_COMPLETION_TOKENS`.
+    pub max_completion_tokens: u32,
+    /// `OPENAI_MIN_COMPLETION_TOKENS`.
+    pub min_completion_tokens: u32,
+}
+
+impl AgentOptions {
+    /// The options that the configuration asks for; the defaults of a model where none is configured.
+    pub fn from_config(config: &Config) -> Self {
+        let openai = config.openai.as_ref();
+        Self {
+            response_format: openai
+                .map_or(ResponseFormatSetting::JsonSchema, |openai| openai.response_format),
+            max_searches: config.worker.max_searches,
+            max_completion_tokens: openai.map_or(4000, |openai| openai.max_completion_tokens),
+            min_completion_tokens: openai.map_or(800, |openai| openai.min_completion_tokens),
+        }
+    }
+}
+
+/// What a [`Draft`] needs now.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Next {
+    /// Call the model, then [`Draft::answered`] (or [`Draft::cannot_call`]).
+    Call(Box<Call>),
+    /// Ask the gateway, then [`Draft::found`] (or [`Draft::search_failed`]).
+    Search(Search),
+    /// The document is written.
+    Finished(Box<Finished>),
+    /// No document will come.
+    Failed(Failure),
+}
+
+/// A model call that is wanted.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Call {
+    /// Step name: `draft.0`, `repair.0`, ….
+    pub step: String,
+    /// The request; `model` and `request_id` are empty, for the caller to fill.
+    pub request: ChatRequest,
+}
+
+/// A search that the model asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Search {
+    /// Step name: `search.1`, ….
+    pub step: String,
+    /// The model's words, cleaned and bounded.
+    pub query: String,
+    /// Which tool call this answers.
+    tool_call_id: String,
+}
+
+/// Why there is no document.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// A stable code in snake case: `error_code`.
+    pub code: String,
+    /// What happened and what to do: `error_message`.
+    pub message: String,
+}
+
+/// Not even the shortest prompt fits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the shortest prompt and answer need {needed} tokens, {available} are left in the run's budget")]
+pub struct DoesNotFit {
+    /// The least that would do.
+    pub needed: Tokens,
+    /// What was there.
+    pub available: Tokens,
+}
+
+/// A document in the making. Serialisable in every state.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Draft {
+    kind: Kind,
+    options: AgentOptions,
+    pub(super) subject: Subject,
+    pub(super) shelf: Shelf,
+    degraded: Option<String>,
+    /// The rounds in which the model asked for searches.
+    rounds: Vec<Round>,
+    /// Searches made.
+    searches: u32,
+    /// False once no more searches may be asked for.
+    may_search: bool,
+    /// The completion cap in force.
+    completion_cap: u32,
+    /// Why a repair round was spent, if one was.
+    repaired: Option<String>,
+    /// The best document so far, from an answer that had faults.
+    fallback: Option<Reading>,
+    stage: Stage,
+}
+
+/// What the document is about.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Subject {
+    /// The request, cleaned.
+    pub(super) request: String,
+    /// The parent spec, cleaned, without its citations.
+    pub(super) parent: Option<String>,
+    /// How many characters of each the prompt may show.
+    pub(super) max_chars: usize,
+    /// The code that fences data in this task's prompts. It occurs in none of the data.
+    pub(super) fence: String,
+}
+
+/// One answer with tool calls, and what they gave.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Round {
+    /// The calls as the model made them, arguments bounded.
+    pub(super) calls: Vec<ToolCall>,
+    /// One a call, in order.
+    pub(super) results: Vec<ToolResult>,
+}
+
+/// What a tool call gave.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct ToolResult {
+    pub(super) tool_call_id: String,
+    /// Numbers of the passages found, new and known ones.
+    pub(super) numbers: Vec<u32>,
+    /// The shelf's addition that this result brought; 0: none.
+    pub(super) addition: u32,
+    /// Said instead of passages, or besides them.
+    pub(super) remark: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Stage {
+    /// The model writes, from the full prompt.
+    Drafting {
+        /// Set in the one repair round that starts over.
+        again: Option<prompt::Again>,
+    },
+    /// Searches wait.
+    Searching { pending: Vec<Search> },
+    /// The model mends some fields of its answer, shown to it with its faults.
+    Mending { fields: Vec<Field>, faults: Vec<String>, shown: String },
+    /// Written.
+    Finished { spec: Box<Spec>, notes: Vec<Note> },
+    /// Given up.
+    Failed(Failure),
+}
+
+impl Draft {
+    /// Starts a document.
+    pub fn new(input: DraftInput) -> Self {
+        let DraftInput { task, passages, parent, options, degraded } = input;
+        let parent = parent.as_ref().and_then(prompt::parent_text);
+        let request = clean::text(&task.content);
+        let fence = prompt::fence(&task, &passages);
+        let (kind, stage) = match Kind::of(&task, parent.is_some()) {
+            Ok(kind) => (kind, Stage::Drafting { again: None }),
+            Err(asked) => (Kind::Spec, Stage::Failed(unknown_kind(&asked))),
+        };
+        let mut shelf = Shelf::new(&request);
+        shelf.add(passages);
+        Self {
+            kind,
+            options,
+            subject: Subject { request, parent, max_chars: MAX_SUBJECT_CHARS, fence },
+            shelf,
+            degraded: degraded.map(|why| clean::line(&why)),
+            rounds: Vec::new(),
+            searches: 0,
+            may_search: options.max_searches > 0,
+            completion_cap: options.max_completion_tokens,
+            repaired: None,
+            fallback: None,
+            stage,
+        }
+    }
+
+    /// What kind of document this is.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Everything, for `run_steps.output`.
+    pub fn checkpoint(&self) -> Value {
+        // Plain data without maps of odd keys: this cannot fail, and `restore` refuses null.
+        serde_json::to_value(self).unwrap_or(Value::Null)
+    }
+
+    /// Goes on from a [`checkpoint`](Self::checkpoint). An error means that another version wrote it
+    /// in a shape this one does not read: start afresh.
+    pub fn restore(checkpoint: Value) -> Result<Self, serde_json::Error> {
+        serde_json::from_value(checkpoint)
+    }
+
+    /// What is needed now.
+    pub fn next(&self) -> Next {
+        match &self.stage {
+            Stage::Drafting { .. } | Stage::Mending { .. } => match self.request() {
+                Ok(request) => Next::Call(Box::new(Call { step: self.step(), request })),
+                Err(error) => Next::Failed(Failure {
+                    code: "prompt_template".to_owned(),
+                    message: format!("A prompt template of this build does not render: {error}."),
+                }),
+            },
+            Stage::Searching { pending } => match pending.first() {
+                Some(search) => Next::Search(search.clone()),
+                // Not reachable: the last outcome moves to the next stage.
+                None => Next::Failed(Failure {
+                    code: "internal".to_owned(),
+                    message: "A search round without searches.".to_owned(),
+                }),
+            },
+            Stage::Finished { spec, notes } => Next::Finished(Box::new(finish::finish(finish::Draft {
+                kind: self.kind,
+                spec: (**spec).clone(),
+                request: &self.subject.request,
+                shelf: &self.shelf,
+                notes: notes.clone(),
+                degraded: self.degraded.as_deref(),
+                searches: self.searches,
+                repaired: self.repaired.as_deref(),
+            }))),
+            Stage::Failed(failure) => Next::Failed(failure.clone()),
+        }
+    }
+
+    fn step(&self) -> String {
+        match self.stage {
+            Stage::Drafting { again: None } => format!("draft.{}", self.rounds.len()),
+            _ => "repair.0".to_owned(),
+        }
+    }
+
+    /// True while the model is offered the search tool in the next call.
+    fn offers_search(&self) -> bool {
+        self.may_search
+            && self.searches < self.options.max_searches
+            && matches!(self.stage, Stage::Drafting { again: None })
+    }
+
+    fn request(&self) -> Result<ChatRequest, minijinja::Error> {
+        let in_prompt = self.options.response_format != ResponseFormatSetting::JsonSchema;
+        let fields = match &self.stage {
+            Stage::Mending { fields, .. } => fields.as_slice(),
+            _ => self.kind.fields(),
+        };
+        let schema = schema::of_fields(fields);
+        let mut messages =
+            vec![ChatMessage::System { content: prompt::system(self.kind, in_prompt.then_some(&schema))? }];
+        let words = self.completion_cap / 2;
+        match &self.stage {
+            Stage::Mending { faults, shown, .. } => messages
+                .push(ChatMessage::User { content: prompt::mend(&self.subject, fields, faults, shown)? }),
+            stage => {
+                messages
+                    .push(ChatMessage::User { content: prompt::request(&self.subject, &self.shelf, words)? });
+                for round in &self.rounds {
+                    messages.push(ChatMessage::Assistant { content: None, tool_calls: round.calls.clone() });
+                    for result in &round.results {
+                        messages.push(ChatMessage::Tool {
+                            tool_call_id: result.tool_call_id.clone(),
+                            content: prompt::found(&self.subject, &self.shelf, result)?,
+                        });
+                    }
+                }
+                if let Stage::Drafting { again: Some(again) } = stage {
+                    messages.push(ChatMessage::User { content: prompt::again(*again, words)? });
+                }
+            }
+        }
+        let response_format = match self.options.response_format {
+            ResponseFormatSetting::JsonSchema => {
+                ResponseFormat::JsonSchema { name: schema::NAME.to_owned(), schema }
+            }
+            ResponseFormatSetting::JsonObject => ResponseFormat::JsonObject,
+            ResponseFormatSetting::Text => ResponseFormat::Text,
+        };
+        let tools = if self.offers_search() { vec![search_tool()] } else { Vec::new() };
+        Ok(ChatRequest {
+            model: String::new(),
+            messages,
+            max_completion_tokens: self.completion_cap,
+            response_format,
+            tools,
+            request_id: String::new(),
+        })
+    }
+
+    /// Makes the next call fit into `available` tokens, prompt and completion together: first the
+    /// least useful passages go, then the completion cap sinks to `min_completion_tokens`, then the
+    /// request and the parent are cut. Also decides whether a search can be afforded.
+    ///
+    /// `count` gives the upper bound of a request's prompt tokens; its `model` is empty.
+    /// A smaller prompt than the one that fits is never made, so calling this again with more
+    /// brings passages back that were not shown yet.
+    pub fn squeeze(
+        &mut self,
+        available: Tokens,
+        count: impl Fn(&ChatRequest) -> Tokens,
+    ) -> Result<(), DoesNotFit> {
+        if !matches!(self.stage, Stage::Drafting { .. } | Stage::Mending { .. }) {
+            return Ok(());
+        }
+        let least = self.options.min_completion_tokens.min(self.options.max_completion_tokens);
+        let most = self.options.max_completion_tokens;
+        self.subject.max_chars = MAX_SUBJECT_CHARS;
+        self.may_search = self.options.max_searches > 0;
+
+        let mut caps = vec![most, most - most / 4, most / 2, least];
+        caps.retain(|cap| *cap >= least);
+        caps.dedup();
+        let last = caps.len() - 1;
+        let mut needed = Tokens(0);
+        for (index, cap) in caps.into_iter().enumerate() {
+            self.completion_cap = cap;
+            let budget = available.saturating_sub(Tokens(u64::from(cap)));
+            let candidates = self.shelf.len();
+            match self.fit(budget, &count) {
+                Ok(()) => {
+                    let kept = self.shelf.packed();
+                    if index == last || kept >= candidates.min(PASSAGES_WORTH_KEEPING) {
+                        self.decide_on_searching(available, &count);
+                        return Ok(());
+                    }
+                }
+                Err(prompt) => needed = prompt + Tokens(u64::from(cap)),
+            }
+        }
+        // Nothing fits with the subject at full length, or too little of the context does.
+        while self.subject.max_chars > MIN_SUBJECT_CHARS {
+            self.subject.max_chars =
+                (self.subject.max_chars.min(self.subject.longest()) / 2).max(MIN_SUBJECT_CHARS);
+            let budget = available.saturating_sub(Tokens(u64::from(least)));
+            match self.fit(budget, &count) {
+                Ok(()) => {
+                    self.decide_on_searching(available, &count);
+                    return Ok(());
+                }
+                Err(prompt) => needed = prompt + Tokens(u64::from(least)),
+            }
+        }
+        Err(DoesNotFit { needed, available })
+    }
+
+    /// Packs passages so that the prompt stays within `max_prompt_tokens`; the completion cap is
+    /// left as it is. The error holds what the prompt needs without any passage.
+    pub fn fit(
+        &mut self,
+        max_prompt_tokens: Tokens,
+        count: &impl Fn(&ChatRequest) -> Tokens,
+    ) -> Result<(), Tokens> {
+        let measure = |draft: &Self| match draft.request() {
+            Ok(request) => count(&request),
+            // `next` reports it.
+            Err(_) => Tokens(0),
+        };
+        self.shelf.pack_all();
+        let all = measure(self);
+        if all <= max_prompt_tokens {
+            return Ok(());
+        }
+        self.shelf.pack_none();
+        let none = measure(self);
+        if none > max_prompt_tokens {
+            return Err(none);
+        }
+        // Passages are weighed by their length, and the scale is what all of them cost together.
+        let mut room = max_prompt_tokens.saturating_sub(none).0;
+        let scale = all.saturating_sub(none).0;
+        for _ in 0..8 {
+            self.shelf.pack_within(room, scale);
+            if measure(self) <= max_prompt_tokens {
+                return Ok(());
+            }
+            room = room * 7 / 8;
+        }
+        self.shelf.pack_none();
+        Ok(())
+    }
+
+    /// Searching pays only if, after the call that asks for it, a full prompt and an answer are
+    /// still within the budget.
+    fn decide_on_searching(&mut self, available: Tokens, count: &impl Fn(&ChatRequest) -> Tokens) {
+        if !self.offers_search() {
+            return;
+        }
+        let Ok(request) = self.request() else { return };
+        let prompt = count(&request);
+        let bare = {
+            let mut bare = self.clone();
+            bare.shelf.pack_none();
+            bare.request().map_or(prompt, |request| count(&request))
+        };
+        let answer = Tokens(u64::from(self.options.min_completion_tokens) * 3 / 2);
+        let another = bare + Tokens(TOOL_CALL_TOKENS * 4) + answer;
+        self.may_search = prompt + Tokens(TOOL_CALL_TOKENS) + another <= available;
+    }
+
+    /// Takes the model's answer to the call that [`next`](Self::next) gave.
+    pub fn answered(&mut self, answer: &ChatAnswer) {
+        self.shelf.mark_given();
+        match self.stage.clone() {
+            Stage::Drafting { again } => self.drafted(answer, again),
+            Stage::Mending { fields, .. } => self.mended(answer, &fields),
+            Stage::Searching { .. } | Stage::Finished { .. } | Stage::Failed(_) => {}
+        }
+    }
+
+    fn drafted(&mut self, answer: &ChatAnswer, again: Option<prompt::Again>) {
+        if let Some(failure) = refused(answer) {
+            return self.settle_for_fallback(failure);
+        }
+        let content = answer.content.as_deref().unwrap_or_default();
+        if !answer.tool_calls.is_empty() && self.offers_search() {
+            return self.asked_for_searches(&answer.tool_calls);
+        }
+        if content.trim().is_empty() {
+            let why =
+                if answer.tool_calls.is_empty() { prompt::Again::Empty } else { prompt::Again::NoTools };
+            return match again {
+                None if answer.finish_reason == FinishReason::Length => {
+                    self.start_over(prompt::Again::Shorter);
+                }
+                None => self.start_over(why),
+                Some(_) => self.settle_for_fallback(failure(
+                    "empty_answer",
+                    "The model gave an empty answer twice. Try again, or try another model (OPENAI_MODEL).",
+                )),
+            };
+        }
+
+        let reading = read::document(content, self.kind.fields());
+        match reading {
+            Some(reading) if reading.faults.is_empty() => self.accept(reading),
+            reading if answer.finish_reason == FinishReason::Length => {
+                let reading = reading.map(|reading| Reading { cut: true, ..reading });
+                self.keep_the_better(reading);
+                match again {
+                    None => self.start_over(prompt::Again::Shorter),
+                    Some(_) => self.settle_for_fallback(cut_off()),
+                }
+            }
+            reading => {
+                let (fields, faults, shown) = match &reading {
+                    Some(reading) => {
+                        let fields = reading.faulty_fields(self.kind);
+                        (fields.clone(), reading.fault_lines(), reading.shown(&fields))
+                    }
+                    None => (
+                        self.kind.fields().to_vec(),
+                        vec!["The answer is not a JSON object.".to_owned()],
+                        clean::text(content),
+                    ),
+                };
+                self.keep_the_better(reading);
+                if again.is_some() {
+                    return self.settle_for_fallback(not_a_document());
+                }
+                self.repaired = Some("faults".to_owned());
+                let shown = clean::cut(&shown, MAX_MEND_CHARS);
+                self.stage = Stage::Mending { fields, faults, shown };
+            }
+        }
+    }
+
+    fn mended(&mut self, answer: &ChatAnswer, fields: &[Field]) {
+        if let Some(failure) = refused(answer) {
+            return self.settle_for_fallback(failure);
+        }
+        let content = answer.content.as_deref().unwrap_or_default();
+        let cut = answer.finish_reason == FinishReason::Length;
+        if let Some(patch) = read::document(content, fields) {
+            let whole = match &self.fallback {
+                Some(before) => before.patched(&patch, fields, self.kind),
+                None => Reading { cut, ..patch },
+            };
+            self.keep_the_better(Some(whole));
+        }
+        self.settle_for_fallback(not_a_document());
+    }
+
+    fn start_over(&mut self, again: prompt::Again) {
+        self.repaired = Some(again.as_str().to_owned());
+        self.stage = Stage::Drafting { again: Some(again) };
+    }
+
+    fn keep_the_better(&mut self, reading: Option<Reading>) {
+        if let Some(reading) = reading
+            && self.fallback.as_ref().is_none_or(|known| known.is_worse_than(&reading))
+        {
+            self.fallback = Some(reading);
+        }
+    }
+
+    fn accept(&mut self, reading: Reading) {
+        let mut notes = Vec::new();
+        if reading.cut {
+            notes.push(Note::CutOff);
+        }
+        if reading.shortened {
+            notes.push(Note::Shortened);
+        }
+        if reading.faults.iter().any(|fault| fault.field != Some(Field::Diagrams)) {
+            notes.push(Note::Incomplete(reading.fault_lines()));
+        }
+        if self.subject.is_cut() {
+            notes.push(Note::SubjectCut);
+        }
+        self.stage = Stage::Finished { spec: Box::new(reading.spec), notes };
+    }
+
+    /// The best document so far, if it says anything; else the failure.
+    fn settle_for_fallback(&mut self, failure: Failure) {
+        match self.fallback.take() {
+            Some(reading) if reading.says_something(self.kind) => self.accept(reading),
+            _ => self.stage = Stage::Failed(failure),
+        }
+    }
+
+    /// The pending call cannot be made (budget, or every model failed for good): the best document
+    /// so far is the result, or the run fails with this code and message.
+    pub fn cannot_call(&mut self, code: &str, message: &str) {
+        if matches!(self.stage, Stage::Drafting { .. } | Stage::Mending { .. }) {
+            self.settle_for_fallback(failure(code, message));
+        }
+    }
+
+    fn asked_for_searches(&mut self, calls: &[ToolCall]) {
+        let mut pending = Vec::new();
+        let mut results = Vec::new();
+        // Ids are ours where the server gave none or the same twice: results are found by them.
+        let mut ids = HashSet::new();
+        let calls: Vec<ToolCall> = calls
+            .iter()
+            .take(MAX_TOOL_CALLS)
+            .enumerate()
+            .map(|(index, call)| ToolCall {
+                id: match clean::cut(&clean::line(&call.id), 100) {
+                    id if !id.is_empty() && ids.insert(id.clone()) => id,
+                    _ => format!("call_{}_{index}", self.rounds.len()),
+                },
+                name: clean::cut(&clean::line(&call.name), 64),
+                arguments: clean::cut(&clean::text(&call.arguments), 2_000),
+            })
+            .collect();
+        for call in &calls {
+            let asked = self.searches + u32::try_from(pending.len()).unwrap_or(u32::MAX);
+            let remark = match query_of(call) {
+                Ok(query) if asked < self.options.max_searches => {
+                    let step = format!("search.{}", asked + 1);
+                    pending.push(Search { step, query, tool_call_id: call.id.clone() });
+                    None
+                }
+                Ok(_) => Some("No searches are left. Answer with what you have.".to_owned()),
+                Err(remark) => Some(remark),
+            };
+            results.push(ToolResult {
+                tool_call_id: call.id.clone(),
+                numbers: Vec::new(),
+                addition: 0,
+                remark,
+            });
+        }
+        self.rounds.push(Round { calls, results });
+        if pending.is_empty() {
+            // Every call was wrong: each such round counts, or a confused model would never end.
+            self.searches += 1;
+            self.stage = Stage::Drafting { again: None };
+        } else {
+            self.stage = Stage::Searching { pending };
+        }
+    }
+
+    /// Takes what the pending search found.
+    pub fn found(&mut self, passages: Vec<Passage>) {
+        let numbers = self.shelf.add(passages);
+        let remark = numbers.is_empty().then(|| "Nothing was found.".to_owned());
+        self.searched(numbers, remark);
+    }
+
+    /// The pending search failed: the model is told that there is no answer, not why.
+    pub fn search_failed(&mut self) {
+        self.degraded.get_or_insert_with(|| "A search that the model asked for failed.".to_owned());
+        self.searched(
+            Vec::new(),
+            Some("The search is not available now. Answer with what you have.".to_owned()),
+        );
+    }
+
+    fn searched(&mut self, numbers: Vec<u32>, remark: Option<String>) {
+        let Stage::Searching { pending } = &mut self.stage else { return };
+        if pending.is_empty() {
+            return;
+        }
+        let done = pending.remove(0);
+        let ended = pending.is_empty();
+        self.searches += 1;
+        if let Some(round) = self.rounds.last_mut()
+            && let Some(result) =
+                round.results.iter_mut().find(|result| result.tool_call_id == done.tool_call_id)
+        {
+            result.addition = if numbers.is_empty() { 0 } else { self.shelf.additions() };
+            result.numbers = numbers;
+            result.remark = remark;
+        }
+        if ended {
+            self.stage = Stage::Drafting { again: None };
+        }
+    }
+}
+
+impl Subject {
+    fn longest(&self) -> usize {
+        self.request.chars().count().max(self.parent.as_ref().map_or(0, |parent| parent.chars().count()))
+    }
+
+    /// True when the prompt shows less than there is.
+    fn is_cut(&self) -> bool {
+        self.longest() > self.max_chars
+    }
+}
+
+fn failure(code: &str, message: &str) -> Failure {
+    Failure { code: code.to_owned(), message: message.to_owned() }
+}
+
+fn unknown_kind(asked: &str) -> Failure {
+    let known = Kind::ALL.map(Kind::as_str).join(", ");
+    failure("unknown_kind", &format!("`metadata.kind` is {asked:?}. Known kinds: {known}."))
+}
+
+fn not_a_document() -> Failure {
+    failure(
+        "invalid_answer",
+        "The model did not give a document of the wanted shape, and mending it failed too. \
+         Try another model (OPENAI_MODEL) or another OPENAI_RESPONSE_FORMAT.",
+    )
+}
+
+fn cut_off() -> Failure {
+    failure(
+        "answer_too_long",
+        "The model's answer was cut at the completion cap twice. \
+         Raise OPENAI_MAX_COMPLETION_TOKENS and TOKEN_BUDGET_PER_RUN, or ask for less.",
+    )
+}
+
+fn refused(answer: &ChatAnswer) -> Option<Failure> {
+    if let Some(refusal) = answer.refusal.as_deref().filter(|refusal| !refusal.trim().is_empty()) {
+        let words = clean::cut(&clean::line(refusal), 300);
+        return Some(failure("model_refused", &format!("The model refused the request: {words}")));
+    }
+    (answer.finish_reason == FinishReason::ContentFilter).then(|| {
+        failure(
+            "content_filter",
+            "The provider's content filter stopped the answer. Reword the request, or look at what is indexed.",
+        )
+    })
+}
+
+fn query_of(call: &ToolCall) -> Result<String, String> {
+    if call.name != SEARCH_TOOL {
+        return Err(format!("There is no such tool. The only tool is {SEARCH_TOOL}(query)."));
+    }
+    let arguments: Value = serde_json::from_str(&call.arguments).unwrap_or(Value::Null);
+    let query = clean::cut(&clean::line(arguments["query"].as_str().unwrap_or_default()), MAX_QUERY_CHARS);
+    if query.is_empty() {
+        return Err(format!("{SEARCH_TOOL} needs {{\"query\": \"words to look for\"}}."));
+    }
+    Ok(query)
+}
+
+fn search_tool() -> ToolSpec {
+    ToolSpec {
+        name: SEARCH_TOOL.to_owned(),
+        description: "Searches the team's indexed code and documents. Returns numbered passages that can \
+                      be cited. Use it only when the passages at hand lack something the document needs."
+            .to_owned(),
+        parameters: json!({
+            "type": "object",
+            "properties": { "query": { "type": "string", "description": "What to look for, in a few words" } },
+            "required": ["query"],
+            "additionalProperties": false
+        }),
+    }
+}

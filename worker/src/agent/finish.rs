@@ -1,0 +1,281 @@
+//! From a document as the model wrote it to one that can be published: citations are checked,
+//! diagrams are checked, sources are numbered, Markdown and metadata are made.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::LazyLock,
+};
+
+use regex::Regex;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::{
+    clean, mermaid,
+    passages::Shelf,
+    prompt, render,
+    spec::{Field, Kind, Spec},
+    words,
+};
+
+/// Citations of one statement that are kept.
+const MAX_CITATIONS_A_CLAIM: usize = 8;
+/// Citation faults that are listed in the metadata; all are counted.
+const MAX_LISTED_FAULTS: usize = 20;
+
+/// A finished document.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Finished {
+    /// The structured form, its citations numbered as in the Markdown: the answer's field `spec`.
+    pub spec: Spec,
+    /// The answer's `content`.
+    pub markdown: String,
+    /// What to set over the request's metadata: `kind`, `prompt_version`, `citations`,
+    /// `citations_invalid`, `citations_weak`, `citation_faults`, `general_knowledge`, `searches`,
+    /// `context_degraded`, `repaired`, …
+    pub metadata: Map<String, Value>,
+    /// The sources, as in `metadata.citations`.
+    pub citations: Vec<Citation>,
+}
+
+/// A source of the document, one entry of `metadata.citations`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Citation {
+    /// Its number in the text.
+    pub n: u32,
+    /// Path of the file.
+    pub source: String,
+    /// First line.
+    pub start_line: u32,
+    /// Last line, included.
+    pub end_line: u32,
+    /// Heading or symbol, when known.
+    pub heading: Option<String>,
+    /// Where it was found.
+    pub collection: String,
+    /// Repository, when known.
+    pub repo: Option<String>,
+    /// Commit, when known.
+    pub commit: Option<String>,
+}
+
+/// A citation that does not hold, one entry of `metadata.citation_faults`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CitationFault {
+    /// `invalid`: no such passage was given, removed. `weak`: passage and statement share nothing.
+    pub fault: String,
+    /// For `weak` the number in the text, for `invalid` the number the model made up.
+    pub n: u32,
+    /// Which field.
+    pub field: String,
+    /// How the statement begins.
+    pub claim: String,
+}
+
+/// Something the reader must know before the rest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Note {
+    /// No model wrote this.
+    Offline,
+    /// The model's answer broke off.
+    CutOff,
+    /// The model's answer has faults that mending did not cure.
+    Incomplete(Vec<String>),
+    /// The model's answer held more than a document may hold.
+    Shortened,
+    /// The prompt showed only a part of the request or the parent.
+    SubjectCut,
+}
+
+/// What a document is finished from.
+#[derive(Debug)]
+pub(super) struct Draft<'a> {
+    pub(super) kind: Kind,
+    pub(super) spec: Spec,
+    pub(super) request: &'a str,
+    pub(super) shelf: &'a Shelf,
+    pub(super) notes: Vec<Note>,
+    pub(super) degraded: Option<&'a str>,
+    pub(super) searches: u32,
+    pub(super) repaired: Option<&'a str>,
+}
+
+/// Finishes a document.
+pub(super) fn finish(draft: Draft<'_>) -> Finished {
+    let Draft { kind, mut spec, request, shelf, notes, degraded, searches, repaired } = draft;
+
+    for item in spec.items(kind) {
+        let mut found = Vec::new();
+        for text in item.texts {
+            found.extend(take_markers(text));
+        }
+        if let Some(citations) = item.citations {
+            citations.extend(found);
+        }
+    }
+    let mut broken = 0;
+    for diagram in &mut spec.diagrams {
+        diagram.mermaid = mermaid::tidy(&diagram.mermaid);
+        diagram.fault = mermaid::check(&diagram.mermaid).err().map(|error| error.to_string());
+        broken += usize::from(diagram.fault.is_some());
+    }
+
+    let checked = check_citations(&mut spec, kind, shelf);
+    let citations: Vec<Citation> = checked
+        .order
+        .iter()
+        .enumerate()
+        .filter_map(|(index, old)| {
+            let passage = &shelf.get(*old)?.passage;
+            Some(Citation {
+                n: u32::try_from(index + 1).unwrap_or(u32::MAX),
+                source: passage.source.clone(),
+                start_line: passage.start_line,
+                end_line: passage.end_line,
+                heading: passage.heading.clone(),
+                collection: passage.collection.clone(),
+                repo: passage.repo.clone(),
+                commit: passage.commit.clone(),
+            })
+        })
+        .collect();
+    let given = shelf.entries().filter(|entry| entry.given).count();
+    let markdown = render::markdown(&render::Input {
+        kind,
+        spec: &spec,
+        request,
+        citations: &citations,
+        weak: &checked.faults,
+        notes: &notes,
+        degraded,
+        without_passages: given == 0,
+    });
+
+    let weak = checked.weak;
+    let mut metadata = Map::new();
+    let mut set = |name: &str, value: Value| metadata.insert(name.to_owned(), value);
+    set("kind", json!(kind));
+    set("prompt_version", json!(prompt::version()));
+    set("citations", json!(citations));
+    set("citations_invalid", json!(checked.invalid));
+    set("citations_weak", json!(weak));
+    set("citation_faults", json!(checked.faults));
+    set("general_knowledge", json!(checked.uncited));
+    set("passages_given", json!(given));
+    set("searches", json!(searches));
+    set("diagrams_broken", json!(broken));
+    set("context_degraded", json!(degraded.is_some()));
+    if let Some(why) = degraded {
+        set("context_degraded_reason", json!(why));
+    }
+    set("repaired", json!(repaired.is_some()));
+    if let Some(why) = repaired {
+        set("repair_reason", json!(why));
+    }
+    set(
+        "incomplete",
+        json!(notes.iter().any(|note| matches!(note, Note::CutOff | Note::Incomplete(_) | Note::Shortened))),
+    );
+    Finished { spec, markdown, metadata, citations }
+}
+
+/// Takes `[3]` and `[1, 2]` out of a text, for models that cite in the text in spite of the rules.
+fn take_markers(text: &mut String) -> Vec<u32> {
+    static MARKER: LazyLock<Option<Regex>> =
+        LazyLock::new(|| Regex::new(r"(?:^|\s|([.,;:)]))\[(\d{1,4}(?:\s*,\s*\d{1,4})*)\]").ok());
+    let Some(marker) = &*MARKER else { return Vec::new() };
+    // Code keeps its brackets: `items[0]`.
+    if !text.contains('[') || text.contains('`') {
+        return Vec::new();
+    }
+    let mut numbers = Vec::new();
+    let mut rest = text.clone();
+    // Markers that touch (`[1][2]`) are found one after the other.
+    for _ in 0..8 {
+        let mut any = false;
+        let next = marker
+            .replace_all(&rest, |found: &regex::Captures<'_>| {
+                any = true;
+                numbers.extend(found[2].split(',').filter_map(|n| n.trim().parse::<u32>().ok()));
+                found.get(1).map_or(String::new(), |kept| kept.as_str().to_owned())
+            })
+            .into_owned();
+        rest = next;
+        if !any {
+            break;
+        }
+    }
+    rest.trim().clone_into(text);
+    numbers
+}
+
+struct Checked {
+    /// Passage numbers in the order of their first citation.
+    order: Vec<u32>,
+    invalid: usize,
+    weak: usize,
+    uncited: usize,
+    faults: Vec<CitationFault>,
+}
+
+/// Removes citations of passages that were not given, finds those that support nothing, and numbers
+/// the rest by first appearance.
+fn check_citations(spec: &mut Spec, kind: Kind, shelf: &Shelf) -> Checked {
+    let bags: HashMap<u32, HashSet<String>> =
+        shelf.entries().filter(|entry| entry.given).map(|entry| (entry.n, entry.words())).collect();
+    let mut checked = Checked { order: Vec::new(), invalid: 0, weak: 0, uncited: 0, faults: Vec::new() };
+    for item in spec.items(kind) {
+        let claim = item.claim();
+        let field = item.field;
+        let Some(citations) = item.citations else { continue };
+        if claim.trim().is_empty() {
+            citations.clear();
+            continue;
+        }
+        let said = words::of(&claim);
+        let mut seen = HashSet::new();
+        let mut kept = Vec::new();
+        for n in std::mem::take(citations) {
+            if !seen.insert(n) {
+                continue;
+            }
+            let fault = |fault: &str, n: u32| CitationFault {
+                fault: fault.to_owned(),
+                n,
+                field: field.name().to_owned(),
+                claim: clean::cut(&clean::line(&claim), 80),
+            };
+            let Some(bag) = bags.get(&n) else {
+                checked.invalid += 1;
+                checked.faults.push(fault("invalid", n));
+                continue;
+            };
+            if kept.len() == MAX_CITATIONS_A_CLAIM {
+                continue;
+            }
+            let index = checked.order.iter().position(|known| *known == n).unwrap_or_else(|| {
+                checked.order.push(n);
+                checked.order.len() - 1
+            });
+            let number = u32::try_from(index + 1).unwrap_or(u32::MAX);
+            if is_weak(&said, bag) {
+                checked.weak += 1;
+                checked.faults.push(fault("weak", number));
+            }
+            kept.push(number);
+        }
+        kept.sort_unstable();
+        checked.uncited += usize::from(kept.is_empty() && field != Field::Title);
+        *citations = kept;
+    }
+    checked.faults.truncate(MAX_LISTED_FAULTS);
+    checked
+}
+
+/// A statement of some length that shares no more than one word with its passage is not supported
+/// by it. Purely lexical: it finds citations that are beside the point, not subtle ones.
+fn is_weak(claim: &HashSet<String>, passage: &HashSet<String>) -> bool {
+    let shared = claim.intersection(passage).count();
+    shared == 0 || (shared == 1 && claim.len() >= 6)
+}

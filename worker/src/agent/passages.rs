@@ -1,0 +1,340 @@
+//! The passages of one document, numbered. A number means the same passage from the moment the
+//! model has seen it; before that, packing may renumber.
+
+use std::collections::HashSet;
+
+use atlas_shared::gateway_api::Passage;
+use serde::{Deserialize, Serialize};
+
+use super::{clean, words};
+
+/// Passages a document can have in all; what comes after is ignored.
+const MAX_PASSAGES: usize = 120;
+/// A longer passage is cut to its most relevant lines.
+const MAX_PASSAGE_CHARS: usize = 4_000;
+/// Texts more alike than this (Jaccard over words) are one passage.
+const SAME: f64 = 0.92;
+/// What a passage costs besides its text: its place and its fence, in characters.
+const FRAME_CHARS: usize = 80;
+
+/// The passages at hand.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Shelf {
+    entries: Vec<Entry>,
+    /// How many times passages were added: 0 before the first.
+    additions: u32,
+    /// True once the model has seen numbers.
+    frozen: bool,
+    /// What the document is about, for cutting long passages.
+    about: String,
+}
+
+/// A passage and its number.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Entry {
+    /// Its number.
+    pub(super) n: u32,
+    /// The passage, cleaned.
+    pub(super) passage: Passage,
+    /// Which addition brought it: 1 is the first retrieval.
+    pub(super) addition: u32,
+    /// In the next prompt?
+    pub(super) packed: bool,
+    /// Did the model see it?
+    pub(super) given: bool,
+}
+
+impl Entry {
+    /// `path:start-end`.
+    pub(super) fn place(&self) -> String {
+        format!("{}:{}-{}", self.passage.source, self.passage.start_line, self.passage.end_line)
+    }
+
+    fn size(&self) -> usize {
+        self.passage.text.len() + self.passage.source.len() + FRAME_CHARS
+    }
+
+    /// The words of the passage, its path and its heading.
+    pub(super) fn words(&self) -> HashSet<String> {
+        let Passage { text, source, heading, .. } = &self.passage;
+        words::of(&format!("{source} {} {text}", heading.as_deref().unwrap_or_default()))
+    }
+}
+
+impl Shelf {
+    /// An empty shelf for a document about this.
+    pub(super) fn new(about: &str) -> Self {
+        Self { about: about.to_owned(), ..Self::default() }
+    }
+
+    /// Adds passages, best first. What is there already is not added again. Returns the numbers of
+    /// all of them, old and new.
+    pub(super) fn add(&mut self, passages: Vec<Passage>) -> Vec<u32> {
+        self.additions += 1;
+        let about = words::of(&self.about);
+        let mut numbers = Vec::new();
+        for passage in passages {
+            let Some(passage) = tidy(passage, &about) else { continue };
+            let bag = words::of(&passage.text);
+            let known = self.entries.iter().find(|entry| {
+                contains(&entry.passage, &passage)
+                    || words::similarity(&words::of(&entry.passage.text), &bag) > SAME
+            });
+            let n = match known {
+                Some(entry) => entry.n,
+                None if self.entries.len() >= MAX_PASSAGES => continue,
+                None => {
+                    let n = u32::try_from(self.entries.len() + 1).unwrap_or(u32::MAX);
+                    self.entries.push(Entry {
+                        n,
+                        passage,
+                        addition: self.additions,
+                        packed: true,
+                        given: false,
+                    });
+                    n
+                }
+            };
+            if !numbers.contains(&n) {
+                numbers.push(n);
+            }
+        }
+        numbers
+    }
+
+    /// How many additions there were.
+    pub(super) fn additions(&self) -> u32 {
+        self.additions
+    }
+
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// How many are in the next prompt.
+    pub(super) fn packed(&self) -> usize {
+        self.entries.iter().filter(|entry| entry.packed).count()
+    }
+
+    /// All, in the order they came.
+    pub(super) fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.entries.iter()
+    }
+
+    /// The passage of that number.
+    pub(super) fn get(&self, n: u32) -> Option<&Entry> {
+        self.entries.iter().find(|entry| entry.n == n)
+    }
+
+    /// Everything into the next prompt.
+    pub(super) fn pack_all(&mut self) {
+        self.entries.iter_mut().for_each(|entry| entry.packed = true);
+        self.renumber();
+    }
+
+    /// Nothing into the next prompt.
+    pub(super) fn pack_none(&mut self) {
+        self.entries.iter_mut().for_each(|entry| entry.packed = false);
+        self.renumber();
+    }
+
+    /// The best that fit into `room` tokens, where all of them together cost `scale`. What a search
+    /// brought goes first, because the model asked for it; then by rank. A passage that is too long
+    /// for what is left makes way for shorter ones after it.
+    pub(super) fn pack_within(&mut self, room: u64, scale: u64) {
+        let total: usize = self.entries.iter().map(Entry::size).sum();
+        let total = u64::try_from(total.max(1)).unwrap_or(u64::MAX);
+        let mut order: Vec<usize> = (0..self.entries.len()).collect();
+        order.sort_by_key(|index| {
+            let addition = self.entries[*index].addition;
+            (addition <= 1, u32::MAX - addition, *index)
+        });
+        let mut left = room;
+        for index in order {
+            let size = u64::try_from(self.entries[index].size()).unwrap_or(u64::MAX);
+            let cost = size.saturating_mul(scale).div_ceil(total);
+            let fits = cost <= left;
+            self.entries[index].packed = fits;
+            if fits {
+                left -= cost;
+            }
+        }
+        self.renumber();
+    }
+
+    /// Until the model has seen them, the packed ones are 1, 2, 3, … and the others follow.
+    fn renumber(&mut self) {
+        if self.frozen {
+            return;
+        }
+        let packed = self.entries.iter_mut();
+        let mut n = 0;
+        let (mut first, mut rest): (Vec<_>, Vec<_>) = packed.partition(|entry| entry.packed);
+        for entry in first.iter_mut().chain(rest.iter_mut()) {
+            n += 1;
+            entry.n = n;
+        }
+    }
+
+    /// The prompt was answered: what it held may be cited from now on.
+    pub(super) fn mark_given(&mut self) {
+        self.frozen = true;
+        self.entries.iter_mut().filter(|entry| entry.packed).for_each(|entry| entry.given = true);
+    }
+}
+
+fn contains(outer: &Passage, inner: &Passage) -> bool {
+    outer.source == inner.source
+        && outer.collection == inner.collection
+        && outer.repo == inner.repo
+        && outer.start_line <= inner.start_line
+        && inner.end_line <= outer.end_line
+}
+
+fn tidy(passage: Passage, about: &HashSet<String>) -> Option<Passage> {
+    let short = |text: &str| clean::cut(&clean::line(text), 200);
+    let heading = passage.heading.as_deref().map(short).filter(|heading| !heading.is_empty());
+    let passage = cut_to_relevant_lines(passage, about);
+    let text = clean::text(&passage.text);
+    if text.trim().is_empty() {
+        return None;
+    }
+    Some(Passage {
+        text: text.trim_end().to_owned(),
+        source: short(&passage.source),
+        heading,
+        collection: short(&passage.collection),
+        repo: passage.repo.as_deref().map(short),
+        commit: passage.commit.as_deref().map(short),
+        ..passage
+    })
+}
+
+/// The window of lines that has most of the words looked for, so that the lines named stay true.
+fn cut_to_relevant_lines(passage: Passage, about: &HashSet<String>) -> Passage {
+    if passage.text.len() <= MAX_PASSAGE_CHARS {
+        return passage;
+    }
+    let lines: Vec<&str> = passage.text.lines().collect();
+    let spans = passage.end_line.checked_sub(passage.start_line).map(|lines| lines as usize + 1);
+    if spans != Some(lines.len()) {
+        // The lines do not add up, so no part of it can be named: keep the beginning.
+        return Passage { text: clean::cut(&passage.text, MAX_PASSAGE_CHARS), ..passage };
+    }
+    let hits: Vec<usize> = lines.iter().map(|line| words::of(line).intersection(about).count()).collect();
+    let (mut best, mut best_hits) = (0..0, 0);
+    let (mut start, mut chars, mut found) = (0, 0, 0);
+    for end in 0..lines.len() {
+        chars += lines[end].len() + 1;
+        found += hits[end];
+        while chars > MAX_PASSAGE_CHARS && start < end {
+            chars -= lines[start].len() + 1;
+            found -= hits[start];
+            start += 1;
+        }
+        if chars <= MAX_PASSAGE_CHARS && (best.is_empty() || found > best_hits) {
+            (best, best_hits) = (start..end + 1, found);
+        }
+    }
+    if best.is_empty() {
+        // One line longer than all that is allowed.
+        return Passage { text: clean::cut(&passage.text, MAX_PASSAGE_CHARS), ..passage };
+    }
+    let first = u32::try_from(best.start).unwrap_or(0);
+    let last = u32::try_from(best.end - 1).unwrap_or(0);
+    Passage {
+        text: lines[best].join("\n"),
+        end_line: passage.start_line + last,
+        start_line: passage.start_line + first,
+        ..passage
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A passage with lines that add up.
+    pub(in super::super) fn passage(source: &str, start_line: u32, text: &str) -> Passage {
+        let lines = u32::try_from(text.lines().count().max(1)).unwrap_or(1);
+        Passage {
+            text: text.to_owned(),
+            similarity: None,
+            source: source.to_owned(),
+            start_line,
+            end_line: start_line + lines - 1,
+            heading: None,
+            score: 0.5,
+            collection: "atlas".to_owned(),
+            lang: None,
+            repo: Some("atlas".to_owned()),
+            commit: Some("3f9a2c1".to_owned()),
+        }
+    }
+
+    fn numbers(shelf: &Shelf) -> Vec<u32> {
+        shelf.entries().filter(|entry| entry.packed).map(|entry| entry.n).collect()
+    }
+
+    #[test]
+    fn what_is_there_is_not_added_again() {
+        let mut shelf = Shelf::new("leases");
+        shelf.add(vec![
+            passage("a.rs", 1, "one two three\nfour five six\nseven eight nine"),
+            passage("b.rs", 1, "leases expire after sixty seconds"),
+        ]);
+        let again = shelf.add(vec![
+            passage("a.rs", 2, "four five six"),
+            passage("copy.rs", 9, "leases expire after sixty seconds"),
+            passage("c.rs", 1, "something new entirely"),
+        ]);
+        assert_eq!(again, [1, 2, 3]);
+        assert_eq!(shelf.len(), 3);
+    }
+
+    #[test]
+    fn packing_drops_the_lowest_ranked_and_renumbers_before_the_model_sees_them() {
+        let mut shelf = Shelf::new("x");
+        let long = "word ".repeat(200);
+        shelf.add(vec![
+            passage("1.md", 1, "alpha first"),
+            passage("2.md", 1, &long),
+            passage("3.md", 1, "gamma third"),
+        ]);
+        shelf.pack_within(300, 1_000);
+        let kept: Vec<&str> =
+            shelf.entries().filter(|e| e.packed).map(|e| e.passage.source.as_str()).collect();
+        assert_eq!(kept, ["1.md", "3.md"]);
+        assert_eq!(numbers(&shelf), [1, 2]);
+        shelf.mark_given();
+        shelf.pack_all();
+        assert_eq!(numbers(&shelf), [1, 3, 2], "numbers given to the model stay");
+    }
+
+    #[test]
+    fn what_was_searched_for_is_packed_first() {
+        let mut shelf = Shelf::new("x");
+        shelf.add(vec![passage("old.md", 1, "alpha beta"), passage("old2.md", 1, "gamma delta")]);
+        shelf.mark_given();
+        shelf.add(vec![passage("new.md", 1, "epsilon zeta")]);
+        shelf.pack_within(340, 1_000);
+        let kept: Vec<&str> =
+            shelf.entries().filter(|e| e.packed).map(|e| e.passage.source.as_str()).collect();
+        assert_eq!(kept, ["new.md"]);
+    }
+
+    #[test]
+    fn a_long_passage_keeps_its_relevant_lines_and_names_them() {
+        let mut lines: Vec<String> =
+            (0..400).map(|n| format!("filler line number {n} says nothing")).collect();
+        lines[200] = "the lease is renewed while the run lives".to_owned();
+        let mut shelf = Shelf::new("lease renewal");
+        shelf.add(vec![passage("long.md", 11, &lines.join("\n"))]);
+        let entry = shelf.get(1).map_or_else(|| passage("", 1, ""), |entry| entry.passage.clone());
+        assert!(entry.text.len() <= MAX_PASSAGE_CHARS);
+        let at = entry.text.lines().position(|line| line.contains("the lease is renewed"));
+        assert_eq!(at.map(|at| at + entry.start_line as usize), Some(211));
+        assert_eq!(entry.text.lines().count(), (entry.end_line - entry.start_line + 1) as usize);
+    }
+}

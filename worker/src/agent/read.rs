@@ -1,0 +1,519 @@
+//! Reads a model's answer: finds the JSON, closes what was cut off, bends it into shape, and lists
+//! what is wrong with it. Total: any text gives a [`Reading`] or `None`, never a panic.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::{
+    clean, mermaid, schema,
+    spec::{Decision, Field, Kind, Spec},
+};
+
+/// A longer answer is cut here; no cap of ours lets one through.
+const MAX_ANSWER_BYTES: usize = 2_000_000;
+/// Items of one list.
+const MAX_ITEMS: usize = 40;
+/// Characters of one text.
+const MAX_TEXT_CHARS: usize = 3_000;
+/// Characters of all texts together.
+const MAX_TOTAL_CHARS: usize = 150_000;
+/// Fault lines shown to a model or a reader.
+const MAX_FAULT_LINES: usize = 16;
+
+/// What was read from an answer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Reading {
+    /// The document, as far as it goes.
+    pub(super) spec: Spec,
+    /// What is wrong with it.
+    pub(super) faults: Vec<Fault>,
+    /// True when the answer broke off.
+    pub(super) cut: bool,
+    /// True when the answer held more than a document may hold.
+    pub(super) shortened: bool,
+}
+
+/// Something wrong with an answer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Fault {
+    /// Where; `None`: everywhere.
+    pub(super) field: Option<Field>,
+    /// What, for the model and for the reader.
+    pub(super) text: String,
+}
+
+/// Reads an answer that should hold these fields. `None`: it holds none of them.
+pub(super) fn document(content: &str, fields: &[Field]) -> Option<Reading> {
+    let (value, cut) = find_object(content, fields)?;
+    let mut faults = Vec::new();
+    if cut {
+        // The field that was being written is incomplete even where its shape fits.
+        let last = value.as_object().and_then(|map| map.keys().rev().find_map(|key| Field::named(key)));
+        faults.push(Fault { field: last, text: "The answer breaks off here.".to_owned() });
+    }
+    let mut bent = schema::coerce(value, &schema::of_fields(fields), &mut |text| {
+        let name = text.trim_start_matches('`').split(['`', '.', '[']).next().unwrap_or_default();
+        faults.push(Fault { field: Field::named(name), text: format!("{text}.") });
+    });
+    let mut left = MAX_TOTAL_CHARS;
+    let mut shortened = false;
+    limit(&mut bent, &mut left, &mut shortened);
+    // `coerce` gives what the types hold; a test feeds it arbitrary JSON.
+    let mut spec: Spec = serde_json::from_value(bent).ok()?;
+    drop_blanks(&mut spec);
+    faults.extend(check(&spec, fields));
+    Some(Reading { spec, faults, cut, shortened })
+}
+
+impl Reading {
+    /// The fields to ask for again. All of them where a fault has no place.
+    pub(super) fn faulty_fields(&self, kind: Kind) -> Vec<Field> {
+        if self.faults.iter().any(|fault| fault.field.is_none()) {
+            return kind.fields().to_vec();
+        }
+        let at: BTreeSet<Field> = self.faults.iter().filter_map(|fault| fault.field).collect();
+        kind.fields().iter().copied().filter(|field| at.contains(field)).collect()
+    }
+
+    /// The faults in words, each once.
+    pub(super) fn fault_lines(&self) -> Vec<String> {
+        let mut lines: Vec<String> = Vec::new();
+        for fault in &self.faults {
+            let line = match fault.field {
+                Some(field) if !fault.text.starts_with('`') => format!("`{}`: {}", field.name(), fault.text),
+                _ => fault.text.clone(),
+            };
+            if !lines.contains(&line) {
+                lines.push(line);
+            }
+        }
+        let more = lines.len().saturating_sub(MAX_FAULT_LINES);
+        lines.truncate(MAX_FAULT_LINES);
+        if more > 0 {
+            lines.push(format!("… and {more} more of the kind."));
+        }
+        lines
+    }
+
+    /// The answer as it is shown for mending: these fields, and title and summary to know what about.
+    pub(super) fn shown(&self, fields: &[Field]) -> String {
+        let Ok(Value::Object(map)) = serde_json::to_value(&self.spec) else { return String::new() };
+        let shown: Map<String, Value> = map
+            .into_iter()
+            .filter(|(name, _)| {
+                name == "title" || name == "summary" || fields.iter().any(|field| field.name() == name)
+            })
+            .collect();
+        Value::Object(shown).to_string()
+    }
+
+    /// This document with `fields` taken from `patch`, where that has no more faults there.
+    pub(super) fn patched(&self, patch: &Self, fields: &[Field], kind: Kind) -> Self {
+        let faults_at = |reading: &Self, field: Field| {
+            reading.faults.iter().filter(|fault| fault.field.is_none_or(|at| at == field)).count()
+        };
+        let taken: Vec<Field> = fields
+            .iter()
+            .copied()
+            .filter(|field| faults_at(patch, *field) <= faults_at(self, *field))
+            .collect();
+        let (Ok(Value::Object(mut base)), Ok(Value::Object(mut new))) =
+            (serde_json::to_value(&self.spec), serde_json::to_value(&patch.spec))
+        else {
+            return self.clone();
+        };
+        for field in &taken {
+            match new.remove(field.name()) {
+                Some(value) => base.insert(field.name().to_owned(), value),
+                None => base.remove(field.name()),
+            };
+        }
+        let Ok(spec) = serde_json::from_value(Value::Object(base)) else { return self.clone() };
+        let whole = taken.len() == kind.fields().len();
+        let mut faults: Vec<Fault> = self
+            .faults
+            .iter()
+            .filter(|fault| fault.field.map_or(!whole, |field| !taken.contains(&field)))
+            .cloned()
+            .collect();
+        faults.extend(
+            patch.faults.iter().filter(|fault| fault.field.is_none_or(|at| taken.contains(&at))).cloned(),
+        );
+        let still_cut = self.cut && faults.iter().any(|fault| fault.text.contains("breaks off"));
+        Self { spec, faults, cut: still_cut, shortened: self.shortened || patch.shortened }
+    }
+
+    /// True when the other one should be kept instead.
+    pub(super) fn is_worse_than(&self, other: &Self) -> bool {
+        let rank = |reading: &Self| (reading.faults.len(), reading.cut);
+        rank(other) < rank(self) || (rank(other) == rank(self) && !self.spec.eq(&other.spec))
+    }
+
+    /// True when there is enough to show: a name or a summary, and something below it.
+    pub(super) fn says_something(&self, kind: Kind) -> bool {
+        let mut spec = self.spec.clone();
+        let items = spec.items(kind);
+        let has = |wanted: fn(Field) -> bool| {
+            items.iter().any(|item| wanted(item.field) && !item.claim().trim().is_empty())
+        };
+        has(|field| matches!(field, Field::Title | Field::Summary))
+            && has(|field| !matches!(field, Field::Title | Field::Summary | Field::Diagrams))
+    }
+}
+
+/// Finds the JSON object in an answer: bare, in a Markdown fence, after thoughts, wrapped in one
+/// more object, or cut off. True: it was cut off and closed here.
+fn find_object(content: &str, fields: &[Field]) -> Option<(Value, bool)> {
+    let mut text = content.trim_start_matches('\u{feff}').trim();
+    if text.len() > MAX_ANSWER_BYTES {
+        let end = (0..=MAX_ANSWER_BYTES).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+        text = &text[..end];
+    }
+    // Reasoning models of some servers think aloud first.
+    if let Some(end) = text.rfind("</think>") {
+        text = &text[end + "</think>".len()..];
+    }
+    let wanted = |value: Value| -> Option<Value> {
+        let has = |value: &Value| {
+            fields.iter().any(|field| value.get(field.name()).is_some_and(|value| !value.is_null()))
+        };
+        if has(&value) {
+            return Some(value);
+        }
+        // {"spec": {…}}
+        match value {
+            Value::Object(map) => map.into_iter().map(|(_, inner)| inner).find(has),
+            _ => None,
+        }
+    };
+    let starts: Vec<usize> = text.match_indices('{').map(|(at, _)| at).take(16).collect();
+    for start in &starts {
+        let mut stream = serde_json::Deserializer::from_str(&text[*start..]).into_iter::<Value>();
+        if let Some(Ok(value)) = stream.next()
+            && let Some(value) = wanted(value)
+        {
+            return Some((value, false));
+        }
+    }
+    for start in &starts {
+        if let Some(value) = close(&text[*start..]).and_then(wanted) {
+            return Some((value, true));
+        }
+    }
+    None
+}
+
+/// Parses JSON that breaks off: ends the string, drops the half of a pair, closes the brackets.
+fn close(text: &str) -> Option<Value> {
+    let mut open = Vec::new();
+    let (mut in_string, mut escaped) = (false, false);
+    // Where the text may be cut so that closing the brackets gives JSON, and what is open there.
+    let mut safe: Vec<(usize, usize)> = Vec::new();
+    let mut stacks: Vec<Vec<char>> = Vec::new();
+    for (at, c) in text.char_indices() {
+        if in_string {
+            match c {
+                _ if escaped => escaped = false,
+                '\\' => escaped = true,
+                '"' => in_string = false,
+                _ => {}
+            }
+            continue;
+        }
+        match c {
+            '"' => in_string = true,
+            '{' => open.push('}'),
+            '[' => open.push(']'),
+            '}' | ']' => {
+                if open.pop() != Some(c) {
+                    break;
+                }
+                if open.is_empty() {
+                    break;
+                }
+                safe.push((at + 1, open.len()));
+                stacks.push(open.clone());
+            }
+            ',' => {
+                safe.push((at, open.len()));
+                stacks.push(open.clone());
+            }
+            _ => {}
+        }
+        if open.len() > 64 {
+            return None;
+        }
+        // Only the latest ones matter.
+        if safe.len() > 64 {
+            safe.drain(..32);
+            stacks.drain(..32);
+        }
+    }
+    let finish = |body: &str, open: &[char]| -> Option<Value> {
+        let mut whole = body.to_owned();
+        whole.extend(open.iter().rev());
+        serde_json::from_str(&whole).ok()
+    };
+    if in_string {
+        // The text in the open string is worth keeping where it is a value.
+        let body = if escaped { &text[..text.len() - 1] } else { text };
+        if let Some(value) = finish(&format!("{body}…\""), &open) {
+            return Some(value);
+        }
+    }
+    if let Some(value) = finish(text, &open) {
+        return Some(value);
+    }
+    safe.iter().zip(&stacks).rev().find_map(|((at, _), open)| finish(&text[..*at], open))
+}
+
+/// Cleans every text and keeps the document within bounds.
+fn limit(value: &mut Value, left: &mut usize, shortened: &mut bool) {
+    match value {
+        Value::String(text) => {
+            let max = MAX_TEXT_CHARS.min(*left);
+            let cleaned = clean::text(text);
+            *shortened |= cleaned.chars().count() > max;
+            *text = if max == 0 { String::new() } else { clean::cut(cleaned.trim(), max) };
+            *left = left.saturating_sub(text.chars().count());
+        }
+        Value::Array(items) => {
+            *shortened |= items.len() > MAX_ITEMS;
+            items.truncate(MAX_ITEMS);
+            for item in items {
+                limit(item, left, shortened);
+            }
+        }
+        Value::Object(map) => {
+            for (_, item) in map.iter_mut() {
+                limit(item, left, shortened);
+            }
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => {}
+    }
+}
+
+/// Items that say nothing are no items.
+fn drop_blanks(spec: &mut Spec) {
+    let said = |text: &str| !text.trim().is_empty();
+    for claims in [
+        &mut spec.context,
+        &mut spec.requirements.functional,
+        &mut spec.requirements.non_functional,
+        &mut spec.drivers,
+        &mut spec.confirmation,
+        &mut spec.strengths,
+        &mut spec.consequences.good,
+        &mut spec.consequences.bad,
+        &mut spec.deployment,
+        &mut spec.scaling,
+        &mut spec.security,
+        &mut spec.observability,
+    ] {
+        claims.retain(|claim| said(&claim.text));
+    }
+    spec.changes.retain(|it| said(&it.change) || said(&it.section));
+    spec.options.retain(|it| said(&it.name) || said(&it.description));
+    spec.findings.retain(|it| said(&it.finding) || said(&it.title));
+    spec.components.retain(|it| said(&it.name) || said(&it.responsibility));
+    spec.decisions.retain(|it| said(&it.title) || said(&it.decision));
+    spec.diagrams.retain(|it| said(&it.mermaid));
+    spec.risks.retain(|it| said(&it.risk));
+    spec.open_questions.retain(|text| said(text));
+    for decision in &mut spec.decisions {
+        decision.alternatives.retain(|it| said(&it.name) || said(&it.why_not));
+        decision.consequences.retain(|text| said(text));
+    }
+    for option in &mut spec.options {
+        option.pros.retain(|text| said(text));
+        option.cons.retain(|text| said(text));
+    }
+}
+
+/// What a document of the right shape may still lack.
+fn check(spec: &Spec, fields: &[Field]) -> Vec<Fault> {
+    let mut faults = Vec::new();
+    for field in fields {
+        let mut fault = |text: String| faults.push(Fault { field: Some(*field), text });
+        let mut wanted = |missing: bool, what: &str| {
+            if missing {
+                fault(format!("There is no {what}."));
+            }
+        };
+        match field {
+            Field::Title => wanted(spec.title.trim().is_empty(), "title"),
+            Field::Summary => wanted(spec.summary.trim().is_empty(), "summary"),
+            Field::Components => wanted(spec.components.is_empty(), "component"),
+            Field::Findings => wanted(spec.findings.is_empty(), "finding"),
+            Field::Changes => wanted(spec.changes.is_empty(), "change"),
+            Field::Options => wanted(spec.options.len() < 2, "second option to weigh"),
+            Field::Outcome => {
+                wanted(spec.outcome.chosen.trim().is_empty(), "chosen option");
+                let chosen = spec.outcome.chosen.trim().to_lowercase();
+                let among = spec.options.iter().any(|option| {
+                    let name = option.name.trim().to_lowercase();
+                    !name.is_empty() && (chosen.contains(&name) || name.contains(&chosen))
+                });
+                if fields.contains(&Field::Options) && !chosen.is_empty() && !among {
+                    fault("`chosen` is none of the options.".to_owned());
+                }
+            }
+            Field::Decisions => {
+                wanted(spec.decisions.is_empty(), "decision");
+                for Decision { title, rationale, alternatives, consequences, .. } in &spec.decisions {
+                    let title = clean::cut(&clean::line(title), 60);
+                    if alternatives.len() < 2 {
+                        fault(format!(
+                            "The decision {title:?} weighs {} alternatives; give two or more.",
+                            alternatives.len()
+                        ));
+                    }
+                    if consequences.is_empty() {
+                        fault(format!("The decision {title:?} has no consequences."));
+                    }
+                    if rationale.trim().is_empty() {
+                        fault(format!("The decision {title:?} has no rationale."));
+                    }
+                }
+            }
+            Field::Diagrams => {
+                for (index, diagram) in spec.diagrams.iter().enumerate() {
+                    if let Err(error) = mermaid::check(&mermaid::tidy(&diagram.mermaid)) {
+                        fault(format!("Diagram {}: {error}.", index + 1));
+                    }
+                }
+            }
+            Field::Context
+            | Field::Requirements
+            | Field::Drivers
+            | Field::Consequences
+            | Field::Confirmation
+            | Field::Strengths
+            | Field::Deployment
+            | Field::Scaling
+            | Field::Security
+            | Field::Observability
+            | Field::Risks
+            | Field::OpenQuestions => {}
+        }
+    }
+    faults
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const FIELDS: &[Field] = &[Field::Title, Field::Summary, Field::Context, Field::OpenQuestions];
+    const GOOD: &str = r#"{"title":"T","summary":"S","context":[{"text":"A fact","citations":[1]}],"open_questions":["Why?"]}"#;
+
+    #[test]
+    fn json_is_found_wherever_it_hides() {
+        let answers = [
+            GOOD.to_owned(),
+            format!("  \n\n\t{GOOD}\n\n   \n"),
+            format!("```json\n{GOOD}\n```"),
+            format!("Here is the document:\n\n```\n{GOOD}\n```\nI hope {{it}} helps."),
+            format!("<think>Maybe {{\"title\": 1}} or so</think>{GOOD}"),
+            format!("I considered {{braces}} and then wrote {GOOD}"),
+            format!("{{\"document\": {GOOD}}}"),
+            format!("\u{feff}{GOOD}"),
+        ];
+        for answer in answers {
+            let reading = document(&answer, FIELDS).unwrap_or_else(|| unreachable_reading(&answer));
+            assert_eq!(reading.spec.title, "T", "{answer}");
+            assert_eq!(reading.spec.context[0].citations, [1], "{answer}");
+            assert!(reading.faults.is_empty(), "{answer}: {:?}", reading.faults);
+        }
+    }
+
+    fn unreachable_reading(answer: &str) -> Reading {
+        assert!(answer.is_empty(), "nothing was read from {answer}");
+        Reading { spec: Spec::default(), faults: Vec::new(), cut: false, shortened: false }
+    }
+
+    #[test]
+    fn what_was_cut_off_is_kept_as_far_as_it_goes() {
+        let cut = &GOOD[..GOOD.find("fact").unwrap()];
+        let reading = document(cut, FIELDS).unwrap();
+        assert_eq!(reading.spec.summary, "S");
+        assert_eq!(reading.spec.context[0].text, "A…");
+        assert!(reading.cut);
+        assert_eq!(reading.faulty_fields(Kind::Spec), [Field::Context, Field::OpenQuestions]);
+        insta::assert_snapshot!(reading.fault_lines().join("\n"));
+    }
+
+    #[test]
+    fn prose_and_foreign_json_are_no_document() {
+        for answer in ["", "I cannot do that.", "[1, 2]", "{\"foo\": 1}", "null", "{{{{", "{\"title\": null}"]
+        {
+            assert_eq!(document(answer, FIELDS), None, "{answer}");
+        }
+    }
+
+    #[test]
+    fn a_patch_replaces_only_what_it_mends() {
+        let fields = &[Field::Title, Field::Summary, Field::Decisions];
+        let base = document(
+            r#"{"title":"T","summary":"S","decisions":[{"title":"D","decision":"d","rationale":"r","alternatives":[],"consequences":["c"],"citations":[]}]}"#,
+            fields,
+        )
+        .unwrap();
+        assert_eq!(base.faulty_fields(Kind::Spec), [Field::Decisions]);
+        let patch = document(
+            r#"{"decisions":[{"title":"D","decision":"d","rationale":"r","alternatives":[{"name":"a","why_not":"x"},{"name":"b","why_not":"y"}],"consequences":["c"],"citations":[2]}]}"#,
+            &[Field::Decisions],
+        )
+        .unwrap();
+        let whole = base.patched(&patch, &[Field::Decisions], Kind::Spec);
+        assert_eq!(whole.faults, []);
+        assert_eq!(whole.spec.summary, "S");
+        assert_eq!(whole.spec.decisions[0].alternatives.len(), 2);
+
+        let worse = document(r#"{"decisions":[]}"#, &[Field::Decisions]).unwrap();
+        let kept = base.patched(&worse, &[Field::Decisions], Kind::Spec);
+        assert_eq!(kept.faults.len(), 1);
+    }
+
+    #[test]
+    fn an_endless_answer_is_bounded() {
+        let claim = format!(r#"{{"text":"{}","citations":[]}}"#, "long ".repeat(2_000));
+        let answer = format!(
+            r#"{{"title":"T","summary":"S","context":[{}],"open_questions":[]}}"#,
+            vec![claim; 200].join(",")
+        );
+        let reading = document(&answer, FIELDS).unwrap();
+        assert!(reading.shortened);
+        assert!(reading.spec.context.len() <= MAX_ITEMS);
+        assert!(serde_json::to_string(&reading.spec).unwrap().len() < 2 * MAX_TOTAL_CHARS);
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_text_never_panics(text in "\\PC{0,300}") {
+            for kind in Kind::ALL {
+                let _ = document(&text, kind.fields());
+            }
+        }
+
+        #[test]
+        fn arbitrary_json_like_text_never_panics(text in r#"[{}\[\]",:\\a-z0-9 \n]{0,200}"#) {
+            let _ = document(&text, FIELDS);
+            let _ = document(&format!("{{\"title\":{text}"), FIELDS);
+        }
+
+        #[test]
+        fn a_good_answer_cut_anywhere_never_panics(at in 0_usize..GOOD.len()) {
+            if GOOD.is_char_boundary(at) {
+                let reading = document(&GOOD[..at], FIELDS);
+                prop_assert!(at < 12 || reading.is_some(), "{}", &GOOD[..at]);
+            }
+        }
+    }
+}

@@ -1,0 +1,464 @@
+//! Markdown from a document. Every text of the document is somebody else's: it is put into one line
+//! and escaped, so that it can neither open a heading, a list, HTML or a link, nor look like one of
+//! our citation markers.
+
+use std::{collections::HashSet, fmt::Write as _, sync::LazyLock};
+
+use regex::Regex;
+
+use super::{
+    clean,
+    finish::{Citation, CitationFault, Note},
+    spec::{Claim, Field, Kind, Severity, Spec},
+    words,
+};
+
+/// What is rendered.
+#[derive(Debug)]
+pub(super) struct Input<'a> {
+    pub(super) kind: Kind,
+    pub(super) spec: &'a Spec,
+    pub(super) request: &'a str,
+    pub(super) citations: &'a [Citation],
+    pub(super) weak: &'a [CitationFault],
+    pub(super) notes: &'a [Note],
+    pub(super) degraded: Option<&'a str>,
+    pub(super) without_passages: bool,
+}
+
+/// Marks a statement that no passage supports.
+const GENERAL_KNOWLEDGE: &str = "*(general knowledge)*";
+/// Marks a statement that repeats the request.
+const FROM_THE_REQUEST: &str = "*(from the request)*";
+
+/// Renders a document.
+pub(super) fn markdown(input: &Input<'_>) -> String {
+    let mut page = Page {
+        out: String::new(),
+        request: words::of(input.request),
+        offline: input.notes.contains(&Note::Offline),
+    };
+    page.notes(input);
+    let title = inline(&input.spec.title);
+    page.line(&format!("# {}", if title.is_empty() { "Untitled".to_owned() } else { title }));
+    for field in input.kind.fields() {
+        if *field != Field::Title {
+            page.section(*field, input.spec);
+        }
+    }
+    page.sources(input);
+    page.out.trim_end().to_owned() + "\n"
+}
+
+struct Page {
+    out: String,
+    request: HashSet<String>,
+    offline: bool,
+}
+
+impl Page {
+    /// A block: text and a blank line.
+    fn line(&mut self, text: &str) {
+        // Writing to a String cannot fail.
+        let _ = write!(self.out, "{text}\n\n");
+    }
+
+    /// A line of a list.
+    fn item(&mut self, text: &str) {
+        let _ = writeln!(self.out, "- {text}");
+    }
+
+    /// The end of a list.
+    fn gap(&mut self) {
+        if !self.out.ends_with("\n\n") {
+            self.out.push('\n');
+        }
+    }
+
+    fn notes(&mut self, input: &Input<'_>) {
+        let mut notes: Vec<String> = Vec::new();
+        for note in input.notes {
+            notes.push(match note {
+                Note::Offline => "No language model was configured: this is an extract, not a design. \
+                    Every statement below is quoted from an indexed file, chosen by matching words; \
+                    nothing was concluded from it."
+                    .to_owned(),
+                Note::CutOff => {
+                    "The model's answer broke off at its length limit. What is missing after that \
+                    point was not written."
+                        .to_owned()
+                }
+                Note::Incomplete(faults) => {
+                    let faults: Vec<String> = faults.iter().take(5).map(|fault| inline(fault)).collect();
+                    format!(
+                        "The model's answer had faults that one repair did not cure: {}",
+                        faults.join(" ")
+                    )
+                }
+                Note::Shortened => {
+                    "The model's answer was longer than a document may be; it was shortened.".to_owned()
+                }
+                Note::SubjectCut => "The request or the earlier document was too long for the token budget: \
+                    its middle was left out of the prompt."
+                    .to_owned(),
+            });
+        }
+        if let Some(why) = input.degraded {
+            notes.push(format!("Written with less context than usual. {}", inline(why)));
+        } else if input.without_passages {
+            notes.push(if self.offline {
+                "No passages were found for this request, so there is nothing to quote. Index documents with \
+                 `atlas index PATH`, or ask in the words that they use."
+                    .to_owned()
+            } else {
+                "No passages were found for this request: everything below is general knowledge.".to_owned()
+            });
+        }
+        for note in notes {
+            self.line(&format!("> **Note:** {note}"));
+        }
+    }
+
+    fn section(&mut self, field: Field, spec: &Spec) {
+        self.line(&format!("## {}", field.heading()));
+        let before = self.out.len();
+        match field {
+            Field::Title => {}
+            Field::Summary => {
+                for paragraph in spec.summary.split("\n\n") {
+                    let paragraph = block(paragraph);
+                    if !paragraph.is_empty() {
+                        self.line(&paragraph);
+                    }
+                }
+            }
+            Field::Changes => {
+                for it in &spec.changes {
+                    let marks = self.marks(&[&it.section, &it.change, &it.reason], &it.citations);
+                    let why = labelled("Why", &it.reason);
+                    self.item(&format!("**{}:** {}{why}{marks}", inline(&it.section), sentence(&it.change)));
+                }
+            }
+            Field::Context => self.claims(&spec.context),
+            Field::Requirements => {
+                for (heading, claims) in [
+                    ("Functional", &spec.requirements.functional),
+                    ("Non-functional", &spec.requirements.non_functional),
+                ] {
+                    if !claims.is_empty() {
+                        self.line(&format!("### {heading}"));
+                        self.claims(claims);
+                    }
+                }
+            }
+            Field::Drivers => self.claims(&spec.drivers),
+            Field::Options => {
+                for it in &spec.options {
+                    self.line(&format!("### {}", inline(&it.name)));
+                    let marks = self.marks(&[&it.name, &it.description], &it.citations);
+                    self.line(&format!("{}{marks}", start(&sentence(&it.description))));
+                    for pro in &it.pros {
+                        self.item(&format!("Good: {}", sentence(pro)));
+                    }
+                    for con in &it.cons {
+                        self.item(&format!("Bad: {}", sentence(con)));
+                    }
+                    self.gap();
+                }
+            }
+            Field::Outcome => {
+                let it = &spec.outcome;
+                if !it.is_empty() {
+                    let marks = self.marks(&[&it.chosen, &it.rationale], &it.citations);
+                    self.line(&format!("**{}.** {}{marks}", inline(&it.chosen), sentence(&it.rationale)));
+                }
+            }
+            Field::Consequences => {
+                for (heading, claims) in
+                    [("Better", &spec.consequences.good), ("Worse", &spec.consequences.bad)]
+                {
+                    if !claims.is_empty() {
+                        self.line(&format!("### {heading}"));
+                        self.claims(claims);
+                    }
+                }
+            }
+            Field::Confirmation => self.claims(&spec.confirmation),
+            Field::Strengths => self.claims(&spec.strengths),
+            Field::Findings => {
+                for (index, it) in spec.findings.iter().enumerate() {
+                    self.line(&format!("### F{}. {}", index + 1, inline(&it.title)));
+                    let marks = self.marks(&[&it.title, &it.finding], &it.citations);
+                    self.line(&format!("**{}.** {}{marks}", severity(it.severity), sentence(&it.finding)));
+                    if !it.recommendation.trim().is_empty() {
+                        self.line(&format!("**Do:** {}", sentence(&it.recommendation)));
+                    }
+                }
+            }
+            Field::Components => {
+                for it in &spec.components {
+                    let technology = match inline(&it.technology) {
+                        technology if technology.is_empty() => String::new(),
+                        technology => format!(" ({technology})"),
+                    };
+                    let marks = self.marks(&[&it.name, &it.responsibility, &it.technology], &it.citations);
+                    let interfaces = labelled("Interfaces", &it.interfaces);
+                    self.item(&format!(
+                        "**{}**{technology}: {}{interfaces}{marks}",
+                        inline(&it.name),
+                        sentence(&it.responsibility)
+                    ));
+                }
+            }
+            Field::Decisions => self.decisions(spec),
+            Field::Diagrams => self.diagrams(spec),
+            Field::Deployment => self.claims(&spec.deployment),
+            Field::Scaling => self.claims(&spec.scaling),
+            Field::Security => self.claims(&spec.security),
+            Field::Observability => self.claims(&spec.observability),
+            Field::Risks => {
+                for it in &spec.risks {
+                    let marks = self.marks(&[&it.risk, &it.mitigation], &it.citations);
+                    let mitigation = labelled("Mitigation", &it.mitigation);
+                    self.item(&format!(
+                        "**{}:** {}{mitigation}{marks}",
+                        severity(it.severity),
+                        sentence(&it.risk)
+                    ));
+                }
+            }
+            Field::OpenQuestions => {
+                for question in &spec.open_questions {
+                    self.item(&start(&inline(question)));
+                }
+            }
+        }
+        self.gap();
+        if self.out.len() <= before + 1 {
+            self.line(if self.offline { "*No indexed passage speaks about this.*" } else { "*None given.*" });
+        }
+    }
+
+    fn claims(&mut self, claims: &[Claim]) {
+        for claim in claims {
+            let marks = self.marks(&[&claim.text], &claim.citations);
+            self.item(&format!("{}{marks}", start(&sentence(&claim.text))));
+        }
+        self.gap();
+    }
+
+    fn decisions(&mut self, spec: &Spec) {
+        for (index, it) in spec.decisions.iter().enumerate() {
+            self.line(&format!("### D{}. {}", index + 1, inline(&it.title)));
+            let marks = self.marks(&[&it.title, &it.decision, &it.rationale], &it.citations);
+            let why = labelled("Why", &it.rationale);
+            self.line(&format!("{}{why}{marks}", start(&sentence(&it.decision))));
+            if !it.alternatives.is_empty() {
+                self.line("**Alternatives**");
+                for alternative in &it.alternatives {
+                    self.item(&format!(
+                        "*{}*: {}",
+                        inline(&alternative.name).replace('*', ""),
+                        sentence(&alternative.why_not)
+                    ));
+                }
+                self.gap();
+            }
+            if !it.consequences.is_empty() {
+                self.line("**Consequences**");
+                for consequence in &it.consequences {
+                    self.item(&start(&sentence(consequence)));
+                }
+                self.gap();
+            }
+        }
+    }
+
+    fn diagrams(&mut self, spec: &Spec) {
+        for it in &spec.diagrams {
+            let title = inline(&it.title);
+            if !title.is_empty() {
+                self.line(&format!("**{title}**"));
+            }
+            match &it.fault {
+                None => self.line(&fenced("mermaid", &it.mermaid)),
+                Some(fault) => {
+                    self.line(&format!(
+                        "> **Note:** this diagram does not render ({}), so its source is shown.",
+                        inline(fault)
+                    ));
+                    self.line(&fenced("text", &it.mermaid));
+                }
+            }
+        }
+    }
+
+    /// What stands behind a statement: its citations, or where else it comes from.
+    fn marks(&self, texts: &[&str], citations: &[u32]) -> String {
+        if !citations.is_empty() {
+            return citations.iter().fold(String::new(), |mut marks, n| {
+                let _ = write!(marks, " [{n}]");
+                marks
+            });
+        }
+        let said = words::of(&texts.join(" "));
+        if said.len() >= 2 && words::share(&said, &self.request) >= 0.6 {
+            format!(" {FROM_THE_REQUEST}")
+        } else if texts.iter().all(|text| text.trim().is_empty()) {
+            String::new()
+        } else {
+            format!(" {GENERAL_KNOWLEDGE}")
+        }
+    }
+
+    fn sources(&mut self, input: &Input<'_>) {
+        self.line("## Sources");
+        if input.citations.is_empty() {
+            self.line("*No passage is cited.*");
+            return;
+        }
+        for citation in input.citations {
+            let Citation { n, source, start_line, end_line, heading, repo, commit, .. } = citation;
+            let mut line = format!("[{n}] {}", code(&format!("{source}:{start_line}-{end_line}")));
+            if let Some(heading) = heading.as_deref().map(inline).filter(|heading| !heading.is_empty()) {
+                let _ = write!(line, ", {heading}");
+            }
+            let origin = match (repo.as_deref().map(inline), commit.as_deref().map(inline)) {
+                (Some(repo), Some(commit)) => Some(format!("{repo} at {}", clean::cut(&commit, 12))),
+                (Some(repo), None) => Some(repo),
+                (None, Some(commit)) => Some(format!("at {}", clean::cut(&commit, 12))),
+                (None, None) => None,
+            };
+            if let Some(origin) = origin {
+                let _ = write!(line, " ({origin})");
+            }
+            if input.weak.iter().any(|fault| fault.fault == "weak" && fault.n == *n) {
+                line.push_str("; *weak: shares hardly a word with a statement that cites it*");
+            }
+            self.item(&line);
+        }
+        self.gap();
+    }
+}
+
+fn severity(severity: Severity) -> &'static str {
+    match severity {
+        Severity::Low => "Low",
+        Severity::Medium => "Medium",
+        Severity::High => "High",
+    }
+}
+
+/// ` *Label:* text.`, or nothing.
+fn labelled(label: &str, text: &str) -> String {
+    match sentence(text) {
+        text if text.is_empty() => String::new(),
+        text => format!(" *{label}:* {text}"),
+    }
+}
+
+/// A text on one line that ends like a sentence.
+fn sentence(text: &str) -> String {
+    let text = inline(text);
+    if text.is_empty() || text.ends_with(['.', '!', '?', ':', ';', '…', '”', '`', ')']) {
+        text
+    } else {
+        format!("{text}.")
+    }
+}
+
+/// A text at the start of a block or a list item, where some signs begin another block.
+fn start(text: &str) -> String {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    if (1..=9).contains(&digits) && text[digits..].starts_with(['.', ')']) {
+        return format!("{}\\{}", &text[..digits], &text[digits..]);
+    }
+    // `**bold**` begins no list; `* item`, `#`, `>`, `|`, `~~~`, `---` and `===` begin something else.
+    match text.chars().next() {
+        Some('#' | '>' | '+' | '-' | '=' | '|' | '~' | ':') => format!("\\{text}"),
+        Some('*' | '_') if !text.starts_with("**") => format!("\\{text}"),
+        _ => text.to_owned(),
+    }
+}
+
+/// A paragraph.
+fn block(text: &str) -> String {
+    start(&inline(text))
+}
+
+/// One line of escaped text. Spans in backticks stay code; everything else is words.
+fn inline(text: &str) -> String {
+    let text = clean::line(text);
+    // Without a partner a backtick is noise, and with the last one gone all have partners.
+    let mut parts: Vec<&str> = text.split('`').collect();
+    let mut out = String::with_capacity(text.len() + 16);
+    if parts.len().is_multiple_of(2) {
+        let last = parts.pop().unwrap_or_default();
+        let before = parts.pop().unwrap_or_default();
+        let joined = format!("{before}{last}");
+        for (index, part) in parts.iter().enumerate() {
+            push_part(&mut out, part, index % 2 == 1);
+        }
+        push_part(&mut out, &joined, false);
+    } else {
+        for (index, part) in parts.iter().enumerate() {
+            push_part(&mut out, part, index % 2 == 1);
+        }
+    }
+    out.trim().to_owned()
+}
+
+fn push_part(out: &mut String, part: &str, is_code: bool) {
+    if is_code && is_harmless_code(part) {
+        out.push_str(&code(part.trim()));
+    } else {
+        escape(out, part);
+    }
+}
+
+/// Code that could be taken for a tag, a marker or a link by a careless renderer is shown as text.
+fn is_harmless_code(part: &str) -> bool {
+    static SUSPECT: LazyLock<Option<Regex>> = LazyLock::new(|| {
+        Regex::new(
+            r"(?i)</?\s*(?:script|img|iframe|svg|object|embed|style|link|meta|form|input|body|html|head|base|math|video|audio|a|div|span|p|b|i|br|hr|table|button|details)\b|<!|<\?|javascript:|vbscript:|data:text|\[\d+\]",
+        )
+        .ok()
+    });
+    let text = part.trim();
+    !text.is_empty() && SUSPECT.as_ref().is_some_and(|suspect| !suspect.is_match(text))
+}
+
+/// A code span; the text holds no backtick.
+fn code(text: &str) -> String {
+    format!("`{}`", text.replace(['`', '\n'], " "))
+}
+
+/// Words: nothing in them is HTML, a link, an image, an entity or a marker.
+fn escape(out: &mut String, text: &str) {
+    static SCHEME: LazyLock<Option<Regex>> =
+        LazyLock::new(|| Regex::new(r"(?i)\b(javascript|vbscript|data)\s*:").ok());
+    // No link can be made from the escaped text, but nobody should have to know that to trust it.
+    let text = match &*SCHEME {
+        Some(scheme) if scheme.is_match(text) => scheme.replace_all(text, "$1 -").into_owned(),
+        _ => text.to_owned(),
+    };
+    for c in text.chars() {
+        match c {
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '&' => out.push_str("&amp;"),
+            '\\' | '[' | ']' | '`' | '|' | '~' => {
+                out.push('\\');
+                out.push(c);
+            }
+            _ => out.push(c),
+        }
+    }
+}
+
+/// A fenced block that its content cannot close.
+fn fenced(language: &str, content: &str) -> String {
+    let longest = content.split(|c| c != '`').map(str::len).max().unwrap_or(0);
+    let fence = "`".repeat(longest.max(2) + 1);
+    format!("{fence}{language}\n{}\n{fence}", content.trim_end())
+}
