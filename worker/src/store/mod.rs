@@ -55,6 +55,14 @@ pub struct Lease {
     pub lease_until: Timestamp,
 }
 
+impl Lease {
+    /// The same lease again, for a retry of a call that takes it: the store knows the call by its
+    /// attempt and carries it out once.
+    pub(crate) fn again(&self) -> Self {
+        Self { task_id: self.task_id, attempt: self.attempt, lease_until: self.lease_until }
+    }
+}
+
 /// Asks for a run by message.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ClaimRequest {

@@ -1,0 +1,359 @@
+//! One logical model call: reserve, call, retry, fall back. The only place that spends tokens.
+//!
+//! What always holds, whatever happens in between:
+//! - no call without a reservation that covers all it can bill;
+//! - every reservation is closed: settled with what was billed, released when certainly nothing was,
+//!   assumed spent when nobody can know. The successful call's settlement is returned *open*, so that
+//!   the caller books it in the same transaction as what the call brought;
+//! - retries, fallback and circuit breaker are here and nowhere else.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use atlas_shared::{
+    Dependency, UpstreamError,
+    ledger::{
+        CallKind, Closing, Denial, LedgerError, Limits, Reservation, ReserveOutcome, ReserveRequest, Tokens,
+        Usage,
+    },
+    model::{Billed, ChatAnswer, ChatModel, ChatRequest, ModelError},
+    resilience::{self, CircuitBreaker, CircuitState, RetryPolicy},
+};
+use uuid::Uuid;
+
+use crate::{
+    gate::{Gate, Reason},
+    metrics::Metrics,
+    resilient,
+    stop::{Stop, StopReason},
+    store::{Lease, RunStore, Settlement},
+};
+
+/// Calls the model within budget.
+#[derive(Clone)]
+pub(crate) struct ModelCalls {
+    /// The model API.
+    pub(crate) model: Arc<dyn ChatModel>,
+    /// Where tokens are reserved and booked.
+    pub(crate) store: Arc<dyn RunStore>,
+    /// `OPENAI_MODEL`, then the fallbacks; never empty.
+    pub(crate) chain: Vec<String>,
+    /// When to try again.
+    pub(crate) retry: RetryPolicy,
+    /// Shared by all runs of this worker.
+    pub(crate) breaker: Arc<CircuitBreaker>,
+    /// Limits of this worker's configuration.
+    pub(crate) limits: Limits,
+    /// Counters.
+    pub(crate) metrics: Arc<Metrics>,
+    /// Closed while the circuit is open, so that no more runs are started.
+    pub(crate) gate: Gate,
+}
+
+/// How often a run that waits for an open circuit looks again.
+const SHORTEST_WAIT: Duration = Duration::from_millis(50);
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
+
+/// For whom a call is made.
+pub(crate) struct Caller<'a> {
+    /// The run's lease.
+    pub(crate) lease: &'a Lease,
+    /// Whose budget.
+    pub(crate) tenant: Option<&'a str>,
+    /// `metadata.model`: asked before the configured chain.
+    pub(crate) preferred: Option<&'a str>,
+    /// Step name, for the request id.
+    pub(crate) step: &'a str,
+    /// Stops the call.
+    pub(crate) stop: &'a Stop,
+}
+
+/// How a call ended.
+#[derive(Debug)]
+pub(crate) enum CallEnd {
+    /// The model answered.
+    Answered(Answered),
+    /// A limit said no; nothing is open.
+    Denied(Denial),
+    /// No model of the chain answered; nothing is open.
+    Failed {
+        /// The last error.
+        error: UpstreamError,
+        /// True when a 429 was among the failures.
+        throttled: bool,
+    },
+    /// Stopped; what was in flight is booked as assumed.
+    Stopped(StopReason),
+    /// The store failed, or fenced us off.
+    Store(LedgerError),
+}
+
+/// An answer, with its reservation still to be closed by the caller.
+#[derive(Debug)]
+pub(crate) struct Answered {
+    /// The answer.
+    pub(crate) answer: ChatAnswer,
+    /// The model that was asked.
+    pub(crate) model: String,
+    /// To be stored together with what the answer brought.
+    pub(crate) settlement: Settlement,
+    /// What it billed; the whole reservation where the server did not say.
+    pub(crate) usage: Usage,
+    /// Why earlier models of the chain were given up, in order.
+    pub(crate) fallbacks: Vec<String>,
+    /// Time spent waiting for the model, all attempts together.
+    pub(crate) waited: Duration,
+    /// True when a 429 was met on the way.
+    pub(crate) throttled: bool,
+}
+
+/// What became of one model of the chain.
+enum ModelEnd {
+    End(CallEnd),
+    Next(UpstreamError),
+}
+
+impl ModelCalls {
+    /// Asks the models of the chain, one after the other, until one answers.
+    pub(crate) async fn call(&self, caller: &Caller<'_>, request: &ChatRequest) -> CallEnd {
+        let mut fallbacks = Vec::new();
+        let mut waited = Duration::ZERO;
+        let mut throttled = false;
+        let mut last = UpstreamError::transient(Dependency::Model, "no model is configured");
+        for model in self.models(caller.preferred) {
+            let request = ChatRequest {
+                model: model.clone(),
+                request_id: format!("{}.{}.{}", caller.lease.task_id, caller.lease.attempt, caller.step),
+                ..request.clone()
+            };
+            match self.try_model(caller, &request, &mut waited, &mut throttled).await {
+                ModelEnd::End(CallEnd::Answered(answered)) => {
+                    return CallEnd::Answered(Answered { fallbacks, waited, throttled, ..answered });
+                }
+                ModelEnd::End(end) => return end,
+                ModelEnd::Next(error) => {
+                    tracing::warn!(model, error = %error, error_code = error.code(), "model given up");
+                    fallbacks.push(format!("{model}: {error}"));
+                    last = error;
+                }
+            }
+        }
+        CallEnd::Failed { error: last, throttled }
+    }
+
+    fn models(&self, preferred: Option<&str>) -> Vec<String> {
+        let mut models: Vec<String> = preferred.map(str::to_owned).into_iter().collect();
+        for model in &self.chain {
+            if !models.contains(model) {
+                models.push(model.clone());
+            }
+        }
+        models
+    }
+
+    /// Attempts one model until it answers, is given up, or something ends the whole call.
+    async fn try_model(
+        &self,
+        caller: &Caller<'_>,
+        request: &ChatRequest,
+        waited: &mut Duration,
+        throttled: &mut bool,
+    ) -> ModelEnd {
+        let bound =
+            self.model.prompt_tokens_upper_bound(request) + Tokens(u64::from(request.max_completion_tokens));
+        // Kept across attempts that certainly billed nothing.
+        let mut open: Option<Reservation> = None;
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            if let Err(reason) = caller.stop.check() {
+                return self.end(open, Closing::Released, CallEnd::Stopped(reason)).await;
+            }
+            let permit = match self.circuit(caller.stop).await {
+                Ok(permit) => permit,
+                Err(end) => return self.end(open, Closing::Released, end).await,
+            };
+            let reservation = match open.take() {
+                Some(reservation) => reservation,
+                None => match self.reserve(caller, request, bound).await {
+                    Ok(ReserveOutcome::Granted(reservation)) => reservation,
+                    Ok(ReserveOutcome::Denied(denial)) => return ModelEnd::End(CallEnd::Denied(denial)),
+                    Err(error) => return ModelEnd::End(CallEnd::Store(error)),
+                },
+            };
+            let began = Instant::now();
+            let result = tokio::select! {
+                result = self.model.complete(request) => result,
+                reason = caller.stop.stopped() => {
+                    // It was in flight: nobody can know what it billed.
+                    *waited += began.elapsed();
+                    self.metrics.tokens.with_label_values(&[request.model.as_str(), "assumed"]).inc_by(reservation.tokens.0);
+                    return self.end(Some(reservation), Closing::Assumed, CallEnd::Stopped(reason)).await;
+                }
+            };
+            *waited += began.elapsed();
+            let ModelError { error, billed } = match result {
+                Ok(answer) => {
+                    permit.succeeded();
+                    self.gate.set(Reason::Dependency(Dependency::Model), false);
+                    return ModelEnd::End(CallEnd::Answered(self.settle(request, answer, &reservation)));
+                }
+                Err(failure) => failure,
+            };
+            permit.failed(&error);
+            if self.breaker.state() != CircuitState::Closed {
+                self.gate.set(Reason::Dependency(Dependency::Model), true);
+            }
+            *throttled |= is_throttle(&error);
+            match self.book_failure(request, reservation, billed).await {
+                Ok(kept) => open = kept,
+                Err(error) => return ModelEnd::End(CallEnd::Store(error)),
+            }
+            let Some(delay) = self.retry.next_delay(attempt, &error) else {
+                return match self.close(open, Closing::Released).await {
+                    Ok(()) => ModelEnd::Next(error),
+                    Err(error) => ModelEnd::End(CallEnd::Store(error)),
+                };
+            };
+            self.breaker.count_retry();
+            tracing::info!(
+                model = request.model,
+                attempt,
+                delay_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX),
+                error = %error,
+                "model call failed, trying again"
+            );
+            tokio::select! {
+                () = tokio::time::sleep(delay) => {}
+                reason = caller.stop.stopped() => {
+                    return self.end(open, Closing::Released, CallEnd::Stopped(reason)).await;
+                }
+            }
+        }
+    }
+
+    /// Waits until the circuit lets a call through. A run that is under way waits in place: an outage
+    /// costs it neither its lease nor an attempt. A circuit that only a person can close fails at once.
+    async fn circuit(&self, stop: &Stop) -> Result<resilience::Permit<'_>, CallEnd> {
+        loop {
+            let error = match self.breaker.try_acquire() {
+                Ok(permit) => return Ok(permit),
+                Err(error) => error,
+            };
+            self.gate.set(Reason::Dependency(Dependency::Model), true);
+            if !error.is_transient() {
+                return Err(CallEnd::Failed { error, throttled: false });
+            }
+            tokio::select! {
+                () = tokio::time::sleep(self.breaker.wait().clamp(SHORTEST_WAIT, LONGEST_WAIT)) => {}
+                reason = stop.stopped() => return Err(CallEnd::Stopped(reason)),
+            }
+        }
+    }
+
+    async fn reserve(
+        &self,
+        caller: &Caller<'_>,
+        request: &ChatRequest,
+        tokens: Tokens,
+    ) -> Result<ReserveOutcome, LedgerError> {
+        let reserve = ReserveRequest {
+            id: Uuid::now_v7(),
+            task_id: Some(caller.lease.task_id),
+            attempt: Some(caller.lease.attempt),
+            tenant: caller.tenant.map(str::to_owned),
+            model: request.model.clone(),
+            kind: CallKind::Chat,
+            tokens,
+            limits: self.limits,
+        };
+        resilient::store(&self.retry, || self.store.reserve(&reserve)).await
+    }
+
+    /// Books a failed attempt. Gives the reservation back where it certainly billed nothing, so that
+    /// the next attempt need not ask again.
+    async fn book_failure(
+        &self,
+        request: &ChatRequest,
+        reservation: Reservation,
+        billed: Billed,
+    ) -> Result<Option<Reservation>, LedgerError> {
+        let closing = match billed {
+            Billed::Nothing => return Ok(Some(reservation)),
+            Billed::Unknown => {
+                self.metrics
+                    .tokens
+                    .with_label_values(&[request.model.as_str(), "assumed"])
+                    .inc_by(reservation.tokens.0);
+                Closing::Assumed
+            }
+            Billed::Known(usage) => {
+                self.metrics.billed(&request.model, usage);
+                Closing::Settled { usage }
+            }
+        };
+        self.close(Some(reservation), closing).await?;
+        Ok(None)
+    }
+
+    fn settle(&self, request: &ChatRequest, answer: ChatAnswer, reservation: &Reservation) -> Answered {
+        let (closing, usage) = match answer.usage {
+            Some(usage) => {
+                self.metrics.billed(&request.model, usage);
+                if usage.total() > reservation.tokens {
+                    self.metrics.overruns.with_label_values(&[request.model.as_str()]).inc();
+                    self.model.note_overrun(&request.model, reservation.tokens, usage.total());
+                    tracing::error!(
+                        model = request.model,
+                        reserved = reservation.tokens.0,
+                        billed = usage.total().0,
+                        error_code = "reservation_overrun",
+                        "the API billed more than was reserved"
+                    );
+                }
+                (Closing::Settled { usage }, usage)
+            }
+            // A server that does not say what it billed: the upper bound is what we book.
+            None => {
+                self.metrics
+                    .tokens
+                    .with_label_values(&[request.model.as_str(), "assumed"])
+                    .inc_by(reservation.tokens.0);
+                (Closing::Assumed, Usage { prompt: reservation.tokens, completion: Tokens(0) })
+            }
+        };
+        Answered {
+            model: request.model.clone(),
+            settlement: Settlement { reservation_id: reservation.id, closing },
+            usage,
+            answer,
+            fallbacks: Vec::new(),
+            waited: Duration::ZERO,
+            throttled: false,
+        }
+    }
+
+    /// Closes what is open, then ends. A reservation that cannot be closed now stays open and is
+    /// booked as assumed when the run is claimed again.
+    async fn end(&self, open: Option<Reservation>, closing: Closing, end: CallEnd) -> ModelEnd {
+        if let Err(error) = self.close(open, closing).await {
+            tracing::warn!(error = %error, "a reservation could not be closed");
+        }
+        ModelEnd::End(end)
+    }
+
+    async fn close(&self, open: Option<Reservation>, closing: Closing) -> Result<(), LedgerError> {
+        let Some(Reservation { id, tokens, model }) = open else { return Ok(()) };
+        resilient::store(&self.retry, || {
+            self.store.close(Reservation { id, tokens, model: model.clone() }, closing)
+        })
+        .await
+    }
+}
+
+/// True for a 429: the API asks for fewer calls at once.
+fn is_throttle(error: &UpstreamError) -> bool {
+    matches!(error, UpstreamError::Transient { retry_after: Some(_), .. })
+}

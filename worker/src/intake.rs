@@ -1,0 +1,329 @@
+//! From a delivery to its end: parse, then claim and run, obey, or put aside.
+//!
+//! A delivery is acked only when what it asks for is durable: the run final, deferred or given back
+//! *in the store*; the command carried out; the bad message in `dead_letters`. While the store is
+//! down a delivery is held (the queue keeps its lease), not nacked: no delivery attempt is spent.
+
+use std::sync::Arc;
+
+use atlas_shared::{
+    Dependency, TaskId,
+    ledger::LedgerError,
+    message::{self, Answer, AnswerStatus, AnswerType, Inbound, Rejection, Task},
+    trace_context::TraceParent,
+};
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use serde_json::{Map, Value, json};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use uuid::Uuid;
+
+use crate::{
+    context::Context,
+    control,
+    gate::Reason,
+    limiter::Permit,
+    queue::{Delivery, RequestQueue},
+    resilient,
+    run::{self, Ending},
+    store::{Claim, ClaimRequest, DeadLetter},
+};
+
+/// Names the namespace in which a message's bytes or id become the id of its dead letter.
+const DEAD_LETTER_NAMESPACE: Uuid = Uuid::from_u128(0x2d1f_9c70_7f3e_4a0e_8a51_9a4e_2c6b_b0d4);
+
+/// What to do with a delivery in the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    /// Durable: never again.
+    Ack,
+    /// Another worker shall have it now.
+    Nack,
+}
+
+/// Pulls and works until told to stop. Returns once the queue has nothing more for us.
+pub(crate) async fn run(
+    context: Arc<Context>,
+    queue: Arc<dyn RequestQueue>,
+    source: String,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+    kill: CancellationToken,
+) {
+    loop {
+        let permit = tokio::select! {
+            () = stop.cancelled() => break,
+            permit = async {
+                context.gate.open().await;
+                context.limiter.acquire().await
+            } => permit,
+        };
+        let delivery = tokio::select! {
+            () = stop.cancelled() => break,
+            // What closes the gate while we wait must be seen before the next message is taken.
+            () = context.gate.closed() => continue,
+            pulled = queue.pull() => pulled,
+        };
+        match delivery {
+            Ok(Some(delivery)) => {
+                context.gate.set(Reason::Dependency(Dependency::Queue), false);
+                let context = Arc::clone(&context);
+                let source = source.clone();
+                let kill = kill.clone();
+                tasks.spawn(async move { handle(&context, &source, delivery, permit, &kill).await });
+            }
+            Ok(None) => break,
+            Err(error) => {
+                tracing::error!(error = %error, error_code = error.code(), "cannot pull");
+                // The adapter rebuilds its stream by itself; an error here needs a person, or time.
+                tokio::select! {
+                    () = stop.cancelled() => break,
+                    () = tokio::time::sleep(context.config.resilience.circuit_open) => {}
+                }
+            }
+        }
+    }
+}
+
+/// Works on one delivery and ends it.
+async fn handle(
+    context: &Arc<Context>,
+    source: &str,
+    delivery: Delivery,
+    permit: Permit,
+    kill: &CancellationToken,
+) {
+    let Delivery { message_id, data, attributes, delivery_attempt, handle } = delivery;
+    let trace =
+        TraceParent::from_attributes(attributes.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+    let verdict = match message::parse(&data, &message_id, context.config.worker.max_message_bytes) {
+        Ok(Inbound::Chat(task)) => {
+            context.metrics.messages.with_label_values(&["chat"]).inc();
+            let requester = attribute(&attributes, "requester");
+            chat(context, task, requester, trace, permit, kill).await
+        }
+        Ok(Inbound::Control(control)) => {
+            context.metrics.messages.with_label_values(&["control"]).inc();
+            match control::obey(context, &control, trace).await {
+                Ok(()) => Verdict::Ack,
+                Err(error) => held(context, error, kill).await,
+            }
+        }
+        Ok(Inbound::OtherRole { role }) => {
+            context.metrics.messages.with_label_values(&["other_role"]).inc();
+            tracing::debug!(role, message_id, "a message for another role");
+            Verdict::Ack
+        }
+        Err(rejection) => {
+            context.metrics.messages.with_label_values(&["rejected"]).inc();
+            let letter = dead_letter(context, source, &message_id, &data, attributes, rejection);
+            put_aside(context, letter, kill).await
+        }
+    };
+    let ended = match verdict {
+        Verdict::Ack => handle.ack().await,
+        Verdict::Nack => handle.nack().await,
+    };
+    if let Err(error) = ended {
+        // It will be delivered again, and found finished.
+        tracing::warn!(message_id, delivery_attempt, error = %error, "the delivery could not be ended");
+    }
+}
+
+/// Claims and runs one request.
+async fn chat(
+    context: &Arc<Context>,
+    task: Task,
+    requester: Option<String>,
+    trace: TraceParent,
+    permit: Permit,
+    kill: &CancellationToken,
+) -> Verdict {
+    let request = ClaimRequest {
+        task_id: task.task_id,
+        claim_id: Uuid::now_v7(),
+        message: Value::Object(task.raw.clone()),
+        tenant: task.options.tenant.clone(),
+        requester,
+        worker: context.worker.clone(),
+        lease: context.config.worker.lease,
+    };
+    let claim = loop {
+        match resilient::store(&context.retry, || context.store.claim_run(&request)).await {
+            Ok(claim) => break claim,
+            Err(error) => {
+                if held(context, error, kill).await == Verdict::Nack {
+                    return Verdict::Nack;
+                }
+            }
+        }
+    };
+    match claim {
+        Claim::Claimed(claimed) => match run::execute(context, claimed, trace, permit, kill).await {
+            // The lease was given back with the store's knowledge; the nack only makes it quicker.
+            Ending::Drained => Verdict::Nack,
+            // Also when the store was lost on the way: the run is in it since the claim, its lease
+            // will expire, and a sweep takes it.
+            Ending::Final | Ending::Deferred | Ending::Released | Ending::Fenced | Ending::StoreLost => {
+                Verdict::Ack
+            }
+        },
+        Claim::Finished { unsent } => {
+            context.metrics.messages.with_label_values(&["duplicate"]).inc();
+            if unsent {
+                context.sweep_now.notify_one();
+            }
+            Verdict::Ack
+        }
+        Claim::Held => {
+            context.metrics.messages.with_label_values(&["duplicate"]).inc();
+            Verdict::Ack
+        }
+    }
+}
+
+/// The store did not take it. Holds the delivery until the store is back (then `Ack` means: go on),
+/// or until the worker is killed (then it must be nacked).
+async fn held(context: &Context, error: LedgerError, kill: &CancellationToken) -> Verdict {
+    tracing::warn!(error = %error, "the store does not answer; the message is held");
+    context.gate.set(Reason::Dependency(Dependency::Store), true);
+    context.sweep_now.notify_one();
+    let pause = context.config.resilience.circuit_open;
+    tokio::select! {
+        () = kill.cancelled() => Verdict::Nack,
+        () = tokio::time::sleep(pause) => Verdict::Ack,
+    }
+}
+
+/// Stores a bad message, however long it takes.
+async fn put_aside(context: &Context, letter: DeadLetter, kill: &CancellationToken) -> Verdict {
+    loop {
+        match resilient::store(&context.retry, || context.store.record_dead_letter(&letter)).await {
+            Ok(new) => {
+                if new {
+                    context.metrics.dead_letters.with_label_values(&[letter.reason.as_str()]).inc();
+                    tracing::warn!(
+                        reason = letter.reason,
+                        detail = letter.detail,
+                        task_id = letter.task_id.map(|id| id.to_string()),
+                        error_code = letter.reason,
+                        "message put into dead_letters"
+                    );
+                }
+                context.sweep_now.notify_one();
+                return Verdict::Ack;
+            }
+            Err(error) => {
+                if held(context, error, kill).await == Verdict::Nack {
+                    return Verdict::Nack;
+                }
+            }
+        }
+    }
+}
+
+fn dead_letter(
+    context: &Context,
+    source: &str,
+    message_id: &str,
+    data: &[u8],
+    attributes: Vec<(String, String)>,
+    rejection: Rejection,
+) -> DeadLetter {
+    let Rejection { reason, message, answer_to, mut metadata } = rejection;
+    let announce = answer_to
+        .map(|task_id| {
+            metadata.insert("error_code".to_owned(), json!(reason));
+            let answer =
+                Answer::bare(task_id, AnswerType::Error, AnswerStatus::Error, message.clone(), metadata);
+            (context.topic_out.clone(), answer)
+        })
+        .into_iter()
+        .collect();
+    DeadLetter {
+        id: Uuid::new_v5(&DEAD_LETTER_NAMESPACE, format!("{source}/{message_id}").as_bytes()),
+        source: source.to_owned(),
+        reason: reason.to_owned(),
+        detail: message,
+        raw_base64: BASE64.encode(data),
+        attributes,
+        task_id: answer_to,
+        fails_run: false,
+        announce,
+    }
+}
+
+/// Reads the dead-letter subscription: what arrives there is stored and announced with `escalate`.
+pub(crate) async fn read_dead_letters(
+    context: Arc<Context>,
+    queue: Arc<dyn RequestQueue>,
+    source: String,
+    stop: CancellationToken,
+    kill: CancellationToken,
+) {
+    loop {
+        let pulled = tokio::select! {
+            () = stop.cancelled() => break,
+            pulled = queue.pull() => pulled,
+        };
+        match pulled {
+            Ok(Some(delivery)) => escalate(&context, &source, delivery, &kill).await,
+            Ok(None) => break,
+            Err(error) => {
+                tracing::error!(error = %error, error_code = error.code(), "cannot read dead letters");
+                tokio::select! {
+                    () = stop.cancelled() => break,
+                    () = tokio::time::sleep(context.config.resilience.circuit_open) => {}
+                }
+            }
+        }
+    }
+}
+
+async fn escalate(context: &Context, source: &str, delivery: Delivery, kill: &CancellationToken) {
+    let Delivery { message_id, data, attributes, handle, .. } = delivery;
+    let max_bytes = context.config.worker.max_message_bytes;
+    let (task_id, metadata): (Option<TaskId>, Map<String, Value>) =
+        match message::parse(&data, &message_id, max_bytes) {
+            Ok(Inbound::Chat(task)) => (Some(task.task_id), task.metadata()),
+            Ok(Inbound::Control(control)) => (Some(control.task_id), Map::new()),
+            Ok(Inbound::OtherRole { .. }) => (None, Map::new()),
+            Err(rejection) => (rejection.answer_to, rejection.metadata),
+        };
+    let detail = "No worker could finish this message in as many deliveries as the subscription allows.";
+    let announce = task_id
+        .map(|task_id| {
+            let content = json!({
+                "command": "escalate",
+                "task_id": task_id,
+                "reason": "delivery_attempts_exhausted",
+                "detail": detail,
+                "next": format!("atlas dlq show, then atlas dlq replay (source {source})"),
+            });
+            let answer = Answer::bare(task_id, AnswerType::Control, AnswerStatus::Error, content, metadata);
+            (context.topic_out.clone(), answer)
+        })
+        .into_iter()
+        .collect();
+    let letter = DeadLetter {
+        id: Uuid::new_v5(&DEAD_LETTER_NAMESPACE, format!("{source}/{message_id}").as_bytes()),
+        source: source.to_owned(),
+        reason: "delivery_attempts_exhausted".to_owned(),
+        detail: detail.to_owned(),
+        raw_base64: BASE64.encode(&data),
+        attributes,
+        task_id,
+        fails_run: true,
+        announce,
+    };
+    let ended = match put_aside(context, letter, kill).await {
+        Verdict::Ack => handle.ack().await,
+        Verdict::Nack => handle.nack().await,
+    };
+    if let Err(error) = ended {
+        tracing::warn!(message_id, error = %error, "the dead letter could not be ended");
+    }
+}
+
+fn attribute(attributes: &[(String, String)], name: &str) -> Option<String> {
+    attributes.iter().find(|(key, _)| key == name).map(|(_, value)| value.clone())
+}

@@ -1,0 +1,750 @@
+//! The life cycle of a run, top to bottom: **claim** (in [`crate::intake`] and [`crate::sweep`]),
+//! **retrieve**, **reserve**, **generate**, **settle**, **finish**, **publish**, ack.
+//!
+//! What is durable when a stage returns:
+//!
+//! | stage | durable |
+//! |---|---|
+//! | claim | the request and our lease |
+//! | retrieve | nothing: passages are kept with the first model call |
+//! | reserve | the grant, against the day's and the run's limit |
+//! | generate | nothing yet: the answer is in memory |
+//! | settle | what the call billed *and* everything needed to go on from it |
+//! | finish | result, state, ledger and outbox row, in one transaction; the last call settles here |
+//! | publish | the message; its mark follows in a batch |
+//!
+//! A run ends in exactly one [`Ending`]. Each of them leaves it in a state that another worker, or
+//! the next sweep, can go on from.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use atlas_shared::{
+    Dependency, Tokens, UpstreamError,
+    gateway_api::{Passage, QueryChatRequest, QueryFilter},
+    ledger::{Closing, Denial, DeniedBy, LedgerError},
+    message::{Answer, AnswerStatus, AnswerType, Task},
+    resilience,
+    trace_context::TraceParent,
+};
+use serde_json::{Map, Value, json};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+
+use crate::{
+    agent::{AgentOptions, Draft, DraftInput, Finished, Next, offline},
+    call::{Answered, CallEnd, Caller},
+    context::{Context, attributes},
+    limiter::Permit,
+    resilient,
+    stop::{Stop, StopReason},
+    store::{Checkpoint, ClaimedRun, FinalStatus, Finish, Lease, Published, Settlement},
+};
+
+/// Shortest and longest wait before a run that failed transiently is tried again.
+const RETRY_FIRST: Duration = Duration::from_secs(10);
+const RETRY_LONGEST: Duration = Duration::from_mins(10);
+
+/// How one attempt of a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// Done or failed, for ever.
+    Final,
+    /// Waits in the store for tokens.
+    Deferred,
+    /// Waits in the store for another try.
+    Released,
+    /// Given back because this worker shuts down: another one may start it at once.
+    Drained,
+    /// Another worker has it.
+    Fenced,
+    /// The store did not answer; the lease will expire.
+    StoreLost,
+}
+
+impl Ending {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Final => "final",
+            Self::Deferred => "deferred",
+            Self::Released => "released",
+            Self::Drained => "drained",
+            Self::Fenced => "fenced",
+            Self::StoreLost => "store_lost",
+        }
+    }
+}
+
+/// Works on a claimed run until it ends. `permit` is its place in the limiter; `kill` says that the
+/// drain is over.
+pub(crate) async fn execute(
+    context: &Arc<Context>,
+    claimed: ClaimedRun,
+    trace: TraceParent,
+    mut permit: Permit,
+    kill: &CancellationToken,
+) -> Ending {
+    let began = Instant::now();
+    let ClaimedRun { lease, message, steps, parent, spent, taken_over, deferrals, cancel_requested } =
+        claimed;
+    let task = match Task::from_stored(message) {
+        Ok(task) => task,
+        Err(rejection) => {
+            // Only a row that somebody else wrote can be so; it has no contents to answer with.
+            tracing::error!(task_id = %lease.task_id, error = %rejection, error_code = rejection.reason, "stored request is unreadable");
+            return release(context, &lease, RETRY_LONGEST, Ending::Released).await;
+        }
+    };
+    let stop = Stop::default();
+    let _watch = watch(context, &lease, &task, &stop, kill);
+    let mut run = Run {
+        context,
+        task,
+        lease,
+        spent,
+        trace,
+        stop,
+        waited: Duration::ZERO,
+        began,
+        model: None,
+        fallbacks: Vec::new(),
+        stages: Map::new(),
+    };
+
+    let ending = if cancel_requested {
+        run.fail("cancelled", "The request was cancelled.", None).await
+    } else if taken_over && run.failures(deferrals) > context.config.worker.max_run_attempts {
+        run.fail(
+            "too_many_attempts",
+            "Worker after worker died on this request. Look at their logs with its task_id.",
+            None,
+        )
+        .await
+    } else {
+        run.live(steps, parent, deferrals, &mut permit).await
+    };
+
+    let elapsed = began.elapsed();
+    context.metrics.overhead_seconds.observe(elapsed.saturating_sub(run.waited).as_secs_f64());
+    if ending != Ending::Final {
+        // A final run was observed with its status when it was finished.
+        context.metrics.run_seconds.with_label_values(&[ending.as_str()]).observe(elapsed.as_secs_f64());
+        context.metrics.runs.with_label_values(&[ending.as_str()]).inc();
+    }
+    tracing::info!(
+        task_id = %run.task.task_id,
+        trace_id = run.trace.trace_id(),
+        attempt = run.lease.attempt,
+        ending = ending.as_str(),
+        tokens = run.spent.0,
+        duration_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
+        "run ended"
+    );
+    ending
+}
+
+/// One attempt of one run.
+struct Run<'a> {
+    context: &'a Arc<Context>,
+    task: Task,
+    lease: Lease,
+    /// What its calls have billed so far, all attempts together.
+    spent: Tokens,
+    trace: TraceParent,
+    stop: Stop,
+    /// Time spent waiting for gateway and model.
+    waited: Duration,
+    began: Instant,
+    /// The model of the last answer.
+    model: Option<String>,
+    /// Why models of the chain were given up.
+    fallbacks: Vec<String>,
+    /// Milliseconds a stage, for the answer's metadata.
+    stages: Map<String, Value>,
+}
+
+/// A model call that was answered and is not stored yet.
+struct Unsettled {
+    settlement: Settlement,
+    checkpoint: Checkpoint,
+}
+
+impl Run<'_> {
+    /// Retrieve, then generate until the agent is done or something ends the attempt.
+    async fn live(
+        &mut self,
+        steps: Vec<Checkpoint>,
+        parent: Option<Value>,
+        deferrals: u32,
+        permit: &mut Permit,
+    ) -> Ending {
+        if let Some(denial) = self.out_of_budget().await {
+            return self.defer(denial).await;
+        }
+        let mut draft = match restore(&self.task, steps) {
+            Some(draft) => draft,
+            None => {
+                self.progress("retrieving", "Searching the team's documents.");
+                let (passages, degraded) = match self.retrieve(&self.task.content.clone()).await {
+                    Ok(found) => found,
+                    Err(Interrupted::Stop(reason)) => return self.stopped(reason, deferrals).await,
+                    Err(Interrupted::Upstream(error)) => return self.try_later(&error, deferrals).await,
+                };
+                self.progress("writing", &format!("{} passages found, writing.", passages.len()));
+                let input = DraftInput {
+                    task: self.task.clone(),
+                    passages,
+                    parent,
+                    options: AgentOptions::from_config(&self.context.config),
+                    degraded,
+                };
+                if self.context.calls.is_none() {
+                    self.model = Some(offline::MODEL.to_owned());
+                    let finished = offline::draft(&input);
+                    return self.finish(finished, None).await;
+                }
+                Draft::new(input)
+            }
+        };
+
+        loop {
+            let mut unsettled = None;
+            if let Err(reason) = self.stop.check() {
+                return self.stopped(reason, deferrals).await;
+            }
+            match draft.next() {
+                Next::Call(call) => match self.generate(&mut draft, &call.step, permit).await {
+                    Ok(answered) => unsettled = answered,
+                    Err(CallEnd::Denied(denial)) => return self.defer(denial).await,
+                    Err(CallEnd::Failed { error, .. }) if error.is_transient() => {
+                        return self.try_later(&error, deferrals).await;
+                    }
+                    Err(CallEnd::Failed { error: error @ UpstreamError::Misconfigured { .. }, .. }) => {
+                        self.progress("paused", &error.to_string());
+                        return self.release(self.context.config.resilience.circuit_open).await;
+                    }
+                    Err(CallEnd::Failed { error, .. }) => {
+                        draft.cannot_call(error.code(), &error.to_string());
+                    }
+                    Err(CallEnd::Stopped(reason)) => return self.stopped(reason, deferrals).await,
+                    Err(CallEnd::Store(error)) => return self.lost(&error),
+                    // `generate` turns an answer into `Ok`.
+                    Err(CallEnd::Answered(_)) => {}
+                },
+                Next::Search(search) => {
+                    self.progress("searching", &format!("Searching for {:?}.", search.query));
+                    match self.retrieve(&search.query).await {
+                        Ok((_, Some(_))) | Err(Interrupted::Upstream(_)) => draft.search_failed(),
+                        Ok((passages, None)) => draft.found(passages),
+                        Err(Interrupted::Stop(reason)) => return self.stopped(reason, deferrals).await,
+                    }
+                }
+                Next::Finished(_) | Next::Failed(_) => {}
+            }
+            match draft.next() {
+                Next::Finished(finished) => return self.finish(*finished, unsettled).await,
+                Next::Failed(failure) => return self.fail(&failure.code, &failure.message, unsettled).await,
+                Next::Call(_) | Next::Search(_) => {
+                    if let Some(unsettled) = unsettled
+                        && let Err(error) = self.settle(&unsettled).await
+                    {
+                        return self.lost(&error);
+                    }
+                }
+            }
+        }
+    }
+
+    /// While the day's budget is known to be gone, a request is put aside before any work is done.
+    async fn out_of_budget(&self) -> Option<Denial> {
+        let needed = self.context.gate.budget_needed()?;
+        // Where the store does not say, the reservation will.
+        let budget = self.context.store.budget(self.context.config.limits).await.ok()?;
+        self.context.gate.budget_available(budget.available());
+        (budget.available() < needed).then(|| Denial {
+            denied_by: DeniedBy::Day,
+            requested: needed,
+            available: budget.available(),
+            limit: budget.limit,
+            resets_at: Some(budget.resets_at),
+        })
+    }
+
+    /// Asks the gateway. With `RAG_FAIL_OPEN` a dead gateway gives no passages and a reason.
+    async fn retrieve(&mut self, query: &str) -> Result<(Vec<Passage>, Option<String>), Interrupted> {
+        let began = Instant::now();
+        let rag = &self.context.config.rag;
+        let request = QueryChatRequest {
+            query: query.to_owned(),
+            top_k: Some(rag.top_k),
+            collection: Some(self.task.options.collection.clone().unwrap_or_else(|| rag.collection.clone())),
+            relevancy_threshold: rag.relevancy_threshold,
+            collapse_by_file: None,
+            filter: self
+                .task
+                .options
+                .tenant
+                .clone()
+                .map(|tenant| QueryFilter { tenant: Some(tenant), ..QueryFilter::default() }),
+        };
+        let gateway = self.context.gateway.traced(self.trace.child());
+        let result = tokio::select! {
+            result = resilience::retry(&self.context.retry, &self.context.gateway_breaker, || {
+                gateway.query_chat(&request)
+            }) => result,
+            reason = self.stop.stopped() => return Err(Interrupted::Stop(reason)),
+        };
+        self.observe("retrieve", began.elapsed());
+        self.waited += began.elapsed();
+        match result {
+            Ok(found) => {
+                // Lexical search is how a gateway without embeddings works, not a failure of this run.
+                let degraded = found.degraded.filter(|how| how != "lexical");
+                Ok((found.passages, degraded.map(|how| format!("The search was degraded ({how})."))))
+            }
+            Err(error) if rag.fail_open => {
+                tracing::warn!(task_id = %self.task.task_id, error = %error, error_code = error.code(), "going on without passages");
+                self.context.metrics.context_degraded.inc();
+                Ok((Vec::new(), Some("The knowledge base could not be reached.".to_owned())))
+            }
+            Err(error) => Err(Interrupted::Upstream(error)),
+        }
+    }
+
+    /// Makes the pending call: fits it into what the run may still spend, reserves, calls, and feeds
+    /// the answer to the draft. `Ok(None)`: no call could be made, and the draft knows.
+    async fn generate(
+        &mut self,
+        draft: &mut Draft,
+        step: &str,
+        permit: &mut Permit,
+    ) -> Result<Option<Unsettled>, CallEnd> {
+        let Some(calls) = &self.context.calls else {
+            // A run that another worker began with a model: this one has none.
+            let error = UpstreamError::misconfigured(
+                Dependency::Model,
+                "OPENAI_API_KEY",
+                "this run was begun with a model, but this worker has none",
+                "configure all workers of a fleet alike",
+            );
+            return Err(CallEnd::Failed { error, throttled: false });
+        };
+        let run_limit = self.context.run_limit();
+        let mut available = run_limit.saturating_sub(self.spent);
+        // Counted for the first model of the chain; the reservation counts for the one that is asked.
+        let model = calls.chain.first().cloned().unwrap_or_default();
+        let count = |request: &atlas_shared::model::ChatRequest| {
+            calls.model.prompt_tokens_upper_bound(&atlas_shared::model::ChatRequest {
+                model: model.clone(),
+                ..request.clone()
+            })
+        };
+        loop {
+            if let Err(does_not_fit) = draft.squeeze(available, count) {
+                draft.cannot_call(
+                    "run_budget_exhausted",
+                    &format!(
+                        "{does_not_fit} (limit {run_limit}, {} spent). Raise TOKEN_BUDGET_PER_RUN, or ask for less.",
+                        self.spent
+                    ),
+                );
+                return Ok(None);
+            }
+            let Next::Call(call) = draft.next() else { return Ok(None) };
+            let caller = Caller {
+                lease: &self.lease,
+                tenant: self.task.options.tenant.as_deref(),
+                preferred: self.task.options.model.as_deref(),
+                step,
+                stop: &self.stop,
+            };
+            let began = Instant::now();
+            let end = calls.call(&caller, &call.request).await;
+            self.observe("generate", began.elapsed());
+            let answered = match end {
+                CallEnd::Answered(answered) => answered,
+                // Another count than ours (an earlier attempt's assumed tokens, a fleet limit): fit
+                // into what the store says is left. It must shrink, or this would never end.
+                CallEnd::Denied(Denial { denied_by: DeniedBy::Run, available: left, .. })
+                    if left < available =>
+                {
+                    available = left;
+                    continue;
+                }
+                CallEnd::Denied(denial @ Denial { denied_by: DeniedBy::Run, .. }) => {
+                    draft.cannot_call(
+                        "run_budget_exhausted",
+                        &format!(
+                            "The run's limit of {} tokens leaves {}. Raise TOKEN_BUDGET_PER_RUN, or ask for less.",
+                            denial.limit, denial.available
+                        ),
+                    );
+                    return Ok(None);
+                }
+                end => {
+                    if matches!(end, CallEnd::Failed { throttled: true, .. }) {
+                        permit.throttled();
+                    }
+                    return Err(end);
+                }
+            };
+            if answered.throttled {
+                permit.throttled();
+            } else {
+                permit.succeeded();
+            }
+            let input_hash = hash(&call.request);
+            return Ok(Some(self.take(draft, step, &input_hash, answered)));
+        }
+    }
+
+    /// Feeds an answer to the draft and packs what must be stored of it.
+    fn take(&mut self, draft: &mut Draft, step: &str, input_hash: &str, answered: Answered) -> Unsettled {
+        let Answered { answer, model, settlement, usage, fallbacks, waited, .. } = answered;
+        self.waited += waited;
+        self.spent += usage.total();
+        self.model = Some(model);
+        self.fallbacks.extend(fallbacks);
+        draft.answered(&answer);
+        let checkpoint = Checkpoint {
+            step: step.to_owned(),
+            input_hash: input_hash.to_owned(),
+            output: draft.checkpoint(),
+            usage: match settlement.closing {
+                Closing::Settled { usage } => usage,
+                Closing::Assumed | Closing::Released => usage,
+            },
+        };
+        Unsettled { settlement, checkpoint }
+    }
+
+    /// Books a finished call and stores what it brought: it is never paid again.
+    async fn settle(&self, unsettled: &Unsettled) -> Result<(), LedgerError> {
+        let began = Instant::now();
+        let result = resilient::store(&self.context.retry, || {
+            self.context.store.settle_step(&self.lease, &unsettled.settlement, &unsettled.checkpoint)
+        })
+        .await;
+        self.context
+            .metrics
+            .stage_seconds
+            .with_label_values(&["settle"])
+            .observe(began.elapsed().as_secs_f64());
+        result
+    }
+
+    /// Makes the run done: the spec is final from here on.
+    async fn finish(&mut self, finished: Finished, unsettled: Option<Unsettled>) -> Ending {
+        let Finished { markdown, spec, metadata, .. } = finished;
+        let invalid = metadata.get("citations_invalid").and_then(Value::as_u64).unwrap_or(0);
+        self.context.metrics.citations_invalid.inc_by(invalid);
+        let mut answer = Answer::to_task(&self.task, AnswerType::Spec, AnswerStatus::Done, markdown);
+        answer.metadata.extend(metadata);
+        // Plain data: it serialises.
+        answer.extra.insert("spec".to_owned(), serde_json::to_value(spec).unwrap_or(Value::Null));
+        let finish = Finish {
+            status: FinalStatus::Done,
+            model: self.model.clone(),
+            error_code: None,
+            error_message: None,
+            ..self.ending(answer, unsettled)
+        };
+        self.seal(finish).await
+    }
+
+    /// Makes the run failed, with an answer that says why.
+    async fn fail(&mut self, code: &str, message: &str, unsettled: Option<Unsettled>) -> Ending {
+        let mut answer = Answer::to_task(&self.task, AnswerType::Error, AnswerStatus::Error, message);
+        answer.metadata.insert("error_code".to_owned(), json!(code));
+        let finish = Finish {
+            status: FinalStatus::Failed,
+            model: self.model.clone(),
+            error_code: Some(code.to_owned()),
+            error_message: Some(message.to_owned()),
+            ..self.ending(answer, unsettled)
+        };
+        tracing::warn!(task_id = %self.task.task_id, error_code = code, message, "run failed");
+        self.seal(finish).await
+    }
+
+    /// What done and failed have in common.
+    fn ending(&self, mut answer: Answer, unsettled: Option<Unsettled>) -> Finish {
+        answer.metadata.insert("tokens".to_owned(), json!(self.spent));
+        answer.metadata.insert("attempt".to_owned(), json!(self.lease.attempt));
+        if let Some(model) = &self.model {
+            answer.metadata.insert("model".to_owned(), json!(model));
+        }
+        if !self.fallbacks.is_empty() {
+            answer.metadata.insert("fallbacks".to_owned(), json!(self.fallbacks));
+        }
+        let mut timings = self.stages.clone();
+        timings.insert("total".to_owned(), json!(millis(self.began.elapsed())));
+        answer.metadata.insert("timings_ms".to_owned(), Value::Object(timings));
+        let (settlement, checkpoint) =
+            unsettled.map_or((None, None), |it| (Some(it.settlement), Some(it.checkpoint)));
+        Finish {
+            status: FinalStatus::Failed,
+            attributes: attributes(&answer, self.trace),
+            topic: self.task.options.reply_to.clone().unwrap_or_else(|| self.context.topic_out.clone()),
+            answer,
+            model: None,
+            error_code: None,
+            error_message: None,
+            settlement,
+            checkpoint,
+        }
+    }
+
+    /// Finish and publish.
+    async fn seal(&mut self, finish: Finish) -> Ending {
+        let began = Instant::now();
+        let stored = resilient::store(&self.context.retry, || {
+            self.context.store.finish_run(self.lease.again(), &finish)
+        })
+        .await;
+        self.observe("finish", began.elapsed());
+        let Published { outbox } = match stored {
+            Ok(published) => published,
+            Err(error) => return self.lost(&error),
+        };
+        let status = match finish.status {
+            FinalStatus::Done => "done",
+            FinalStatus::Failed => "failed",
+        };
+        self.publish(&outbox).await;
+        let metrics = &self.context.metrics;
+        metrics.run_seconds.with_label_values(&[status]).observe(self.began.elapsed().as_secs_f64());
+        metrics.runs.with_label_values(&[status]).inc();
+        Ending::Final
+    }
+
+    /// Sends the outbox row. What cannot be sent now stays there for the sweep.
+    async fn publish(&mut self, row: &crate::store::OutboxRow) {
+        let began = Instant::now();
+        if let Err(error) = self.context.outbox.send(row).await {
+            tracing::warn!(task_id = %row.task_id, error = %error, "the answer could not be sent; it stays in the outbox");
+        }
+        self.observe("publish", began.elapsed());
+    }
+
+    /// A limit of the day said no: the run waits in the store, and those after it wait there too.
+    async fn defer(&mut self, denial: Denial) -> Ending {
+        let whose = match denial.denied_by {
+            DeniedBy::Tenant => "the tenant's",
+            DeniedBy::Day | DeniedBy::Run => "the day's",
+        };
+        let message = format!(
+            "Deferred: {} of {whose} {} tokens are left and {} are needed. Work resumes by itself{} or when the limit is raised.",
+            denial.available,
+            denial.limit,
+            denial.requested,
+            denial.resets_at.map(|at| format!(" at {at}")).unwrap_or_default(),
+        );
+        let mut answer = Answer::to_task(&self.task, AnswerType::Progress, AnswerStatus::Deferred, message);
+        answer.metadata.insert("attempt".to_owned(), json!(self.lease.attempt));
+        if let Some(at) = denial.resets_at {
+            answer.metadata.insert("resumes_at".to_owned(), json!(at));
+        }
+        let attributes = attributes(&answer, self.trace);
+        if denial.denied_by == DeniedBy::Day {
+            self.context.gate.out_of_budget(denial.requested);
+        }
+        let deferred = resilient::store(&self.context.retry, || {
+            self.context.store.defer_run(
+                self.lease.again(),
+                denial.requested,
+                &self.context.topic_out,
+                &answer,
+                &attributes,
+            )
+        })
+        .await;
+        match deferred {
+            Ok(Published { outbox }) => {
+                self.publish(&outbox).await;
+                Ending::Deferred
+            }
+            Err(error) => self.lost(&error),
+        }
+    }
+
+    /// Somebody said stop.
+    async fn stopped(&mut self, reason: StopReason, deferrals: u32) -> Ending {
+        match reason {
+            StopReason::Fenced => Ending::Fenced,
+            StopReason::Cancelled => self.fail("cancelled", "The request was cancelled.", None).await,
+            StopReason::Deadline => {
+                self.fail("deadline_exceeded", "metadata.deadline has passed.", None).await
+            }
+            StopReason::TimedOut => {
+                let error = UpstreamError::transient(
+                    Dependency::Model,
+                    format!(
+                        "the attempt took longer than RUN_TIMEOUT_SECONDS ({} s)",
+                        self.context.config.worker.run_timeout.as_secs()
+                    ),
+                );
+                self.try_later(&error, deferrals).await
+            }
+            StopReason::Drained => release(self.context, &self.lease, Duration::ZERO, Ending::Drained).await,
+        }
+    }
+
+    /// A transient failure that retries did not cure: the run waits in the store for another try, or
+    /// fails for good when it alone keeps failing. While a circuit is open it is not the run's fault.
+    async fn try_later(&mut self, error: &UpstreamError, deferrals: u32) -> Ending {
+        let failures = self.failures(deferrals);
+        let outage = self.context.outage();
+        if failures >= self.context.config.worker.max_run_attempts && !outage {
+            return self
+                .fail(
+                    error.code(),
+                    &format!("Given up after {failures} attempts. The last one: {error}"),
+                    None,
+                )
+                .await;
+        }
+        let doubled =
+            RETRY_FIRST.saturating_mul(1_u32.checked_shl(failures.saturating_sub(1)).unwrap_or(u32::MAX));
+        let asked = match error {
+            UpstreamError::Transient { retry_after, .. } => retry_after.unwrap_or_default(),
+            _ => Duration::ZERO,
+        };
+        let retry_in = doubled.min(RETRY_LONGEST).max(asked);
+        tracing::warn!(
+            task_id = %self.task.task_id, error = %error, error_code = error.code(), retry_in_s = retry_in.as_secs(),
+            "run put back"
+        );
+        self.progress("waiting", &format!("{error}. Trying again in {} s.", retry_in.as_secs()));
+        self.release(retry_in).await
+    }
+
+    async fn release(&self, retry_in: Duration) -> Ending {
+        release(self.context, &self.lease, retry_in, Ending::Released).await
+    }
+
+    /// The store failed or fenced us off: nothing more can be written.
+    fn lost(&self, error: &LedgerError) -> Ending {
+        match error {
+            LedgerError::Fenced { .. } => Ending::Fenced,
+            LedgerError::Upstream(error) => {
+                tracing::error!(
+                    task_id = %self.task.task_id, error = %error, error_code = error.code(),
+                    "the store does not answer; the lease will expire and the run will be taken up again"
+                );
+                Ending::StoreLost
+            }
+        }
+    }
+
+    /// Attempts so far that were not deferrals, this one included.
+    fn failures(&self, deferrals: u32) -> u32 {
+        self.lease.attempt.saturating_sub(deferrals)
+    }
+
+    fn observe(&mut self, stage: &str, elapsed: Duration) {
+        self.context.metrics.stage_seconds.with_label_values(&[stage]).observe(elapsed.as_secs_f64());
+        let before = self.stages.get(stage).and_then(Value::as_u64).unwrap_or(0);
+        self.stages.insert(stage.to_owned(), json!(before + millis(elapsed)));
+    }
+
+    /// Tells whoever watches. Best effort: a lost progress message loses nothing.
+    fn progress(&self, stage: &str, message: &str) {
+        let mut answer = Answer::to_task(&self.task, AnswerType::Progress, AnswerStatus::InProgress, message);
+        answer.metadata.insert("stage".to_owned(), json!(stage));
+        answer.metadata.insert("attempt".to_owned(), json!(self.lease.attempt));
+        self.context.publish_soon(answer, self.trace);
+    }
+}
+
+/// Why passages did not come.
+enum Interrupted {
+    Stop(StopReason),
+    Upstream(UpstreamError),
+}
+
+/// Goes on from the last finished call, if there is one.
+fn restore(task: &Task, steps: Vec<Checkpoint>) -> Option<Draft> {
+    let last = steps.into_iter().next_back()?;
+    match Draft::restore(last.output) {
+        Ok(draft) => Some(draft),
+        Err(error) => {
+            // Another version's checkpoint: the tokens are booked, the work is done again.
+            tracing::error!(task_id = %task.task_id, step = last.step, error = %error, error_code = "checkpoint_unreadable", "starting afresh");
+            None
+        }
+    }
+}
+
+/// Gives the run back.
+async fn release(context: &Context, lease: &Lease, retry_in: Duration, ending: Ending) -> Ending {
+    let released =
+        resilient::store(&context.retry, || context.store.release_run(lease.again(), retry_in)).await;
+    match released {
+        Ok(()) => ending,
+        Err(LedgerError::Fenced { .. }) => Ending::Fenced,
+        Err(LedgerError::Upstream(error)) => {
+            tracing::error!(task_id = %lease.task_id, error = %error, "the run could not be given back; its lease will expire");
+            Ending::StoreLost
+        }
+    }
+}
+
+/// Keeps the lease while the run lives, and says stop when it must not go on. Ends when dropped.
+fn watch(
+    context: &Context,
+    lease: &Lease,
+    task: &Task,
+    stop: &Stop,
+    kill: &CancellationToken,
+) -> AbortOnDropHandle<()> {
+    let store = Arc::clone(&context.store);
+    let duration = context.config.worker.lease;
+    let timeout = context.config.worker.run_timeout;
+    let until_deadline = task.options.deadline.map(|deadline| {
+        // A deadline is the publisher's clock against ours: seconds matter, not more.
+        Duration::try_from(deadline.duration_since(jiff::Timestamp::now())).unwrap_or_default()
+    });
+    let (lease, stop, kill) = (lease.again(), stop.clone(), kill.clone());
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        let renewals = async {
+            loop {
+                tokio::time::sleep(duration / 3).await;
+                match store.renew_lease(&lease, duration).await {
+                    Ok(renewal) if !renewal.held => return StopReason::Fenced,
+                    Ok(renewal) if renewal.cancel_requested => return StopReason::Cancelled,
+                    Ok(_) => {}
+                    Err(LedgerError::Fenced { .. }) => return StopReason::Fenced,
+                    // Not renewed is not lost: whoever takes it fences us off.
+                    Err(LedgerError::Upstream(error)) => {
+                        tracing::warn!(task_id = %lease.task_id, error = %error, "lease not renewed");
+                    }
+                }
+            }
+        };
+        let deadline = async {
+            match until_deadline {
+                Some(left) => tokio::time::sleep(left).await,
+                None => std::future::pending().await,
+            }
+        };
+        let reason = tokio::select! {
+            reason = renewals => reason,
+            () = deadline => StopReason::Deadline,
+            () = tokio::time::sleep(timeout) => StopReason::TimedOut,
+            () = kill.cancelled() => StopReason::Drained,
+        };
+        stop.stop(reason);
+    }))
+}
+
+fn hash(request: &atlas_shared::model::ChatRequest) -> String {
+    // Plain data: it serialises; an empty hash would only be less useful to a reader.
+    let bytes = serde_json::to_vec(request).unwrap_or_default();
+    atlas_shared::gateway_api::content_hash(&String::from_utf8_lossy(&bytes))
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

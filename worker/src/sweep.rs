@@ -1,0 +1,123 @@
+//! What every worker does from time to time, jittered, safe to run in all of them at once:
+//! takes up runs that are due (expired leases, given-back and deferred runs), sends what is left in
+//! the outbox, and reads the fleet's state into gauges and the gate.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use atlas_shared::{Dependency, trace_context::TraceParent};
+use rand::Rng as _;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{context::Context, gate::Reason, resilient, run, store::StoreError};
+
+/// Outbox rows taken at once.
+const OUTBOX_BATCH: usize = 50;
+/// How long taken rows are ours: longer than sending them can take.
+const OUTBOX_HOLD: Duration = Duration::from_secs(60);
+
+/// Sweeps until told to stop.
+pub(crate) async fn run(
+    context: Arc<Context>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+    kill: CancellationToken,
+) {
+    let mut cache_generation = None;
+    loop {
+        if let Err(error) = sweep(&context, &tasks, &kill, &mut cache_generation).await {
+            tracing::warn!(error = %error, "sweep failed");
+            context.gate.set(Reason::Dependency(Dependency::Store), true);
+        }
+        let pause = jittered(context.config.worker.sweep_interval);
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = context.sweep_now.notified() => {}
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+}
+
+async fn sweep(
+    context: &Arc<Context>,
+    tasks: &TaskTracker,
+    kill: &CancellationToken,
+    cache_generation: &mut Option<u64>,
+) -> Result<(), StoreError> {
+    let limits = context.config.limits;
+    let fleet = resilient::store(&context.retry, || context.store.fleet_state(limits)).await?;
+    context.gate.set(Reason::Dependency(Dependency::Store), false);
+    context.gate.set(Reason::Paused, fleet.paused);
+    context.gate.set(Reason::Starting, false);
+    context.run_limit.store(fleet.run_limit.0, Ordering::Relaxed);
+    context.metrics.fleet(&fleet);
+    context.metrics.in_flight.set(i64::try_from(context.limiter.in_flight()).unwrap_or(i64::MAX));
+
+    if cache_generation.is_some_and(|seen| seen < fleet.cache_generation)
+        && let Err(error) = context.gateway.clear_cache().await
+    {
+        tracing::warn!(error = %error, "the gateway's cache could not be flushed");
+    }
+    *cache_generation = Some(fleet.cache_generation);
+
+    send_outbox(context).await?;
+    // Deferred runs first, then the intake: oldest first.
+    take_due(context, tasks, kill).await?;
+    context.gate.budget_available(fleet.budget.available());
+    Ok(())
+}
+
+/// Sends unsent rows until there are none, or sending fails.
+async fn send_outbox(context: &Context) -> Result<(), StoreError> {
+    loop {
+        let rows =
+            resilient::store(&context.retry, || context.store.outbox_take(OUTBOX_BATCH, OUTBOX_HOLD)).await?;
+        for row in &rows {
+            if let Err(error) = context.outbox.send(row).await {
+                tracing::warn!(task_id = %row.task_id, error = %error, "an answer could not be sent; it stays in the outbox");
+                return Ok(());
+            }
+        }
+        if rows.len() < OUTBOX_BATCH {
+            return Ok(());
+        }
+    }
+}
+
+/// Takes up due runs, as many as there is room for.
+async fn take_due(
+    context: &Arc<Context>,
+    tasks: &TaskTracker,
+    kill: &CancellationToken,
+) -> Result<(), StoreError> {
+    // What stops pulling keeps due runs waiting too. Pause and budget need no look here: the store
+    // gives nothing while paused, and knows which deferred runs fit.
+    if !context.gate.is_open() {
+        return Ok(());
+    }
+    let mut permits = Vec::new();
+    while let Some(permit) = context.limiter.try_acquire() {
+        permits.push(permit);
+    }
+    if permits.is_empty() {
+        return Ok(());
+    }
+    let claimed = context
+        .store
+        .claim_due(&context.worker, permits.len(), context.config.worker.lease, context.config.limits)
+        .await?;
+    for (run, permit) in claimed.into_iter().zip(permits) {
+        tracing::info!(task_id = %run.lease.task_id, attempt = run.lease.attempt, taken_over = run.taken_over, "run taken up");
+        let context = Arc::clone(context);
+        let kill = kill.clone();
+        tasks.spawn(async move { run::execute(&context, run, TraceParent::generate(), permit, &kill).await });
+    }
+    Ok(())
+}
+
+/// ±25 %, so that a fleet does not sweep in step.
+fn jittered(interval: Duration) -> Duration {
+    interval.mul_f64(rand::rng().random_range(0.75..1.25))
+}
