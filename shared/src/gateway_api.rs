@@ -244,6 +244,12 @@ pub fn content_hash(text: &str) -> String {
     })
 }
 
+/// The hash by which anybody can check a citation against the file it names: [`content_hash`] of its
+/// lines, joined by `\n`, without line ends of another kind and without one at the end.
+pub fn quote_hash(text: &str) -> String {
+    content_hash(&text.lines().collect::<Vec<_>>().join("\n"))
+}
+
 /// One line of `GET /v1/collections`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CollectionInfo {

@@ -57,6 +57,9 @@ pub struct Citation {
     pub repo: Option<String>,
     /// Commit, when known.
     pub commit: Option<String>,
+    /// `atlas_shared::gateway_api::quote_hash` of these lines: anybody with the file can check that
+    /// it still says what was cited.
+    pub text_hash: String,
 }
 
 /// A citation that does not hold, one entry of `metadata.citation_faults`.
@@ -127,8 +130,10 @@ pub(super) fn finish(draft: Draft<'_>) -> Finished {
         .iter()
         .enumerate()
         .filter_map(|(index, old)| {
-            let passage = &shelf.get(*old)?.passage;
+            let entry = shelf.get(*old)?;
+            let passage = &entry.passage;
             Some(Citation {
+                text_hash: entry.text_hash.clone(),
                 n: u32::try_from(index + 1).unwrap_or(u32::MAX),
                 source: passage.source.clone(),
                 start_line: passage.start_line,

@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 
-use atlas_shared::gateway_api::Passage;
+use atlas_shared::gateway_api::{Passage, quote_hash};
 use serde::{Deserialize, Serialize};
 
 use super::{clean, words};
@@ -36,6 +36,9 @@ pub(super) struct Entry {
     pub(super) n: u32,
     /// The passage, cleaned.
     pub(super) passage: Passage,
+    /// [`quote_hash`] of the lines it names, before they were cleaned.
+    #[serde(default)]
+    pub(super) text_hash: String,
     /// Which addition brought it: 1 is the first retrieval.
     pub(super) addition: u32,
     /// In the next prompt?
@@ -74,7 +77,7 @@ impl Shelf {
         let about = words::of(&self.about);
         let mut numbers = Vec::new();
         for passage in passages {
-            let Some(passage) = tidy(passage, &about) else { continue };
+            let Some((passage, text_hash)) = tidy(passage, &about) else { continue };
             let bag = words::of(&passage.text);
             let known = self.entries.iter().find(|entry| {
                 contains(&entry.passage, &passage)
@@ -88,6 +91,7 @@ impl Shelf {
                     self.entries.push(Entry {
                         n,
                         passage,
+                        text_hash,
                         addition: self.additions,
                         packed: true,
                         given: false,
@@ -192,15 +196,23 @@ fn contains(outer: &Passage, inner: &Passage) -> bool {
         && inner.end_line <= outer.end_line
 }
 
-fn tidy(passage: Passage, about: &HashSet<String>) -> Option<Passage> {
+/// The passage fit for a prompt, and the hash by which its lines can be found in the file again.
+fn tidy(passage: Passage, about: &HashSet<String>) -> Option<(Passage, String)> {
     let short = |text: &str| clean::cut(&clean::line(text), 200);
     let heading = passage.heading.as_deref().map(short).filter(|heading| !heading.is_empty());
+    let whole = (quote_hash(&passage.text), passage.start_line, passage.end_line);
     let passage = cut_to_relevant_lines(passage, about);
+    // A text that was cut without naming other lines still stands for all of them.
+    let text_hash = if (whole.1, whole.2) == (passage.start_line, passage.end_line) {
+        whole.0
+    } else {
+        quote_hash(&passage.text)
+    };
     let text = clean::text(&passage.text);
     if text.trim().is_empty() {
         return None;
     }
-    Some(Passage {
+    let passage = Passage {
         text: text.trim_end().to_owned(),
         source: short(&passage.source),
         heading,
@@ -208,7 +220,8 @@ fn tidy(passage: Passage, about: &HashSet<String>) -> Option<Passage> {
         repo: passage.repo.as_deref().map(short),
         commit: passage.commit.as_deref().map(short),
         ..passage
-    })
+    };
+    Some((passage, text_hash))
 }
 
 /// The window of lines that has most of the words looked for, so that the lines named stay true.
@@ -291,6 +304,22 @@ pub(super) mod tests {
         ]);
         assert_eq!(again, [1, 2, 3]);
         assert_eq!(shelf.len(), 3);
+    }
+
+    #[test]
+    fn the_hash_is_of_the_lines_that_are_named_as_the_file_has_them() {
+        let key = format!("key = sk-{}", "a1b2c3d4e5".repeat(4));
+        let long: Vec<String> =
+            (0..400).map(|line| format!("line {line} of many words about nothing")).collect();
+        let mut shelf = Shelf::new("line 200");
+        shelf
+            .add(vec![passage("a.rs", 1, &format!("one\r\n{key}\n")), passage("b.rs", 11, &long.join("\n"))]);
+        let entries: Vec<_> = shelf.entries().collect();
+        assert_eq!(entries[0].text_hash, quote_hash(&format!("one\n{key}")));
+        let Passage { start_line, end_line, .. } = entries[1].passage;
+        assert!(end_line - start_line < 399, "it was cut");
+        let named = &long[start_line as usize - 11..=end_line as usize - 11];
+        assert_eq!(entries[1].text_hash, quote_hash(&named.join("\n")));
     }
 
     #[test]
