@@ -21,6 +21,7 @@ use crate::{
     ledger::{Limits, Tokens},
 };
 
+pub mod docs;
 mod settings;
 
 pub use settings::{Group, SETTINGS, Setting};
