@@ -67,16 +67,13 @@ fn groups() -> Vec<(Group, Vec<&'static Setting>)> {
 }
 
 #[cfg(test)]
-#[expect(clippy::panic, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
 
     fn assert_file(path: &str, expected: &str, command: &str) {
         let path = format!("{}/../{path}", env!("CARGO_MANIFEST_DIR"));
         let found = std::fs::read_to_string(&path).unwrap_or_default();
-        if found != expected {
-            panic!("{path} is not what the settings say: write it anew with `{command}`");
-        }
+        assert!(found == expected, "{path} is not what the settings say: write it anew with `{command}`");
     }
 
     #[test]
