@@ -1,0 +1,336 @@
+//! `POST /v1/chat/completions`.
+
+use std::borrow::Cow;
+
+use axum::{
+    body::Body,
+    extract::State,
+    http::{HeaderMap, header},
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use serde_json::{Value, json};
+
+use crate::{
+    Fault, Shared, generate,
+    prompt::Prompt,
+    script::{Kind, ScriptedCall},
+    server::{self, Admitted, Sim, bad_request},
+    tokens,
+};
+
+/// How long lists are, first choice first: shorter ones when the cap is small.
+const LIST_LENGTHS: &[u64] = &[2, 1, 0];
+
+/// A finished answer, before it is sent.
+#[derive(Debug)]
+struct Answer {
+    content: Option<String>,
+    refusal: Option<String>,
+    tool_calls: Vec<Value>,
+    finish_reason: Cow<'static, str>,
+    prompt_tokens: u64,
+    completion_tokens: u64,
+}
+
+pub(crate) async fn complete(State(sim): State<Sim>, headers: HeaderMap, body: Bytes) -> Response {
+    let request: Value = match serde_json::from_slice(&body) {
+        Ok(request) => request,
+        Err(why) => return bad_request("invalid_json", &format!("The body is not JSON: {why}")),
+    };
+    let Some(model) = request["model"].as_str() else {
+        return bad_request("missing_parameter", "you must provide a model parameter");
+    };
+    let messages = request["messages"].as_array().map_or(&[][..], Vec::as_slice);
+    let prompt = Prompt::read(messages);
+    let prompt_tokens = tokens::prompt(model, &request);
+    let cap = request["max_completion_tokens"].as_u64().or(request["max_tokens"].as_u64());
+
+    let total = prompt_tokens + cap.unwrap_or(0);
+    let admitted = match server::admit(&sim, &headers, Kind::Chat, model, &prompt.all, total) {
+        Ok(admitted) => admitted,
+        Err(refused) => return refused,
+    };
+    if let Some(refused) = fault_of(model, &request, messages) {
+        return refused;
+    }
+    if total > sim.options.context_tokens {
+        return bad_request(
+            "context_length_exceeded",
+            &format!(
+                "This model's maximum context length is {} tokens. However, you requested {total} tokens \
+                 ({prompt_tokens} in the messages, {} in the completion).",
+                sim.options.context_tokens,
+                cap.unwrap_or(0)
+            ),
+        );
+    }
+
+    let mut answer = answer(&sim, &admitted, &request, &prompt, model, cap);
+    answer.prompt_tokens = if admitted.is(Fault::Overbill) { prompt_tokens * 2 } else { prompt_tokens };
+    // A provider bills what it generated, whether or not anybody waits for it.
+    sim.books().meter.bill(
+        "chat",
+        model,
+        &admitted.request_id,
+        answer.prompt_tokens,
+        answer.completion_tokens,
+    );
+    admitted.take_time(&sim, answer.completion_tokens).await;
+    let mut response = if request["stream"] == true {
+        stream(&admitted, &request, model, &answer)
+    } else {
+        whole(&admitted, model, &answer)
+    };
+    server::rate_headers(&sim, model, &mut response);
+    response
+}
+
+/// What OpenAI would refuse, so that a client that sends it is found out here.
+fn fault_of(model: &str, request: &Value, messages: &[Value]) -> Option<Response> {
+    if messages.is_empty() {
+        return Some(bad_request("empty_array", "Invalid 'messages': empty array."));
+    }
+    let reasoning = ["o1", "o3", "o4", "gpt-5"].iter().any(|family| model.starts_with(family))
+        && !model.starts_with("gpt-5-chat");
+    if reasoning && request.get("max_tokens").is_some_and(|cap| !cap.is_null()) {
+        return Some(bad_request(
+            "unsupported_parameter",
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+        ));
+    }
+    if reasoning
+        && request["temperature"].as_f64().is_some_and(|temperature| (temperature - 1.0).abs() > 1e-9)
+    {
+        return Some(bad_request(
+            "unsupported_value",
+            "Unsupported value: 'temperature' does not support other values with this model. Only the default (1) is supported.",
+        ));
+    }
+    let format = &request["response_format"]["json_schema"];
+    if format["strict"] == true
+        && let Err(why) = strict(&format["schema"])
+    {
+        let name = format["name"].as_str().unwrap_or_default();
+        return Some(bad_request(
+            "invalid_json_schema",
+            &format!("Invalid schema for response_format '{name}': {why}"),
+        ));
+    }
+    None
+}
+
+/// The rules of strict mode: every object closed, every property required.
+fn strict(schema: &Value) -> Result<(), String> {
+    if let Some(properties) = schema["properties"].as_object() {
+        if schema["additionalProperties"] != false {
+            return Err("'additionalProperties' is required to be supplied and to be false.".to_owned());
+        }
+        let required = schema["required"].as_array().map_or(&[][..], Vec::as_slice);
+        if let Some(name) =
+            properties.keys().find(|name| !required.iter().any(|known| known == name.as_str()))
+        {
+            return Err(format!("'required' must include every key in properties. Missing '{name}'."));
+        }
+    }
+    match schema {
+        Value::Object(object) => object.values().try_for_each(strict),
+        Value::Array(items) => items.iter().try_for_each(strict),
+        _ => Ok(()),
+    }
+}
+
+fn answer(
+    sim: &Shared,
+    admitted: &Admitted,
+    request: &Value,
+    prompt: &Prompt,
+    model: &str,
+    cap: Option<u64>,
+) -> Answer {
+    let mut answer = Answer {
+        content: None,
+        refusal: None,
+        tool_calls: Vec::new(),
+        finish_reason: "stop".into(),
+        prompt_tokens: 0,
+        completion_tokens: 0,
+    };
+    let tools = request["tools"].as_array().map_or(&[][..], Vec::as_slice);
+    let calls = if admitted.step.tool_calls.is_empty() {
+        drawn_call(sim, admitted, tools)
+    } else {
+        admitted.step.tool_calls.clone()
+    };
+
+    if admitted.is(Fault::Refusal) {
+        answer.refusal = Some("I'm sorry, but I can't help with that request.".to_owned());
+    } else if admitted.is(Fault::Empty) {
+        answer.content = Some(String::new());
+    } else if !calls.is_empty() {
+        answer.finish_reason = "tool_calls".into();
+        answer.tool_calls = tool_calls(admitted, &calls, tools, prompt);
+    } else {
+        let mut text = match &admitted.step.content {
+            Some(Value::String(text)) => text.clone(),
+            Some(value) => value.to_string(),
+            None => content(admitted, request, prompt, model, cap),
+        };
+        if admitted.is(Fault::Length) {
+            let half = tokens::count(model, &text) / 2;
+            text = tokens::cut(model, &text, half).unwrap_or(text);
+            answer.finish_reason = "length".into();
+        }
+        // The cap is a promise: no answer is longer.
+        if let Some(short) = cap.and_then(|cap| tokens::cut(model, &text, cap)) {
+            text = short;
+            answer.finish_reason = "length".into();
+        }
+        answer.content = Some(text);
+    }
+    let said = answer.content.as_deref().or(answer.refusal.as_deref()).unwrap_or_default();
+    let called: u64 =
+        answer.tool_calls.iter().map(|call| 3 + tokens::count(model, &call["function"].to_string())).sum();
+    answer.completion_tokens = (tokens::count(model, said) + called).min(cap.unwrap_or(u64::MAX));
+    if let Some(reason) = &admitted.step.finish_reason {
+        answer.finish_reason = reason.clone().into();
+    }
+    answer
+}
+
+fn content(admitted: &Admitted, request: &Value, prompt: &Prompt, model: &str, cap: Option<u64>) -> String {
+    let format = &request["response_format"];
+    let sent = format.pointer("/json_schema/schema").cloned();
+    // Without a schema that is enforced, one that the prompt spells out is obeyed.
+    let schema = sent.or_else(|| prompt.schema.clone());
+    if admitted.is(Fault::NotJson) {
+        return generate::prose(prompt);
+    }
+    if admitted.is(Fault::WrongSchema) {
+        return json!({"unexpected": generate::subject(prompt), "citations": "none"}).to_string();
+    }
+    let Some(schema) = schema else {
+        let prose = generate::prose(prompt);
+        return if format["type"] == "json_object" { json!({"answer": prose}).to_string() } else { prose };
+    };
+    let mut text = String::new();
+    for list_len in LIST_LENGTHS {
+        text = generate::instance(&schema, prompt, *list_len, admitted.is(Fault::BadCitations)).to_string();
+        if cap.is_none_or(|cap| tokens::count(model, &text) <= cap) {
+            break;
+        }
+    }
+    text
+}
+
+/// With `tool_rate`, a call of the first tool on offer.
+fn drawn_call(sim: &Shared, admitted: &Admitted, tools: &[Value]) -> Vec<ScriptedCall> {
+    if tools.is_empty() || sim.options.tool_rate <= 0.0 || admitted.step.content.is_some() {
+        return Vec::new();
+    }
+    let draw = sim.books().seen.draw(sim.options.seed, &admitted.request_id, "tool");
+    if draw < sim.options.tool_rate { vec![ScriptedCall { name: None, arguments: None }] } else { Vec::new() }
+}
+
+fn tool_calls(admitted: &Admitted, calls: &[ScriptedCall], tools: &[Value], prompt: &Prompt) -> Vec<Value> {
+    calls
+        .iter()
+        .enumerate()
+        .map(|(index, call)| {
+            let named =
+                |tool: &&Value| call.name.as_deref().is_none_or(|name| tool["function"]["name"] == name);
+            let function = tools.iter().find(named).map(|tool| &tool["function"]);
+            let name = call
+                .name
+                .clone()
+                .or_else(|| function?["name"].as_str().map(str::to_owned))
+                .unwrap_or_else(|| "unknown".to_owned());
+            let arguments = match (&call.arguments, function) {
+                (Some(Value::String(text)), _) => text.clone(),
+                (Some(value), _) => value.to_string(),
+                (None, Some(function)) => {
+                    generate::instance(&function["parameters"], prompt, 1, false).to_string()
+                }
+                (None, None) => "{}".to_owned(),
+            };
+            let id = format!("{}-{index}", admitted.answer_id("call"));
+            json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
+        })
+        .collect()
+}
+
+fn usage(answer: &Answer) -> Value {
+    json!({
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.completion_tokens,
+        "total_tokens": answer.prompt_tokens + answer.completion_tokens,
+    })
+}
+
+fn whole(admitted: &Admitted, model: &str, answer: &Answer) -> Response {
+    let mut message = json!({"role": "assistant", "content": answer.content, "refusal": answer.refusal});
+    if !answer.tool_calls.is_empty() {
+        message["tool_calls"] = json!(answer.tool_calls);
+    }
+    let mut body = json!({
+        "id": admitted.answer_id("chatcmpl"),
+        "object": "chat.completion",
+        "created": 1_767_225_600,
+        "model": model,
+        "choices": [{"index": 0, "message": message, "logprobs": null, "finish_reason": answer.finish_reason}],
+    });
+    if !admitted.is(Fault::NoUsage) {
+        body["usage"] = usage(answer);
+    }
+    server::send(admitted, &body)
+}
+
+/// Server-sent events: the role, the words, the reason it stopped, the usage, `[DONE]`.
+fn stream(admitted: &Admitted, request: &Value, model: &str, answer: &Answer) -> Response {
+    let include_usage = request["stream_options"]["include_usage"] == true;
+    let chunk = |choices: Value, usage: Value| {
+        let mut chunk = json!({
+            "id": admitted.answer_id("chatcmpl"),
+            "object": "chat.completion.chunk",
+            "created": 1_767_225_600,
+            "model": model,
+            "choices": choices,
+        });
+        if include_usage {
+            chunk["usage"] = usage;
+        }
+        Bytes::from(format!("data: {chunk}\n\n"))
+    };
+    let delta = |delta: Value, finish: Value| {
+        chunk(json!([{"index": 0, "delta": delta, "logprobs": null, "finish_reason": finish}]), Value::Null)
+    };
+    let mut events = vec![delta(json!({"role": "assistant", "content": ""}), Value::Null)];
+    for piece in answer.content.as_deref().unwrap_or_default().split_inclusive(' ') {
+        events.push(delta(json!({"content": piece}), Value::Null));
+    }
+    if let Some(refusal) = &answer.refusal {
+        events.push(delta(json!({"refusal": refusal}), Value::Null));
+    }
+    for (index, call) in answer.tool_calls.iter().enumerate() {
+        let mut call = call.clone();
+        call["index"] = json!(index);
+        events.push(delta(json!({"tool_calls": [call]}), Value::Null));
+    }
+    events.push(delta(json!({}), json!(answer.finish_reason)));
+    if include_usage && !admitted.is(Fault::NoUsage) {
+        events.push(chunk(json!([]), usage(answer)));
+    }
+    events.push(Bytes::from_static(b"data: [DONE]\n\n"));
+    let head = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-cache")];
+    match admitted.fault {
+        Some(Fault::Cut) => {
+            events.truncate(events.len() / 2);
+            (head, server::cut_body(events)).into_response()
+        }
+        Some(Fault::Malformed | Fault::NoChoices) => (head, "data: {oops\n\n").into_response(),
+        _ => {
+            let events = futures::stream::iter(events.into_iter().map(Ok::<_, std::convert::Infallible>));
+            (head, Body::from_stream(events)).into_response()
+        }
+    }
+}
