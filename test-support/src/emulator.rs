@@ -45,7 +45,7 @@ impl Emulator {
         let host = format!("127.0.0.1:{port}");
         let emulator = Self { host, port, folder, _process: process };
         let client = reqwest::Client::new();
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_mins(1);
         while Instant::now() < deadline {
             let answer =
                 client.get(format!("http://{}/", emulator.host)).timeout(Duration::from_secs(2)).send().await;

@@ -12,7 +12,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use atlas_shared::{Dependency, TaskId, UpstreamError, message::Answer};
+use atlas_shared::{Dependency, TaskId, UpstreamError, config::WorkerConfig, message::Answer};
 use bytes::Bytes;
 use jiff::Timestamp;
 use rusqlite::{Connection, ErrorCode};
@@ -48,7 +48,12 @@ pub(super) fn topics() -> Topics {
     }
 }
 
-pub(super) async fn open(dir: &Path, tuning: &Tuning, in_flight: usize) -> Result<Queues, UpstreamError> {
+pub(super) async fn open(
+    dir: &Path,
+    worker: &WorkerConfig,
+    tuning: &Tuning,
+) -> Result<Queues, UpstreamError> {
+    let in_flight = worker.max_in_flight;
     let database = Database::open(dir).await?;
     let policy = |subscription: &str, dead_letters| Policy {
         subscription: subscription.to_owned(),

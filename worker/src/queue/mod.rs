@@ -190,10 +190,9 @@ pub async fn open(config: &Config) -> Result<Queues, UpstreamError> {
 
 /// [`open`] with other times than the usual, for tests.
 pub async fn open_with(config: &Config, tuning: &Tuning) -> Result<Queues, UpstreamError> {
-    let in_flight = config.worker.max_in_flight;
     match &config.queue {
-        QueueConfig::Embedded(dir) => embedded::open(dir, tuning, in_flight).await,
-        QueueConfig::PubSub(pubsub) => pubsub::open(pubsub, tuning, in_flight).await,
+        QueueConfig::Embedded(dir) => embedded::open(dir, &config.worker, tuning).await,
+        QueueConfig::PubSub(pubsub) => pubsub::open(pubsub, &config.worker, tuning).await,
     }
 }
 
