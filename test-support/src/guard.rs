@@ -28,7 +28,7 @@ impl Guarded {
             .args([
                 "sh",
                 "-c",
-                r#""$@" </dev/null & child=$!; read -r _; kill -9 -- -$$; kill -9 "$child""#,
+                r#""$@" </dev/null & child=$!; read -r _; kill -9 "$child" 2>/dev/null; kill -9 -$$"#,
                 "guard",
             ])
             .arg(program)
