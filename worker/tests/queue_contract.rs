@@ -9,7 +9,7 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use atlas_shared::{
     Config, Env, TaskId, UpstreamError,
-    config::Process,
+    config::{Process, PubSubConfig, QueueConfig},
     message::{Answer, AnswerStatus, AnswerType},
 };
 use atlas_test_support::emulator::Emulator;
@@ -30,7 +30,7 @@ const MAX_DELIVERY_ATTEMPTS: u32 = 5;
 struct Rig {
     config: Config,
     tuning: Tuning,
-    _folder: Option<tempfile::TempDir>,
+    folder: Option<tempfile::TempDir>,
 }
 
 impl Rig {
@@ -41,7 +41,7 @@ impl Rig {
             config: load(env),
             // An embedded lease may be short; Pub/Sub takes no less than ten seconds.
             tuning: Tuning { lease: Duration::from_secs(2), ..tuning() },
-            _folder: Some(folder),
+            folder: Some(folder),
         }
     }
 
@@ -53,7 +53,12 @@ impl Rig {
 
     fn on(host: &str, project: &str) -> Self {
         let env = Env::default().with("PUBSUB_EMULATOR_HOST", host).with("PUBSUB_PROJECT_ID", project);
-        Self { config: load(env), tuning: tuning(), _folder: None }
+        Self { config: load(env), tuning: tuning(), folder: None }
+    }
+
+    fn pubsub_config(&self) -> &PubSubConfig {
+        let QueueConfig::PubSub(pubsub) = &self.config.queue else { panic!("an embedded rig") };
+        pubsub
     }
 
     async fn open(&self) -> Queues {
@@ -499,7 +504,7 @@ async fn the_embedded_queue_works_over_processes() {
         let requests = queues.requests.clone();
         async move { pull(&requests).await }
     });
-    let folder = rig._folder.as_ref().unwrap().path().display().to_string();
+    let folder = rig.folder.as_ref().unwrap().path().display().to_string();
     let child = child::start("publishes", &[("CHILD_DATA_DIR", folder)]);
     let delivery = waiting.await.unwrap();
     assert_eq!(&delivery.data[..], b"hello");
@@ -510,7 +515,7 @@ async fn the_embedded_queue_works_over_processes() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_client_swallows_no_messages() {
     let Some(rig) = Rig::pubsub("a_killed_client_swallows_no_messages").await else { return };
-    let atlas_shared::config::QueueConfig::PubSub(pubsub) = &rig.config.queue else { unreachable!() };
+    let pubsub = rig.pubsub_config();
     let queues = rig.open().await;
     rig.publish(&queues, b"first").await;
 
@@ -598,12 +603,101 @@ async fn pulling_resumes_when_the_server_comes_back_empty() {
 async fn without_permission_to_create_it_is_said_how_to() {
     let Some(rig) = Rig::pubsub("without_permission_to_create_it_is_said_how_to").await else { return };
     let mut strict = rig.config.clone();
-    let atlas_shared::config::QueueConfig::PubSub(pubsub) = &mut strict.queue else { unreachable!() };
+    let QueueConfig::PubSub(pubsub) = &mut strict.queue else { unreachable!() };
     pubsub.create_missing = false;
     let error = queue::open(&strict).await.err().expect("there is no topic");
     let UpstreamError::Misconfigured { variable, fix, .. } = &error else { panic!("{error}") };
     assert_eq!(*variable, "PUBSUB_TOPIC_IN");
     assert!(fix.contains("gcloud pubsub topics create architect_in"), "{fix}");
+}
+
+/// What `gcloud` or a client library would do by hand: the emulator's REST API.
+async fn rest(rig: &Rig, method: reqwest::Method, path: &str, body: serde_json::Value) -> serde_json::Value {
+    let pubsub = rig.pubsub_config();
+    let url =
+        format!("{}v1/projects/{}/{path}", pubsub.emulator.as_ref().unwrap().as_str(), pubsub.project_id);
+    let answer = reqwest::Client::new().request(method, url).json(&body).send().await.unwrap();
+    let answer = answer.error_for_status().unwrap();
+    answer.json().await.unwrap()
+}
+
+/// A rig whose subscription was made by hand, with `options`.
+async fn rig_with_subscription(test: &str, options: serde_json::Value) -> Option<Rig> {
+    let rig = Rig::pubsub(test).await?;
+    let project = rig.pubsub_config().project_id.clone();
+    for topic in ["architect_in", "architect_out", "architect_dlq"] {
+        rest(&rig, reqwest::Method::PUT, &format!("topics/{topic}"), serde_json::json!({})).await;
+    }
+    let mut subscription = serde_json::json!({ "topic": format!("projects/{project}/topics/architect_in") });
+    subscription.as_object_mut().unwrap().extend(options.as_object().unwrap().clone());
+    rest(&rig, reqwest::Method::PUT, "subscriptions/architect_in-atlas", subscription).await;
+    Some(rig)
+}
+
+#[tokio::test]
+async fn a_subscription_without_policies_is_no_production_subscription() {
+    let test = "a_subscription_without_policies_is_no_production_subscription";
+    let Some(rig) = rig_with_subscription(test, serde_json::json!({})).await else { return };
+
+    // In development it serves.
+    let queues = rig.open().await;
+    rig.publish(&queues, b"x").await;
+    ack(pull(&queues.requests).await).await;
+
+    let mut strict = rig.config.clone();
+    let QueueConfig::PubSub(pubsub) = &mut strict.queue else { unreachable!() };
+    pubsub.create_missing = false;
+    let error = queue::open(&strict).await.err().expect("it has no retry policy");
+    let UpstreamError::Misconfigured { variable, fix, .. } = &error else { panic!("{error}") };
+    assert_eq!(*variable, "PUBSUB_SUBSCRIPTION");
+    assert!(fix.contains("gcloud pubsub subscriptions update architect_in-atlas"), "{fix}");
+    assert!(fix.contains("--min-retry-delay"), "{fix}");
+}
+
+#[tokio::test]
+async fn a_subscription_of_another_topic_is_refused() {
+    let Some(rig) = Rig::pubsub("a_subscription_of_another_topic_is_refused").await else { return };
+    let project = rig.pubsub_config().project_id.clone();
+    rest(&rig, reqwest::Method::PUT, "topics/other", serde_json::json!({})).await;
+    let topic = serde_json::json!({ "topic": format!("projects/{project}/topics/other") });
+    rest(&rig, reqwest::Method::PUT, "subscriptions/architect_in-atlas", topic).await;
+    let error = queue::open(&rig.config).await.err().expect("it is another topic's");
+    assert_eq!(error.code(), "misconfigured");
+    assert!(error.to_string().contains("topics/other"), "{error}");
+}
+
+#[tokio::test]
+async fn an_exactly_once_subscription_confirms_its_acks() {
+    let options = serde_json::json!({ "enableExactlyOnceDelivery": true });
+    let test = "an_exactly_once_subscription_confirms_its_acks";
+    let Some(rig) = rig_with_subscription(test, options).await else { return };
+    let queues = rig.open().await;
+    let id = rig.publish(&queues, b"x").await;
+    pull(&queues.requests).await.handle.nack().await.unwrap();
+    let again = pull(&queues.requests).await;
+    assert_eq!(again.message_id, id);
+    ack(again).await;
+}
+
+#[tokio::test]
+async fn a_closed_watcher_leaves_no_subscription() {
+    let Some(rig) = Rig::pubsub("a_closed_watcher_leaves_no_subscription").await else { return };
+    let watchers = async || {
+        let list = rest(&rig, reqwest::Method::GET, "subscriptions", serde_json::json!({})).await;
+        list.to_string().matches("atlas-ask-").count()
+    };
+    let answers = queue::watch_answers(&rig.config, TaskId::random()).await.unwrap();
+    assert_eq!(watchers().await, 1);
+    answers.close().await;
+    assert_eq!(watchers().await, 0);
+}
+
+#[tokio::test]
+async fn a_message_cannot_name_a_topic_into_being() {
+    let Some(rig) = Rig::pubsub("a_message_cannot_name_a_topic_into_being").await else { return };
+    let queues = rig.open().await;
+    let error = queues.publisher.publish("reply-to-me", "x".into(), vec![]).await.unwrap_err();
+    assert_eq!(error.code(), "unknown_topic");
 }
 
 #[tokio::test]

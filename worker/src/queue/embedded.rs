@@ -7,15 +7,17 @@
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
+    pin::pin,
     sync::{Arc, Mutex, PoisonError, Weak},
     time::Duration,
 };
 
 use async_trait::async_trait;
-use atlas_shared::{Dependency, TaskId, UpstreamError, config::WorkerConfig, message::Answer};
+use atlas_shared::{
+    Dependency, TaskId, UpstreamError, config::WorkerConfig, message::Answer, sqlite::Database,
+};
 use bytes::Bytes;
-use jiff::Timestamp;
-use rusqlite::{Connection, ErrorCode};
+use rusqlite::Connection;
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
     time::{MissedTickBehavior, interval, sleep, timeout},
@@ -23,7 +25,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use self::tables::{Claimed, Policy, TableError};
+use self::tables::{Claimed, Look, Policy};
 use super::{
     AckHandle, AnswerStream, Backlog, BacklogScope, Delivery, Queues, RequestQueue, ResultPublisher, Topics,
     Tuning, check_publishable,
@@ -33,9 +35,6 @@ mod tables;
 
 /// How soon a consumer sees what another process published.
 const POLL: Duration = Duration::from_millis(100);
-
-/// The file in the data folder that store and queue share.
-const FILE: &str = "atlas.db";
 
 const SUBSCRIPTION: &str = "architect_in-atlas";
 const DLQ_SUBSCRIPTION: &str = "architect_dlq-atlas";
@@ -54,7 +53,7 @@ pub(super) async fn open(
     tuning: &Tuning,
 ) -> Result<Queues, UpstreamError> {
     let in_flight = worker.max_in_flight;
-    let database = Database::open(dir).await?;
+    let tables = Tables::open(dir).await?;
     let policy = |subscription: &str, dead_letters| Policy {
         subscription: subscription.to_owned(),
         min_backoff: tuning.min_backoff,
@@ -64,129 +63,101 @@ pub(super) async fn open(
     };
     let dead_letters = Some((topics().dead_letters, tuning.max_delivery_attempts));
     Ok(Queues {
-        requests: Arc::new(EmbeddedQueue::new(
-            database.clone(),
-            policy(SUBSCRIPTION, dead_letters),
-            in_flight,
-        )),
+        requests: Arc::new(EmbeddedQueue::new(tables.clone(), policy(SUBSCRIPTION, dead_letters), in_flight)),
         dead_letters: Some(Arc::new(EmbeddedQueue::new(
-            database.clone(),
+            tables.clone(),
             policy(DLQ_SUBSCRIPTION, None),
             in_flight,
         ))),
-        publisher: Arc::new(EmbeddedPublisher { database }),
+        publisher: Arc::new(EmbeddedPublisher { tables }),
     })
 }
 
 pub(super) async fn open_publisher(dir: &Path) -> Result<Arc<dyn ResultPublisher>, UpstreamError> {
-    Ok(Arc::new(EmbeddedPublisher { database: Database::open(dir).await? }))
+    Ok(Arc::new(EmbeddedPublisher { tables: Tables::open(dir).await? }))
 }
 
 pub(super) async fn watch_answers(
     dir: &Path,
     task_id: TaskId,
 ) -> Result<Box<dyn AnswerStream>, UpstreamError> {
-    let database = Database::open(dir).await?;
-    let after = database.run(|connection| Ok(tables::newest(connection)?)).await?;
-    Ok(Box::new(EmbeddedAnswers { database, task_id: task_id.to_string(), after }))
+    let tables = Tables::open(dir).await?;
+    let after = tables.read(|connection, _| Ok(tables::newest(connection)?)).await?;
+    Ok(Box::new(EmbeddedAnswers { tables, task_id: task_id.to_string(), after }))
 }
 
 /// The file, and the bell that rings in this process when something was written to it.
 #[derive(Clone)]
-struct Database {
-    connection: Arc<Mutex<Connection>>,
+struct Tables {
+    database: Database,
     bell: Arc<Notify>,
 }
 
-impl Database {
+impl Tables {
     async fn open(dir: &Path) -> Result<Self, UpstreamError> {
-        let dir = dir.to_owned();
-        blocking(move || {
-            std::fs::create_dir_all(&dir).map_err(|error| {
-                UpstreamError::misconfigured(
-                    Dependency::Queue,
-                    "ATLAS_DATA_DIR",
-                    format!("cannot create {}: {error}", dir.display()),
-                    "set it to a folder that this user may write to",
-                )
-            })?;
-            let file = dir.join(FILE);
-            let mut connection = tables::connect(&file).map_err(|error| failure(&error))?;
-            tables::create(&mut connection).map_err(|error| failure(&error))?;
-            let topics = topics();
-            for (subscription, topic) in
-                [(SUBSCRIPTION, topics.requests), (DLQ_SUBSCRIPTION, topics.dead_letters)]
-            {
-                tables::subscribe(&mut connection, subscription, &topic).map_err(|error| failure(&error))?;
-            }
-            // Two spellings of one folder are one queue.
-            let bell = bell(file.canonicalize().unwrap_or(file));
-            Ok(Self { connection: Arc::new(Mutex::new(connection)), bell })
-        })
-        .await
+        let database = Database::open(dir).await.map_err(of_queue)?;
+        database.execute_schema(tables::SCHEMA).await.map_err(of_queue)?;
+        let tables = Self { bell: bell(database.path()), database };
+        tables
+            .write(|connection, _| {
+                let topics = topics();
+                tables::subscribe(connection, SUBSCRIPTION, &topics.requests)?;
+                tables::subscribe(connection, DLQ_SUBSCRIPTION, &topics.dead_letters)?;
+                Ok(())
+            })
+            .await?;
+        Ok(tables)
     }
 
-    /// Runs `work` on a thread that may block.
-    async fn run<T: Send + 'static>(
+    /// Runs `work` in a transaction that holds the write lock, with the time in milliseconds.
+    async fn write<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&mut Connection) -> Result<T, TableError> + Send + 'static,
+        work: impl FnOnce(&Connection, i64) -> Result<T, UpstreamError> + Send + 'static,
     ) -> Result<T, UpstreamError> {
-        let connection = self.connection.clone();
-        blocking(move || {
-            // A panic while the lock was held rolled its transaction back: the connection is sound.
-            let mut connection = connection.lock().unwrap_or_else(PoisonError::into_inner);
-            work(&mut connection).map_err(|error| match error {
-                TableError::Full(_) => UpstreamError::transient(Dependency::Queue, error),
-                TableError::Sqlite(error) => failure(&error),
-            })
-        })
-        .await
+        self.database.write(move |tx, now| work(tx, now.as_millisecond())).await.map_err(of_queue)
+    }
+
+    /// Runs `work` on a snapshot.
+    async fn read<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Connection, i64) -> Result<T, UpstreamError> + Send + 'static,
+    ) -> Result<T, UpstreamError> {
+        self.database.read(move |tx, now| work(tx, now.as_millisecond())).await.map_err(of_queue)
     }
 }
 
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, UpstreamError> + Send + 'static,
-) -> Result<T, UpstreamError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => Err(UpstreamError::transient(Dependency::Queue, error)),
+/// Queue and store share the file; whose call failed decides which circuit opens.
+fn of_queue(error: UpstreamError) -> UpstreamError {
+    let dependency = Dependency::Queue;
+    match error {
+        UpstreamError::Transient { message, retry_after, .. } => {
+            UpstreamError::Transient { dependency, message, retry_after }
+        }
+        UpstreamError::Permanent { code, message, .. } => {
+            UpstreamError::Permanent { dependency, code, message }
+        }
+        UpstreamError::Misconfigured { variable, message, fix, .. } => {
+            UpstreamError::Misconfigured { dependency, variable, message, fix }
+        }
     }
 }
 
 /// One bell for each file and process, so that a publisher wakes consumers of the same file.
-fn bell(file: PathBuf) -> Arc<Notify> {
+fn bell(file: &Path) -> Arc<Notify> {
     static BELLS: Mutex<Option<HashMap<PathBuf, Weak<Notify>>>> = Mutex::new(None);
     let mut bells = BELLS.lock().unwrap_or_else(PoisonError::into_inner);
     let bells = bells.get_or_insert_default();
     bells.retain(|_, bell| bell.strong_count() > 0);
-    if let Some(bell) = bells.get(&file).and_then(Weak::upgrade) {
+    if let Some(bell) = bells.get(file).and_then(Weak::upgrade) {
         return bell;
     }
     let bell = Arc::new(Notify::new());
-    bells.insert(file, Arc::downgrade(&bell));
+    bells.insert(file.to_owned(), Arc::downgrade(&bell));
     bell
 }
 
-fn failure(error: &rusqlite::Error) -> UpstreamError {
-    let fix = match error.sqlite_error_code() {
-        Some(ErrorCode::CannotOpen | ErrorCode::PermissionDenied | ErrorCode::ReadOnly) => {
-            "let this user read and write the folder and its files"
-        }
-        Some(ErrorCode::DiskFull) => "make room on its disk",
-        Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
-            "its atlas.db is damaged: restore it from a backup, or move it away to start anew"
-        }
-        _ => return UpstreamError::transient(Dependency::Queue, error),
-    };
-    UpstreamError::misconfigured(Dependency::Queue, "ATLAS_DATA_DIR", error, fix)
-}
-
-fn now() -> i64 {
-    Timestamp::now().as_millisecond()
-}
-
 struct EmbeddedQueue {
-    database: Database,
+    tables: Tables,
     policy: Arc<Policy>,
     /// One permit for each delivery that may be undecided at once.
     slots: Arc<Semaphore>,
@@ -216,12 +187,12 @@ enum Keeper {
 }
 
 impl EmbeddedQueue {
-    fn new(database: Database, policy: Policy, in_flight: usize) -> Self {
+    fn new(tables: Tables, policy: Policy, in_flight: usize) -> Self {
         let policy = Arc::new(policy);
         let (keeper, notes) = mpsc::unbounded_channel();
-        tokio::spawn(keep_leases(database.clone(), policy.clone(), notes));
+        tokio::spawn(keep_leases(tables.clone(), policy.clone(), notes));
         Self {
-            database,
+            tables,
             policy,
             slots: Arc::new(Semaphore::new(in_flight)),
             draining: CancellationToken::new(),
@@ -229,18 +200,18 @@ impl EmbeddedQueue {
         }
     }
 
-    /// Claims what is due, or says how long to wait for the next delivery.
+    /// Claims the oldest delivery that is due, if there is one.
     async fn claim(
         &self,
         slot: &mut Option<OwnedSemaphorePermit>,
     ) -> Result<Option<Delivery>, UpstreamError> {
-        let (database, policy, keeper) = (self.database.clone(), self.policy.clone(), self.keeper.clone());
+        let (tables, policy, keeper) = (self.tables.clone(), self.policy.clone(), self.keeper.clone());
         let claimed = self
-            .database
-            .run(move |connection| {
-                let Some(claimed) = tables::claim(connection, &policy, now())? else { return Ok(None) };
+            .tables
+            .write(move |connection, now| {
+                let Some(claimed) = tables::claim(connection, &policy, now)? else { return Ok(None) };
                 // From here on a cancelled `pull` drops the handle, and dropping it undoes the claim.
-                Ok(Some(EmbeddedHandle::wrap(claimed, database, policy, keeper)))
+                Ok(Some(EmbeddedHandle::wrap(claimed, tables, policy, keeper)))
             })
             .await?;
         Ok(claimed.map(|(mut handle, claimed)| {
@@ -254,14 +225,6 @@ impl EmbeddedQueue {
                 handle: Box::new(handle),
             }
         }))
-    }
-
-    /// How long until the next look at the tables is worth it.
-    async fn patience(&self) -> Result<Duration, UpstreamError> {
-        let policy = self.policy.clone();
-        let due = self.database.run(move |connection| Ok(tables::next_due(connection, &policy)?)).await?;
-        let until = due.map_or(POLL, |due| Duration::from_millis(u64::try_from(due - now()).unwrap_or(0)));
-        Ok(until.clamp(Duration::from_millis(1), POLL))
     }
 }
 
@@ -278,13 +241,22 @@ impl RequestQueue for EmbeddedQueue {
             );
             loop {
                 // Listen before looking: what is published in between rings.
-                let rung = self.database.bell.notified();
-                tokio::pin!(rung);
+                let mut rung = pin!(self.tables.bell.notified());
                 rung.as_mut().enable();
-                if let Some(delivery) = self.claim(&mut slot).await? {
-                    return Ok(Some(delivery));
-                }
-                let patience = self.patience().await?;
+                let policy = self.policy.clone();
+                let look = self
+                    .tables
+                    .read(move |connection, now| Ok(tables::look(connection, &policy, now)?))
+                    .await?;
+                let patience = match look {
+                    // Another consumer may have been quicker: then look again.
+                    Look::Due => match self.claim(&mut slot).await? {
+                        Some(delivery) => return Ok(Some(delivery)),
+                        None => continue,
+                    },
+                    Look::In(wait) => wait.clamp(Duration::from_millis(1), POLL),
+                    Look::Empty => POLL,
+                };
                 tokio::select! {
                     () = rung => {}
                     () = sleep(patience) => {}
@@ -320,8 +292,8 @@ impl RequestQueue for EmbeddedQueue {
     async fn check(&self) -> Result<(), UpstreamError> {
         let subscription = self.policy.subscription.clone();
         let there = self
-            .database
-            .run(move |connection| Ok(tables::is_subscribed(connection, &subscription)?))
+            .tables
+            .read(move |connection, _| Ok(tables::is_subscribed(connection, &subscription)?))
             .await?;
         if there {
             return Ok(());
@@ -329,7 +301,7 @@ impl RequestQueue for EmbeddedQueue {
         Err(UpstreamError::misconfigured(
             Dependency::Queue,
             "ATLAS_DATA_DIR",
-            format!("{FILE} lost subscription {}", self.policy.subscription),
+            format!("the embedded database lost subscription {}", self.policy.subscription),
             "restart this process; it creates what is missing",
         ))
     }
@@ -337,19 +309,22 @@ impl RequestQueue for EmbeddedQueue {
     async fn backlog(&self) -> Result<Backlog, UpstreamError> {
         let subscription = self.policy.subscription.clone();
         let (unacknowledged, oldest) = self
-            .database
-            .run({
+            .tables
+            .read({
                 let subscription = subscription.clone();
-                move |connection| Ok(tables::backlog(connection, &subscription)?)
+                move |connection, now| {
+                    let (count, oldest) = tables::backlog(connection, &subscription)?;
+                    let age = oldest.map(|at| Duration::from_millis(u64::try_from(now - at).unwrap_or(0)));
+                    Ok((count, age))
+                }
             })
             .await?;
-        let oldest = oldest.map(|at| Duration::from_millis(u64::try_from(now() - at).unwrap_or(0)));
         Ok(Backlog { subscription, unacknowledged, oldest, scope: BacklogScope::Subscription })
     }
 }
 
 /// Renews the leases of this process's deliveries, and gives back those whose handle was dropped.
-async fn keep_leases(database: Database, policy: Arc<Policy>, mut notes: mpsc::UnboundedReceiver<Keeper>) {
+async fn keep_leases(tables: Tables, policy: Arc<Policy>, mut notes: mpsc::UnboundedReceiver<Keeper>) {
     let mut leases = HashMap::<String, i64>::new();
     let mut tick = interval((policy.lease / 3).max(Duration::from_millis(10)));
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -360,8 +335,9 @@ async fn keep_leases(database: Database, policy: Arc<Policy>, mut notes: mpsc::U
             _ = tick.tick(), if !leases.is_empty() => {
                 let held: Vec<_> = leases.iter().map(|(lease, message)| (*message, lease.clone())).collect();
                 let policy = policy.clone();
-                let renewed =
-                    database.run(move |connection| Ok(tables::renew(connection, &policy, &held, now())?)).await;
+                let renewed = tables
+                    .write(move |connection, now| Ok(tables::renew(connection, &policy, &held, now)?))
+                    .await;
                 if let Err(error) = renewed {
                     warn!(%error, "leases were not renewed; messages may be delivered twice");
                 }
@@ -379,18 +355,18 @@ async fn keep_leases(database: Database, policy: Arc<Policy>, mut notes: mpsc::U
             Some(Keeper::Dropped { message, lease, seen }) => {
                 leases.remove(&lease);
                 let policy = policy.clone();
-                let returned = database
-                    .run(move |connection| {
+                let returned = tables
+                    .write(move |connection, now| {
                         let done = if seen {
-                            tables::nack(connection, &policy, message, &lease, now())
+                            tables::nack(connection, &policy, message, &lease, now)
                         } else {
-                            tables::unclaim(connection, &policy, message, &lease, now())
+                            tables::unclaim(connection, &policy, message, &lease, now)
                         };
                         Ok(done?)
                     })
                     .await;
                 match returned {
-                    Ok(()) => database.bell.notify_waiters(),
+                    Ok(()) => tables.bell.notify_waiters(),
                     Err(error) => warn!(%error, "a message comes again only when its lease ends"),
                 }
             }
@@ -405,7 +381,7 @@ async fn keep_leases(database: Database, policy: Arc<Policy>, mut notes: mpsc::U
 struct EmbeddedHandle {
     message: i64,
     lease: String,
-    database: Database,
+    tables: Tables,
     policy: Arc<Policy>,
     keeper: mpsc::UnboundedSender<Keeper>,
     /// True once `pull` returned it.
@@ -418,14 +394,14 @@ struct EmbeddedHandle {
 impl EmbeddedHandle {
     fn wrap(
         claimed: Claimed,
-        database: Database,
+        tables: Tables,
         policy: Arc<Policy>,
         keeper: mpsc::UnboundedSender<Keeper>,
     ) -> (Self, Claimed) {
         let (message, lease) = (claimed.message, claimed.lease.clone());
         // A closed channel means that the queue is being torn down; the lease then ends by itself.
         let _ = keeper.send(Keeper::Claimed { message, lease: lease.clone() });
-        (Self { message, lease, database, policy, keeper, seen: false, decided: false, slot: None }, claimed)
+        (Self { message, lease, tables, policy, keeper, seen: false, decided: false, slot: None }, claimed)
     }
 }
 
@@ -434,8 +410,8 @@ impl AckHandle for EmbeddedHandle {
     async fn ack(mut self: Box<Self>) -> Result<(), UpstreamError> {
         let (policy, message, lease) = (self.policy.clone(), self.message, self.lease.clone());
         let held = self
-            .database
-            .run(move |connection| Ok(tables::ack(connection, &policy, message, &lease)?))
+            .tables
+            .write(move |connection, _| Ok(tables::ack(connection, &policy, message, &lease)?))
             .await?;
         self.decided = true;
         if held {
@@ -449,11 +425,11 @@ impl AckHandle for EmbeddedHandle {
 
     async fn nack(mut self: Box<Self>) -> Result<(), UpstreamError> {
         let (policy, message, lease) = (self.policy.clone(), self.message, self.lease.clone());
-        self.database
-            .run(move |connection| Ok(tables::nack(connection, &policy, message, &lease, now())?))
+        self.tables
+            .write(move |connection, now| Ok(tables::nack(connection, &policy, message, &lease, now)?))
             .await?;
         self.decided = true;
-        self.database.bell.notify_waiters();
+        self.tables.bell.notify_waiters();
         Ok(())
     }
 }
@@ -471,7 +447,7 @@ impl Drop for EmbeddedHandle {
 }
 
 struct EmbeddedPublisher {
-    database: Database,
+    tables: Tables,
 }
 
 #[async_trait]
@@ -485,16 +461,16 @@ impl ResultPublisher for EmbeddedPublisher {
         check_publishable(topic, &data, &attributes)?;
         let topic = topic.to_owned();
         let id = self
-            .database
-            .run(move |connection| tables::publish(connection, &topic, &data, &attributes, now()))
+            .tables
+            .write(move |connection, now| tables::publish(connection, &topic, &data, &attributes, now))
             .await?;
-        self.database.bell.notify_waiters();
+        self.tables.bell.notify_waiters();
         Ok(id)
     }
 }
 
 struct EmbeddedAnswers {
-    database: Database,
+    tables: Tables,
     task_id: String,
     /// The last message that was looked at.
     after: i64,
@@ -504,13 +480,12 @@ struct EmbeddedAnswers {
 impl AnswerStream for EmbeddedAnswers {
     async fn next(&mut self) -> Result<Answer, UpstreamError> {
         loop {
-            let rung = self.database.bell.notified();
-            tokio::pin!(rung);
+            let mut rung = pin!(self.tables.bell.notified());
             rung.as_mut().enable();
             let (task_id, after) = (self.task_id.clone(), self.after);
             let kept = self
-                .database
-                .run(move |connection| {
+                .tables
+                .read(move |connection, _| {
                     Ok(tables::next_of_task(connection, &topics().answers, &task_id, after)?)
                 })
                 .await?;

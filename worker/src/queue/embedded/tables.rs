@@ -1,16 +1,17 @@
-//! The embedded queue's tables and what is done to them, each in one transaction.
+//! The embedded queue's tables and what is done to them. The caller runs each function in one
+//! transaction: what writes, in one that holds the file's write lock (`Database::write`).
 //!
 //! Topics, subscriptions and deliveries as in Pub/Sub: a message is stored once; every subscription
 //! of its topic has a row in `queue_deliveries` for it until it is acked. A message without any
 //! delivery is kept for watchers, bounded by time and number, and then removed.
 //!
-//! Several processes use the file at once. Every write runs under `BEGIN IMMEDIATE`, SQLite's write
-//! lock, so a delivery is claimed once. A claim writes a random lease and a time until which nobody
-//! else sees the delivery; whoever decides it must still hold that lease.
+//! A claim writes a random lease and a time until which nobody else sees the delivery; whoever decides
+//! it must still hold that lease. Times are milliseconds since the epoch by the database's clock.
 
-use std::{path::Path, time::Duration};
+use std::time::Duration;
 
-use rusqlite::{Connection, ErrorCode, OptionalExtension as _, Transaction, TransactionBehavior, params};
+use atlas_shared::{Dependency, UpstreamError};
+use rusqlite::{Connection, OptionalExtension as _, params};
 use uuid::Uuid;
 
 /// Kept messages: those that no subscription waits for.
@@ -23,7 +24,7 @@ const DELIVER_FOR: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// Messages that wait in one subscription before publishing is refused.
 const BACKLOG_AT_MOST: i64 = 100_000;
 
-const SCHEMA: &str = "
+pub(super) const SCHEMA: &str = "
 CREATE TABLE IF NOT EXISTS queue_messages (
     id           INTEGER PRIMARY KEY AUTOINCREMENT,
     message_id   TEXT    NOT NULL,
@@ -82,41 +83,7 @@ pub(super) struct Kept {
     pub(super) data: Vec<u8>,
 }
 
-/// Why a table said no.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum TableError {
-    #[error("{BACKLOG_AT_MOST} messages wait already in subscription {0}")]
-    Full(String),
-    #[error(transparent)]
-    Sqlite(#[from] rusqlite::Error),
-}
-
-pub(super) fn connect(file: &Path) -> rusqlite::Result<Connection> {
-    let connection = Connection::open(file)?;
-    connection.busy_timeout(Duration::from_secs(10))?;
-    // Readers and one writer at a time, over processes. The first switch to WAL does not wait for
-    // its lock by itself, so two processes that meet at an empty file take turns here. NORMAL: a power cut may lose the last
-    // commits, which at-least-once delivery and the publisher's retry already allow for.
-    let mut turns = 100;
-    while let Err(error) = connection.pragma_update(None, "journal_mode", "WAL") {
-        turns -= 1;
-        if turns == 0 || error.sqlite_error_code() != Some(ErrorCode::DatabaseBusy) {
-            return Err(error);
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    connection.pragma_update(None, "synchronous", "NORMAL")?;
-    connection.pragma_update(None, "foreign_keys", "ON")?;
-    Ok(connection)
-}
-
-pub(super) fn create(connection: &mut Connection) -> rusqlite::Result<()> {
-    let tx = write(connection)?;
-    tx.execute_batch(SCHEMA)?;
-    tx.commit()
-}
-
-pub(super) fn subscribe(connection: &mut Connection, name: &str, topic: &str) -> rusqlite::Result<()> {
+pub(super) fn subscribe(connection: &Connection, name: &str, topic: &str) -> rusqlite::Result<()> {
     connection.execute(
         "INSERT INTO queue_subscriptions (name, topic) VALUES (?1, ?2)
          ON CONFLICT (name) DO UPDATE SET topic = excluded.topic WHERE topic <> excluded.topic",
@@ -134,14 +101,13 @@ pub(super) fn is_subscribed(connection: &Connection, name: &str) -> rusqlite::Re
 
 /// Stores a message for every subscription of `topic`, and for watchers. Returns its id.
 pub(super) fn publish(
-    connection: &mut Connection,
+    connection: &Connection,
     topic: &str,
     data: &[u8],
     attributes: &[(String, String)],
     now: i64,
-) -> Result<String, TableError> {
-    let tx = write(connection)?;
-    let full = tx
+) -> Result<String, UpstreamError> {
+    let full: Option<String> = connection
         .query_row(
             "SELECT name FROM queue_subscriptions s WHERE topic = ?1 AND EXISTS (
                  SELECT 1 FROM queue_deliveries d WHERE d.subscription = s.name LIMIT 1 OFFSET ?2)",
@@ -150,42 +116,61 @@ pub(super) fn publish(
         )
         .optional()?;
     if let Some(subscription) = full {
-        return Err(TableError::Full(subscription));
+        return Err(UpstreamError::transient(
+            Dependency::Queue,
+            format!("{BACKLOG_AT_MOST} messages wait already in subscription {subscription}"),
+        ));
     }
     let message_id = Uuid::now_v7().to_string();
-    insert(&tx, topic, &message_id, data, attributes, now)?;
-    remove_old(&tx, now)?;
-    tx.commit()?;
+    insert(connection, topic, &message_id, data, attributes, now)?;
+    remove_old(connection, now)?;
     Ok(message_id)
 }
 
+/// Whether [`claim`] would find something, so that an idle consumer, which looks often, does not take
+/// the write lock for it; otherwise when the next delivery is due.
+pub(super) fn look(connection: &Connection, policy: &Policy, now: i64) -> rusqlite::Result<Look> {
+    let next: Option<i64> = connection.query_row(
+        "SELECT min(visible_at) FROM queue_deliveries WHERE subscription = ?1",
+        [&policy.subscription],
+        |row| row.get(0),
+    )?;
+    Ok(match next {
+        Some(at) if at <= now => Look::Due,
+        Some(at) => Look::In(Duration::from_millis(u64::try_from(at - now).unwrap_or(0))),
+        None => Look::Empty,
+    })
+}
+
+/// What [`look`] saw.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Look {
+    /// Something can be claimed.
+    Due,
+    /// Something can be claimed after so long.
+    In(Duration),
+    /// Nothing waits.
+    Empty,
+}
+
 /// Takes the oldest delivery that is due, if there is one.
-pub(super) fn claim(
-    connection: &mut Connection,
-    policy: &Policy,
-    now: i64,
-) -> rusqlite::Result<Option<Claimed>> {
-    // An idle consumer looks often: it must not take the write lock for that.
-    if due(connection, policy, now)?.is_none() {
-        return Ok(None);
-    }
-    let tx = write(connection)?;
+pub(super) fn claim(connection: &Connection, policy: &Policy, now: i64) -> rusqlite::Result<Option<Claimed>> {
     let claimed = loop {
-        let Some((message, attempt)) = due(&tx, policy, now)? else { break None };
+        let Some((message, attempt)) = due(connection, policy, now)? else { break None };
         // Its last consumer died with it: no consumer is left to say so, so it is noticed here.
         if let Some((topic, max)) = &policy.dead_letters
             && attempt >= *max
         {
-            dead_letter(&tx, policy, message, topic, attempt, now)?;
+            dead_letter(connection, policy, message, topic, attempt, now)?;
             continue;
         }
         let lease = Uuid::new_v4().to_string();
-        tx.execute(
+        connection.execute(
             "UPDATE queue_deliveries SET attempt = attempt + 1, lease = ?3, visible_at = ?4
              WHERE subscription = ?1 AND message = ?2",
             params![policy.subscription, message, lease, now + millis(policy.lease)],
         )?;
-        let (message_id, data, attributes) = tx.query_row(
+        let (message_id, data, attributes) = connection.query_row(
             "SELECT message_id, data, attributes FROM queue_messages WHERE id = ?1",
             [message],
             |row| Ok((row.get(0)?, row.get(1)?, row.get::<_, String>(2)?)),
@@ -193,39 +178,35 @@ pub(super) fn claim(
         let attributes = decode(&attributes);
         break Some(Claimed { message, lease, message_id, data, attributes, attempt: attempt + 1 });
     };
-    tx.commit()?;
     Ok(claimed)
 }
 
 /// Removes a delivery for good. False: the lease was lost, and the message will come again.
 pub(super) fn ack(
-    connection: &mut Connection,
+    connection: &Connection,
     policy: &Policy,
     message: i64,
     lease: &str,
 ) -> rusqlite::Result<bool> {
-    let tx = write(connection)?;
-    let held = tx.execute(
+    let held = connection.execute(
         "DELETE FROM queue_deliveries WHERE subscription = ?1 AND message = ?2 AND lease = ?3",
         params![policy.subscription, message, lease],
     )? > 0;
     if held {
-        remove_delivered(&tx, message)?;
+        remove_delivered(connection, message)?;
     }
-    tx.commit()?;
     Ok(held)
 }
 
 /// Gives a delivery back: due again after the backoff, or a dead letter after the last attempt.
 pub(super) fn nack(
-    connection: &mut Connection,
+    connection: &Connection,
     policy: &Policy,
     message: i64,
     lease: &str,
     now: i64,
 ) -> rusqlite::Result<()> {
-    let tx = write(connection)?;
-    let attempt: Option<u32> = tx
+    let attempt: Option<u32> = connection
         .query_row(
             "SELECT attempt FROM queue_deliveries WHERE subscription = ?1 AND message = ?2 AND lease = ?3",
             params![policy.subscription, message, lease],
@@ -236,10 +217,10 @@ pub(super) fn nack(
     if let Some(attempt) = attempt {
         match &policy.dead_letters {
             Some((topic, max)) if attempt >= *max => {
-                dead_letter(&tx, policy, message, topic, attempt, now)?;
+                dead_letter(connection, policy, message, topic, attempt, now)?;
             }
             _ => {
-                tx.execute(
+                connection.execute(
                     "UPDATE queue_deliveries SET lease = NULL, visible_at = ?3
                      WHERE subscription = ?1 AND message = ?2",
                     params![policy.subscription, message, now + millis(backoff(policy, attempt))],
@@ -247,12 +228,12 @@ pub(super) fn nack(
             }
         }
     }
-    tx.commit()
+    Ok(())
 }
 
 /// Undoes a claim that nobody saw: due at once, and the attempt does not count.
 pub(super) fn unclaim(
-    connection: &mut Connection,
+    connection: &Connection,
     policy: &Policy,
     message: i64,
     lease: &str,
@@ -268,29 +249,19 @@ pub(super) fn unclaim(
 
 /// Extends leases that are still ours.
 pub(super) fn renew(
-    connection: &mut Connection,
+    connection: &Connection,
     policy: &Policy,
     leases: &[(i64, String)],
     now: i64,
 ) -> rusqlite::Result<()> {
-    let tx = write(connection)?;
     for (message, lease) in leases {
-        tx.execute(
+        connection.execute(
             "UPDATE queue_deliveries SET visible_at = ?4
              WHERE subscription = ?1 AND message = ?2 AND lease = ?3",
             params![policy.subscription, message, lease, now + millis(policy.lease)],
         )?;
     }
-    tx.commit()
-}
-
-/// When the next delivery is due, if any waits.
-pub(super) fn next_due(connection: &Connection, policy: &Policy) -> rusqlite::Result<Option<i64>> {
-    connection.query_row(
-        "SELECT min(visible_at) FROM queue_deliveries WHERE subscription = ?1",
-        [&policy.subscription],
-        |row| row.get(0),
-    )
+    Ok(())
 }
 
 /// How many messages wait, and when the oldest was published.
@@ -325,10 +296,6 @@ pub(super) fn next_of_task(
         .optional()
 }
 
-fn write(connection: &mut Connection) -> rusqlite::Result<Transaction<'_>> {
-    connection.transaction_with_behavior(TransactionBehavior::Immediate)
-}
-
 fn due(connection: &Connection, policy: &Policy, now: i64) -> rusqlite::Result<Option<(i64, u32)>> {
     connection
         .query_row(
@@ -341,7 +308,7 @@ fn due(connection: &Connection, policy: &Policy, now: i64) -> rusqlite::Result<O
 }
 
 fn insert(
-    tx: &Transaction<'_>,
+    connection: &Connection,
     topic: &str,
     message_id: &str,
     data: &[u8],
@@ -349,19 +316,19 @@ fn insert(
     now: i64,
 ) -> rusqlite::Result<()> {
     let task_id = attributes.iter().find(|(key, _)| key == "task_id").map(|(_, value)| value);
-    tx.execute(
+    connection.execute(
         "INSERT INTO queue_messages (message_id, topic, task_id, data, attributes, published_at)
          VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
         params![message_id, topic, task_id, data, encode(attributes), now],
     )?;
-    let message = tx.last_insert_rowid();
-    let subscribers = tx.execute(
+    let message = connection.last_insert_rowid();
+    let subscribers = connection.execute(
         "INSERT INTO queue_deliveries (subscription, message, visible_at)
          SELECT name, ?1, ?2 FROM queue_subscriptions WHERE topic = ?3",
         params![message, now, topic],
     )?;
     if subscribers == 0 {
-        tx.execute("UPDATE queue_messages SET kept = 1 WHERE id = ?1", [message])?;
+        connection.execute("UPDATE queue_messages SET kept = 1 WHERE id = ?1", [message])?;
     }
     Ok(())
 }
@@ -369,14 +336,14 @@ fn insert(
 /// Moves a message to the dead-letter topic, with the attributes that Pub/Sub adds. It keeps its
 /// message id, so that a task without an id of its own is still recognised.
 fn dead_letter(
-    tx: &Transaction<'_>,
+    connection: &Connection,
     policy: &Policy,
     message: i64,
     topic: &str,
     attempts: u32,
     now: i64,
 ) -> rusqlite::Result<()> {
-    let (message_id, data, attributes): (String, Vec<u8>, String) = tx.query_row(
+    let (message_id, data, attributes): (String, Vec<u8>, String) = connection.query_row(
         "SELECT message_id, data, attributes FROM queue_messages WHERE id = ?1",
         [message],
         |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
@@ -384,16 +351,16 @@ fn dead_letter(
     let mut attributes = decode(&attributes);
     attributes.push(("CloudPubSubDeadLetterSourceDeliveryCount".to_owned(), attempts.to_string()));
     attributes.push(("CloudPubSubDeadLetterSourceSubscription".to_owned(), policy.subscription.clone()));
-    insert(tx, topic, &message_id, &data, &attributes, now)?;
-    tx.execute(
+    insert(connection, topic, &message_id, &data, &attributes, now)?;
+    connection.execute(
         "DELETE FROM queue_deliveries WHERE subscription = ?1 AND message = ?2",
         params![policy.subscription, message],
     )?;
-    remove_delivered(tx, message)
+    remove_delivered(connection, message)
 }
 
-fn remove_delivered(tx: &Transaction<'_>, message: i64) -> rusqlite::Result<()> {
-    tx.execute(
+fn remove_delivered(connection: &Connection, message: i64) -> rusqlite::Result<()> {
+    connection.execute(
         "DELETE FROM queue_messages WHERE id = ?1
          AND NOT EXISTS (SELECT 1 FROM queue_deliveries WHERE message = ?1)",
         [message],
@@ -402,13 +369,13 @@ fn remove_delivered(tx: &Transaction<'_>, message: i64) -> rusqlite::Result<()> 
 }
 
 /// Bounds what is kept. A few rows at a time, so that no publisher pays for all of a backlog.
-fn remove_old(tx: &Transaction<'_>, now: i64) -> rusqlite::Result<()> {
-    tx.execute(
+fn remove_old(connection: &Connection, now: i64) -> rusqlite::Result<()> {
+    connection.execute(
         "DELETE FROM queue_messages WHERE id IN (
              SELECT id FROM queue_messages WHERE published_at < ?1 ORDER BY published_at LIMIT 100)",
         [now - millis(DELIVER_FOR)],
     )?;
-    tx.execute(
+    connection.execute(
         "DELETE FROM queue_messages WHERE id IN (
              SELECT id FROM queue_messages
              WHERE kept = 1
@@ -446,10 +413,10 @@ mod tests {
     use super::*;
 
     fn database() -> Connection {
-        let mut connection = Connection::open_in_memory().unwrap();
-        create(&mut connection).unwrap();
-        subscribe(&mut connection, "in-atlas", "in").unwrap();
-        subscribe(&mut connection, "dlq-atlas", "dlq").unwrap();
+        let connection = Connection::open_in_memory().unwrap();
+        connection.execute_batch(SCHEMA).unwrap();
+        subscribe(&connection, "in-atlas", "in").unwrap();
+        subscribe(&connection, "dlq-atlas", "dlq").unwrap();
         connection
     }
 
@@ -469,44 +436,44 @@ mod tests {
 
     #[test]
     fn a_dead_consumers_delivery_comes_again_when_its_lease_ends() {
-        let mut db = database();
-        publish(&mut db, "in", b"x", &[], 0).unwrap();
-        let first = claim(&mut db, &policy(), 0).unwrap().unwrap();
-        assert!(claim(&mut db, &policy(), 29_999).unwrap().is_none());
-        let second = claim(&mut db, &policy(), 30_000).unwrap().unwrap();
+        let db = database();
+        publish(&db, "in", b"x", &[], 0).unwrap();
+        let first = claim(&db, &policy(), 0).unwrap().unwrap();
+        assert!(claim(&db, &policy(), 29_999).unwrap().is_none());
+        let second = claim(&db, &policy(), 30_000).unwrap().unwrap();
         assert_eq!((first.attempt, second.attempt), (1, 2));
         assert_eq!(first.message_id, second.message_id);
-        assert!(!ack(&mut db, &policy(), first.message, &first.lease).unwrap(), "the lease was lost");
-        assert!(ack(&mut db, &policy(), second.message, &second.lease).unwrap());
+        assert!(!ack(&db, &policy(), first.message, &first.lease).unwrap(), "the lease was lost");
+        assert!(ack(&db, &policy(), second.message, &second.lease).unwrap());
     }
 
     #[test]
     fn a_renewed_lease_holds() {
-        let mut db = database();
-        publish(&mut db, "in", b"x", &[], 0).unwrap();
-        let held = claim(&mut db, &policy(), 0).unwrap().unwrap();
-        renew(&mut db, &policy(), &[(held.message, held.lease.clone())], 20_000).unwrap();
-        assert!(claim(&mut db, &policy(), 49_999).unwrap().is_none());
-        assert!(ack(&mut db, &policy(), held.message, &held.lease).unwrap());
+        let db = database();
+        publish(&db, "in", b"x", &[], 0).unwrap();
+        let held = claim(&db, &policy(), 0).unwrap().unwrap();
+        renew(&db, &policy(), &[(held.message, held.lease.clone())], 20_000).unwrap();
+        assert!(claim(&db, &policy(), 49_999).unwrap().is_none());
+        assert!(ack(&db, &policy(), held.message, &held.lease).unwrap());
     }
 
     #[test]
     fn redelivery_backs_off_and_ends_in_the_dead_letters() {
-        let mut db = database();
-        publish(&mut db, "in", b"x", &[("k".to_owned(), "v".to_owned())], 0).unwrap();
+        let db = database();
+        publish(&db, "in", b"x", &[("k".to_owned(), "v".to_owned())], 0).unwrap();
         let mut now = 0;
         for delay in [1000, 2000] {
-            let taken = claim(&mut db, &policy(), now).unwrap().unwrap();
-            nack(&mut db, &policy(), taken.message, &taken.lease, now).unwrap();
-            assert!(claim(&mut db, &policy(), now + delay - 1).unwrap().is_none());
+            let taken = claim(&db, &policy(), now).unwrap().unwrap();
+            nack(&db, &policy(), taken.message, &taken.lease, now).unwrap();
+            assert!(claim(&db, &policy(), now + delay - 1).unwrap().is_none());
             now += delay;
         }
-        let last = claim(&mut db, &policy(), now).unwrap().unwrap();
+        let last = claim(&db, &policy(), now).unwrap().unwrap();
         assert_eq!(last.attempt, 3);
-        nack(&mut db, &policy(), last.message, &last.lease, now).unwrap();
+        nack(&db, &policy(), last.message, &last.lease, now).unwrap();
 
-        assert!(claim(&mut db, &policy(), now + 3_600_000).unwrap().is_none());
-        let letter = claim(&mut db, &dead(), now).unwrap().unwrap();
+        assert!(claim(&db, &policy(), now + 3_600_000).unwrap().is_none());
+        let letter = claim(&db, &dead(), now).unwrap().unwrap();
         assert_eq!(letter.data, b"x");
         assert_eq!(letter.message_id, last.message_id);
         assert!(letter.attributes.contains(&("k".to_owned(), "v".to_owned())));
@@ -520,31 +487,31 @@ mod tests {
 
     #[test]
     fn a_message_that_kills_its_consumers_ends_in_the_dead_letters_too() {
-        let mut db = database();
-        publish(&mut db, "in", b"x", &[], 0).unwrap();
+        let db = database();
+        publish(&db, "in", b"x", &[], 0).unwrap();
         for crash in 0..3 {
-            assert!(claim(&mut db, &policy(), crash * 30_000).unwrap().is_some());
+            assert!(claim(&db, &policy(), crash * 30_000).unwrap().is_some());
         }
-        assert!(claim(&mut db, &policy(), 90_000).unwrap().is_none());
-        assert!(claim(&mut db, &dead(), 90_000).unwrap().is_some());
+        assert!(claim(&db, &policy(), 90_000).unwrap().is_none());
+        assert!(claim(&db, &dead(), 90_000).unwrap().is_some());
     }
 
     #[test]
     fn a_claim_that_nobody_saw_does_not_count() {
-        let mut db = database();
-        publish(&mut db, "in", b"x", &[], 0).unwrap();
-        let unseen = claim(&mut db, &policy(), 0).unwrap().unwrap();
-        unclaim(&mut db, &policy(), unseen.message, &unseen.lease, 0).unwrap();
-        assert_eq!(claim(&mut db, &policy(), 0).unwrap().unwrap().attempt, 1);
+        let db = database();
+        publish(&db, "in", b"x", &[], 0).unwrap();
+        let unseen = claim(&db, &policy(), 0).unwrap().unwrap();
+        unclaim(&db, &policy(), unseen.message, &unseen.lease, 0).unwrap();
+        assert_eq!(claim(&db, &policy(), 0).unwrap().unwrap().attempt, 1);
     }
 
     #[test]
     fn an_acked_message_leaves_nothing_behind() {
-        let mut db = database();
-        publish(&mut db, "in", b"x", &[], 0).unwrap();
+        let db = database();
+        publish(&db, "in", b"x", &[], 0).unwrap();
         assert_eq!(backlog(&db, "in-atlas").unwrap(), (1, Some(0)));
-        let taken = claim(&mut db, &policy(), 0).unwrap().unwrap();
-        ack(&mut db, &policy(), taken.message, &taken.lease).unwrap();
+        let taken = claim(&db, &policy(), 0).unwrap().unwrap();
+        ack(&db, &policy(), taken.message, &taken.lease).unwrap();
         assert_eq!(backlog(&db, "in-atlas").unwrap(), (0, None));
         let rows: i64 = db.query_row("SELECT count(*) FROM queue_messages", [], |row| row.get(0)).unwrap();
         assert_eq!(rows, 0);
@@ -552,26 +519,26 @@ mod tests {
 
     #[test]
     fn answers_are_kept_for_watchers_but_not_for_ever() {
-        let mut db = database();
+        let db = database();
         let task = [("task_id".to_owned(), "t1".to_owned())];
-        publish(&mut db, "out", b"first", &task, 0).unwrap();
-        publish(&mut db, "out", b"second", &task, 1).unwrap();
+        publish(&db, "out", b"first", &task, 0).unwrap();
+        publish(&db, "out", b"second", &task, 1).unwrap();
         let first = next_of_task(&db, "out", "t1", 0).unwrap().unwrap();
         let second = next_of_task(&db, "out", "t1", first.id).unwrap().unwrap();
         assert_eq!((first.data.as_slice(), second.data.as_slice()), (&b"first"[..], &b"second"[..]));
         assert!(next_of_task(&db, "out", "t1", second.id).unwrap().is_none());
 
-        publish(&mut db, "out", b"later", &[], millis(KEEP_FOR) + 2).unwrap();
+        publish(&db, "out", b"later", &[], millis(KEEP_FOR) + 2).unwrap();
         assert!(next_of_task(&db, "out", "t1", 0).unwrap().is_none());
     }
 
     #[test]
     fn the_oldest_message_comes_first() {
-        let mut db = database();
+        let db = database();
         for text in ["a", "b", "c"] {
-            publish(&mut db, "in", text.as_bytes(), &[], 0).unwrap();
+            publish(&db, "in", text.as_bytes(), &[], 0).unwrap();
         }
-        let order: Vec<_> = std::iter::from_fn(|| claim(&mut db, &policy(), 0).unwrap())
+        let order: Vec<_> = std::iter::from_fn(|| claim(&db, &policy(), 0).unwrap())
             .map(|taken| String::from_utf8(taken.data).unwrap())
             .collect();
         assert_eq!(order, ["a", "b", "c"]);

@@ -22,7 +22,6 @@ use std::{
 
 use async_trait::async_trait;
 use atlas_shared::{Dependency, UpstreamError};
-use bytes::Bytes;
 use futures::FutureExt as _;
 use google_cloud_gax::error::rpc::Code;
 use google_cloud_pubsub::{
@@ -271,7 +270,7 @@ impl RequestQueue for PubSubQueue {
 
 /// Why the supervisor stopped waiting for a message.
 enum Event {
-    Message(Message, Handler),
+    Message(Box<Message>, Handler),
     /// The stream is of no use any more.
     Broken(Option<Error>),
     /// The server was away and is back.
@@ -320,7 +319,7 @@ async fn pump(shared: &Shared, subscriber: &Subscriber, stream: &mut Option<Mess
             Event::Message(message, handler) => {
                 backoff = MIN_BACKOFF;
                 shared.set_trouble(None);
-                deliver(shared, message, handler, slot).await;
+                deliver(shared, *message, handler, slot).await;
             }
             Event::Idle => close(shared, stream.take()),
             Event::Back => {
@@ -337,7 +336,7 @@ async fn pump(shared: &Shared, subscriber: &Subscriber, stream: &mut Option<Mess
                 close(shared, stream.take());
                 match error {
                     Some(error) if code_of(&error) == Some(Code::NotFound) => {
-                        restore(shared, &mut backoff).await
+                        restore(shared, &mut backoff).await;
                     }
                     Some(error) => {
                         let what = format!("pulling from {}", shared.spec.name);
@@ -376,7 +375,7 @@ async fn next(shared: &Shared, stream: &mut MessageStream) -> Event {
     tokio::select! {
         biased;
         next = &mut message => match next {
-            Some(Ok((message, handler))) => Event::Message(message, handler),
+            Some(Ok((message, handler))) => Event::Message(Box::new(message), handler),
             Some(Err(error)) => Event::Broken(Some(error)),
             None => Event::Broken(None),
         },
@@ -422,7 +421,7 @@ async fn deliver(shared: &Shared, message: Message, handler: Handler, slot: Owne
     attributes.sort_unstable();
     shared.put(Ok(Delivery {
         message_id,
-        data: Bytes::from(data),
+        data,
         attributes,
         delivery_attempt,
         handle: Box::new(PubSubHandle {
