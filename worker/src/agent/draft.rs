@@ -747,3 +747,363 @@ fn search_tool() -> ToolSpec {
         }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
+    use super::{
+        super::{
+            passages::tests::passage,
+            testing::{
+                call, count, cut, failed, finished, good_spec, input, passages, says, search, searches, task,
+                transcript,
+            },
+        },
+        *,
+    };
+
+    #[test]
+    fn a_good_answer_is_a_document() {
+        let mut draft = Draft::new(input());
+        let first = call(&mut draft);
+        assert_eq!(first.step, "draft.0");
+        insta::assert_snapshot!("prompt_spec", transcript(&first.request));
+        assert!(matches!(first.request.response_format, ResponseFormat::JsonSchema { .. }));
+
+        draft.answered(&says(good_spec()));
+        let done = finished(&mut draft);
+        insta::assert_snapshot!("rendered_spec", done.markdown);
+        let mut metadata = done.metadata;
+        // Changes with every word of a prompt; the snapshots of the prompts show those.
+        assert_eq!(metadata.remove("prompt_version"), Some(json!(prompt::version())));
+        insta::assert_json_snapshot!("metadata_spec", metadata);
+    }
+
+    #[test]
+    fn without_json_schema_the_prompt_holds_the_schema() {
+        let mut input = input();
+        input.options.response_format = ResponseFormatSetting::JsonObject;
+        let request = call(&mut Draft::new(input)).request;
+        assert_eq!(request.response_format, ResponseFormat::JsonObject);
+        assert!(transcript(&request).contains(&schema::of_kind(Kind::Spec).to_string()));
+    }
+
+    #[test]
+    fn each_kind_has_its_prompt_and_is_chosen_from_the_request() {
+        let kind = |content: &str, metadata: Value, parent: Option<Value>| {
+            Draft::new(DraftInput { task: task(content, &metadata), parent, ..input() })
+        };
+        let parent = json!({"msg_type": "spec", "content": "# Old\n\nIt was so [1].\n\n## Sources\n\n- [1] `a.md:1-2`"});
+        let mut seen = Vec::new();
+        for (mut draft, wanted) in [
+            (kind("Design a cache", json!({}), None), Kind::Spec),
+            (kind("Write an ADR on caching", json!({}), None), Kind::Adr),
+            (kind("Review our cache", json!({}), None), Kind::Review),
+            (kind("Use Redis", json!({}), Some(parent.clone())), Kind::Refine),
+            (kind("Use Redis", json!({"kind": "ADR"}), Some(parent)), Kind::Adr),
+        ] {
+            assert_eq!(draft.kind(), wanted);
+            let system = match &call(&mut draft).request.messages[0] {
+                ChatMessage::System { content } => content.clone(),
+                other => panic!("{other:?}"),
+            };
+            seen.push(system);
+        }
+        seen.dedup();
+        assert_eq!(seen.len(), 5, "each differs from the one before");
+        let mut draft = kind("Use Redis", json!({"kind": "poem"}), None);
+        let failure = failed(&mut draft);
+        assert_eq!(failure.code, "unknown_kind");
+        assert!(failure.message.contains("spec, adr, review, refine"), "{}", failure.message);
+    }
+
+    #[test]
+    fn a_parent_is_shown_without_its_citations() {
+        let parent = json!({"msg_type": "spec", "content": "# Old\n\nIt was so [1].\n\n## Sources\n\n- [1] `a.md:1-2`"});
+        let request = call(&mut Draft::new(DraftInput { parent: Some(parent), ..input() })).request;
+        let shown = transcript(&request);
+        assert!(shown.contains("It was so.") && !shown.contains("a.md"), "{shown}");
+        let error = json!({"msg_type": "error", "content": "It failed."});
+        assert_eq!(Draft::new(DraftInput { parent: Some(error), ..input() }).kind(), Kind::Spec);
+    }
+
+    #[test]
+    fn searches_bring_new_numbered_passages_until_none_are_left() {
+        let mut draft = Draft::new(input());
+        assert_eq!(call(&mut draft).request.tools.len(), 1);
+        draft.answered(&searches(&["fencing tokens", "outbox"]));
+        let first = search(&mut draft);
+        assert_eq!((first.step.as_str(), first.query.as_str()), ("search.1", "fencing tokens"));
+        draft.found(vec![
+            passage("docs/fence.md", 5, "A stale fencing token is refused by every write"),
+            passages()[0].clone(),
+        ]);
+        let second = search(&mut draft);
+        assert_eq!((second.step.as_str(), second.query.as_str()), ("search.2", "outbox"));
+        draft.search_failed();
+
+        let again = call(&mut draft);
+        assert_eq!(again.step, "draft.1");
+        insta::assert_snapshot!(
+            "prompt_after_search",
+            transcript(&again.request).split("======== user").last().unwrap()
+        );
+
+        draft.answered(&searches(&["one more", "too many"]));
+        assert_eq!(search(&mut draft).query, "one more");
+        draft.found(Vec::new());
+        let last = call(&mut draft);
+        assert_eq!(last.step, "draft.2");
+        assert!(last.request.tools.is_empty(), "three were allowed");
+
+        let mut answer = good_spec();
+        answer["security"][0] =
+            json!({"text": "A stale fencing token is refused by every write", "citations": [4]});
+        draft.answered(&says(answer));
+        let done = finished(&mut draft);
+        assert_eq!(done.metadata["searches"], json!(3));
+        assert_eq!(done.metadata["context_degraded"], json!(true), "one search failed");
+        assert!(done.citations.iter().any(|citation| citation.source == "docs/fence.md"));
+    }
+
+    #[test]
+    fn a_model_that_never_stops_searching_is_stopped() {
+        let mut draft = Draft::new(input());
+        let mut calls = 0;
+        let end = loop {
+            match draft.next() {
+                Next::Call(_) => {
+                    calls += 1;
+                    draft.answered(&searches(&["more"]));
+                }
+                Next::Search(_) => draft.found(Vec::new()),
+                end => break end,
+            }
+            assert!(calls < 20);
+        };
+        assert_eq!(calls, 5, "three searches, one call without tools, one repair");
+        assert!(matches!(end, Next::Failed(Failure { code, .. }) if code == "empty_answer"));
+    }
+
+    #[test]
+    fn wrong_tool_calls_are_answered_and_counted() {
+        let mut draft = Draft::new(input());
+        let mut answer = searches(&["x"]);
+        answer.tool_calls[0].arguments = "{not json".to_owned();
+        answer.tool_calls.push(ToolCall {
+            id: "c0".to_owned(),
+            name: "rm".to_owned(),
+            arguments: String::new(),
+        });
+        draft.answered(&answer);
+        let next = call(&mut draft);
+        assert_eq!(next.step, "draft.1");
+        let shown = transcript(&next.request);
+        assert!(
+            shown.contains("needs {\"query\"") && shown.contains("(call_0_1) There is no such tool"),
+            "{shown}"
+        );
+        for _ in 0..2 {
+            draft.answered(&answer);
+        }
+        assert!(call(&mut draft).request.tools.is_empty());
+    }
+
+    #[test]
+    fn broken_diagrams_are_asked_for_again_alone() {
+        let mut answer = good_spec();
+        answer["diagrams"][0]["mermaid"] = json!("flowchart LR\n  a[broken (label)] --> b");
+        let mut draft = Draft::new(input());
+        draft.answered(&says(&answer));
+        let repair = call(&mut draft);
+        assert_eq!(repair.step, "repair.0");
+        insta::assert_snapshot!(
+            "prompt_mend",
+            transcript(&repair.request).split("======== user").last().unwrap()
+        );
+        let ResponseFormat::JsonSchema { schema, .. } = &repair.request.response_format else { panic!() };
+        assert_eq!(schema["required"], json!(["diagrams"]));
+
+        let mut mended = draft.clone();
+        mended.answered(&says(json!({"diagrams": [{"title": "P", "mermaid": "flowchart LR\n  a --> b"}]})));
+        let done = finished(&mut mended);
+        assert!(done.markdown.contains("```mermaid\nflowchart LR\n  a --> b\n```"));
+        assert_eq!(done.metadata["repaired"], json!(true));
+        assert_eq!(done.metadata["diagrams_broken"], json!(0));
+        assert_eq!(done.spec.title, "Run leases");
+
+        draft.answered(&says("no"));
+        let done = finished(&mut draft);
+        assert!(done.markdown.contains("```text\nflowchart LR"), "{}", done.markdown);
+        assert!(!done.markdown.contains("```mermaid"));
+        assert_eq!(done.metadata["diagrams_broken"], json!(1));
+    }
+
+    #[test]
+    fn a_decision_without_alternatives_is_asked_for_again() {
+        let mut answer = good_spec();
+        answer["decisions"][0]["alternatives"] = json!([]);
+        let mut draft = Draft::new(input());
+        draft.answered(&says(&answer));
+        let shown = transcript(&call(&mut draft).request);
+        assert!(shown.contains("weighs 0 alternatives"), "{shown}");
+        draft.cannot_call("run_budget", "gone");
+        let done = finished(&mut draft);
+        assert!(done.markdown.starts_with("> **Note:** The model's answer had faults"), "{}", done.markdown);
+        assert_eq!(done.metadata["incomplete"], json!(true));
+    }
+
+    #[test]
+    fn prose_instead_of_json_is_mended_or_fails() {
+        let mut draft = Draft::new(input());
+        draft.answered(&says("Sure! First, I would use leases."));
+        let shown = transcript(&call(&mut draft).request);
+        assert!(
+            shown.contains("not a JSON object") && shown.contains("First, I would use leases."),
+            "{shown}"
+        );
+        let mut mended = draft.clone();
+        mended.answered(&says(good_spec()));
+        assert_eq!(finished(&mut mended).spec.title, "Run leases");
+        draft.answered(&says("Still prose."));
+        assert_eq!(failed(&mut draft).code, "invalid_answer");
+    }
+
+    #[test]
+    fn a_cut_answer_is_asked_for_again_shorter_and_then_kept_as_far_as_it_goes() {
+        let whole = good_spec().to_string();
+        let half = &whole[..whole.find("\"deployment\"").unwrap()];
+        let mut draft = Draft::new(input());
+        draft.answered(&cut(half));
+        let again = call(&mut draft);
+        assert_eq!(again.step, "repair.0");
+        assert!(again.request.tools.is_empty());
+        assert!(transcript(&again.request).contains("much shorter"));
+
+        let mut second = draft.clone();
+        second.answered(&says(good_spec()));
+        assert_eq!(finished(&mut second).metadata["incomplete"], json!(false));
+
+        draft.answered(&cut(&half[..200]));
+        let done = finished(&mut draft);
+        assert!(done.markdown.contains("broke off at its length limit"), "{}", done.markdown);
+        assert_eq!(done.spec.decisions.len(), 1, "the longer half is kept");
+        assert_eq!(done.metadata["repair_reason"], json!("shorter"));
+    }
+
+    #[test]
+    fn cut_off_before_anything_was_said_twice_fails_clearly() {
+        let mut draft = Draft::new(input());
+        draft.answered(&cut("{\"title\": \"Run"));
+        draft.answered(&cut(""));
+        let failure = failed(&mut draft);
+        assert!(matches!(failure.code.as_str(), "empty_answer" | "answer_too_long"), "{failure:?}");
+    }
+
+    #[test]
+    fn refusals_and_filters_fail_with_their_own_codes() {
+        let mut draft = Draft::new(input());
+        draft.answered(&ChatAnswer { refusal: Some("I can't\nhelp.".to_owned()), content: None, ..says("") });
+        let failure = failed(&mut draft);
+        assert_eq!(failure.code, "model_refused");
+        assert!(failure.message.ends_with("I can't help."));
+
+        let mut draft = Draft::new(input());
+        draft.answered(&ChatAnswer { finish_reason: FinishReason::ContentFilter, ..says("") });
+        assert_eq!(failed(&mut draft).code, "content_filter");
+    }
+
+    #[test]
+    fn an_empty_answer_is_asked_for_once_more() {
+        let mut draft = Draft::new(input());
+        draft.answered(&says("  \n "));
+        assert!(transcript(&call(&mut draft).request).contains("Your answer was empty"));
+        let mut second = draft.clone();
+        second.answered(&says(good_spec()));
+        assert_eq!(finished(&mut second).metadata["repair_reason"], json!("empty"));
+        draft.answered(&says(""));
+        assert_eq!(failed(&mut draft).code, "empty_answer");
+    }
+
+    #[test]
+    fn a_call_that_cannot_be_made_fails_with_the_callers_reason() {
+        let mut draft = Draft::new(input());
+        draft.cannot_call("run_budget", "No tokens are left.");
+        assert_eq!(failed(&mut draft), failure("run_budget", "No tokens are left."));
+    }
+
+    fn many_passages() -> Vec<Passage> {
+        (0..15)
+            .map(|n| passage(&format!("docs/{n}.md"), 1, &format!("topic{n} leases word{n} ").repeat(40)))
+            .collect()
+    }
+
+    #[test]
+    fn squeezing_drops_passages_then_lowers_the_cap_then_cuts_the_request() {
+        let long = format!("Design leases. {}", "More words about it. ".repeat(400));
+        let mut draft =
+            Draft::new(DraftInput { passages: many_passages(), task: task(&long, &json!({})), ..input() });
+        let all = count(&call(&mut draft).request);
+        let mut seen = Vec::new();
+        for available in [all.0 + 4000, 7_000, 5_500, 3_800, 2_750] {
+            draft.squeeze(Tokens(available), count).unwrap();
+            let request = call(&mut draft).request;
+            let spends = count(&request).0 + u64::from(request.max_completion_tokens);
+            assert!(spends <= available, "{spends} of {available}");
+            seen.push((draft.shelf.packed(), request.max_completion_tokens, draft.subject.is_cut()));
+        }
+        assert_eq!(seen[0], (15, 4000, false), "{seen:?}");
+        assert!(seen[1].0 < 15 && seen[1].0 >= 6 && seen[1].1 < 4000, "{seen:?}");
+        assert!(seen.windows(2).all(|pair| pair[1].1 <= pair[0].1), "{seen:?}");
+        assert_eq!(seen[4], (0, 800, true), "{seen:?}");
+
+        let error = draft.squeeze(Tokens(1_000), count).unwrap_err();
+        assert!(error.needed > Tokens(1_000), "{error}");
+        draft.squeeze(Tokens(all.0 + 4000), count).unwrap();
+        assert_eq!(draft.shelf.packed(), 15, "more tokens bring them back");
+    }
+
+    #[test]
+    fn a_cut_request_is_said_in_the_document() {
+        let long = format!("Design leases. {}", "More words about it. ".repeat(2_000));
+        let mut draft = Draft::new(DraftInput { task: task(&long, &json!({})), ..input() });
+        draft.squeeze(Tokens(4_000), count).unwrap();
+        assert!(transcript(&call(&mut draft).request).contains("characters left out"));
+        draft.answered(&says(good_spec()));
+        assert!(finished(&mut draft).markdown.contains("its middle was left out"));
+    }
+
+    #[test]
+    fn searching_is_offered_only_where_another_round_can_be_paid() {
+        let mut draft = Draft::new(input());
+        draft.squeeze(Tokens(12_000), count).unwrap();
+        assert_eq!(call(&mut draft).request.tools.len(), 1);
+        let needed = count(&call(&mut draft).request).0 + 4_000;
+        draft.squeeze(Tokens(needed), count).unwrap();
+        assert_eq!(call(&mut draft).request.tools.len(), 0);
+    }
+
+    #[test]
+    fn numbers_of_passages_that_were_not_shown_cannot_be_cited() {
+        let mut draft = Draft::new(DraftInput { passages: many_passages(), ..input() });
+        draft.squeeze(Tokens(6_000), count).unwrap();
+        let packed = draft.shelf.packed();
+        assert!((1..15).contains(&packed));
+        let mut answer = good_spec();
+        answer["context"] = json!([
+            {"text": "topic0 leases", "citations": [1, packed + 1, 99]},
+            {"text": "topic0 leases again", "citations": [1]},
+        ]);
+        draft.answered(&says(answer));
+        let done = finished(&mut draft);
+        let invalid: Vec<_> = done.metadata["citation_faults"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|fault| fault["fault"] == "invalid")
+            .map(|fault| fault["n"].clone())
+            .collect();
+        assert!(invalid.contains(&json!(packed + 1)) && invalid.contains(&json!(99)), "{invalid:?}");
+    }
+}

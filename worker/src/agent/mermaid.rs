@@ -299,15 +299,29 @@ impl Cursor<'_> {
             loop {
                 self.skip_space();
                 ids.push(self.node()?);
+                let touches = !self.rest.starts_with(' ');
                 self.skip_space();
-                if !self.take("&") {
-                    break;
+                if self.rest.starts_with('&') {
+                    if touches || !self.rest.starts_with("& ") {
+                        return Err("put spaces around `&`".to_owned());
+                    }
+                    self.take("&");
+                    continue;
                 }
-            }
-            if self.rest.is_empty() {
-                return Ok(ids);
+                if self.rest.is_empty() {
+                    return Ok(ids);
+                }
+                // `x--` and `--o` are heads of links.
+                let last = ids.last().map_or("", String::as_str);
+                if touches && last.ends_with(['x', 'o']) {
+                    return Err("put spaces around links".to_owned());
+                }
+                break;
             }
             self.link()?;
+            if self.rest.starts_with(['x', 'o']) {
+                return Err("put spaces around links".to_owned());
+            }
         }
     }
 
@@ -391,8 +405,9 @@ impl Cursor<'_> {
             all('-', 3) || all('=', 3) || all('~', 3) || dotted
         };
         if whole {
-            self.skip_space();
-            if self.take("|") {
+            if self.rest.trim_start().starts_with('|') {
+                self.skip_space();
+                self.take("|");
                 let Some((text, rest)) = self.rest.split_once('|') else {
                     return Err("the text of a link has no second `|`".to_owned());
                 };
@@ -413,13 +428,19 @@ impl Cursor<'_> {
             "-." => &[".->", ".-"],
             _ => return Err(wrong()),
         };
-        if arrow || body == self.rest.len() {
+        if arrow || body == self.rest.len() || !self.rest.starts_with(' ') {
             return Err(wrong());
         }
-        let found = ends.iter().filter_map(|end| Some((self.rest.find(end)?, *end))).min();
+        let dots = line == "-.";
+        // The longer one stands first, and of two at one place the first is taken.
+        let found =
+            ends.iter().filter_map(|end| Some((self.rest.find(end)?, *end))).min_by_key(|(at, _)| *at);
         let Some((at, end)) = found else { return Err(wrong()) };
         let text = self.rest[..at].trim();
         self.rest = &self.rest[at + end.len()..];
+        if dots && text.contains('.') {
+            return Err("no dots in the text of a dotted link; write `-.->|\"text\"|`".to_owned());
+        }
         match text.strip_prefix('"').and_then(|text| text.strip_suffix('"')) {
             Some(text) => quoted_label_fault(text),
             None => bare_label_fault(text),
@@ -615,14 +636,14 @@ fn state<'a>(lines: impl Iterator<Item = (usize, &'a str)>) -> Result<(), Fault>
             Some((from, to)) => {
                 for id in [from.trim(), to.trim()] {
                     if id != "[*]"
-                        && let Some(fault) = id_fault(id)
+                        && let Some(fault) = state_id_fault(id)
                     {
                         return Err(fail(fault));
                     }
                 }
             }
             None => {
-                if let Some(fault) = id_fault(head) {
+                if let Some(fault) = state_id_fault(head) {
                     return Err(fail(fault));
                 }
             }
@@ -641,14 +662,14 @@ fn state_declaration(rest: &str) -> Result<(), String> {
         let wrong = || "write `state \"label\" as id`".to_owned();
         let (label, id) = quoted.split_once('"').ok_or_else(wrong)?;
         let id = id.trim().strip_prefix("as ").ok_or_else(wrong)?.trim();
-        return quoted_label_fault(label).or_else(|| id_fault(id)).map_or(Ok(()), Err);
+        return quoted_label_fault(label).or_else(|| state_id_fault(id)).map_or(Ok(()), Err);
     }
     let id = ["<<choice>>", "<<fork>>", "<<join>>"]
         .iter()
         .find_map(|mark| rest.strip_suffix(mark))
         .unwrap_or(rest)
         .trim();
-    id_fault(id).map_or(Ok(()), Err)
+    state_id_fault(id).map_or(Ok(()), Err)
 }
 
 /// `right of A : text`
@@ -657,7 +678,12 @@ fn state_note(rest: &str) -> Result<(), String> {
     let (place, text) = rest.split_once(':').ok_or_else(wrong)?;
     let id = ["left of ", "right of "].iter().find_map(|prefix| place.trim().strip_prefix(prefix));
     let id = id.ok_or_else(wrong)?.trim();
-    id_fault(id).or_else(|| state_text_fault(text.trim())).map_or(Ok(()), Err)
+    state_id_fault(id).or_else(|| state_text_fault(text.trim())).map_or(Ok(()), Err)
+}
+
+/// As elsewhere, but a `-` begins an arrow.
+fn state_id_fault(id: &str) -> Option<String> {
+    id_fault(id).or_else(|| id.contains('-').then(|| format!("no `-` in the id `{id}` of a state; use `_`")))
 }
 
 fn state_text_fault(text: &str) -> Option<String> {

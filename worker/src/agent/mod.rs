@@ -40,6 +40,8 @@
 mod clean;
 mod draft;
 mod finish;
+#[cfg(test)]
+mod hostile;
 mod mermaid;
 pub mod offline;
 mod passages;
@@ -48,6 +50,8 @@ mod read;
 mod render;
 mod schema;
 mod spec;
+#[cfg(test)]
+mod testing;
 mod words;
 
 pub use draft::{AgentOptions, Call, DoesNotFit, Draft, DraftInput, Failure, Next, Search};

@@ -86,11 +86,11 @@ const ASPECTS: &[Aspect] = &[
     },
 ];
 
-/// A line of a passage that can be quoted.
+/// A sentence of a passage.
 struct Quote<'a> {
     entry: &'a Entry,
-    /// The line, exactly, without its indentation and list marker.
-    line: String,
+    /// The sentence, word for word.
+    sentence: String,
     words: HashSet<String>,
     /// How much it has to do with the request.
     relevance: f64,
@@ -102,48 +102,36 @@ fn assemble(request: &str, shelf: &Shelf) -> Spec {
     let mut used: HashSet<String> = HashSet::new();
 
     let files = files(shelf);
-    let components: Vec<Component> = files
-        .iter()
-        .take(MAX_FILES)
-        .map(|(source, entries)| {
-            let quote = best(&quotes, &mut used, |quote| quote.entry.passage.source == *source);
-            let entry = quote.map_or(entries[0], |quote| quote.entry);
-            Component {
-                name: (*source).to_owned(),
-                responsibility: match quote {
-                    Some(quote) => quoted(quote),
-                    None => format!("Matches the request with {} passages", entries.len()),
-                },
-                technology: entry.passage.lang.clone().unwrap_or_default(),
-                interfaces: headings(entries),
-                citations: vec![entry.n],
-            }
-        })
-        .collect();
-
     let mut open_questions = Vec::new();
+    let decisions = decisions(&quotes, &mut used);
+    // What clearly belongs to a section below is kept for it.
+    let elsewhere: Vec<HashSet<String>> = ASPECTS.iter().map(|aspect| words::of(aspect.words)).collect();
     let mut spec = Spec {
         title: title(request),
         summary: summary(shelf, &files),
-        context: claims(&quotes, &mut used, |quote| quote.relevance > 0.0),
+        context: claims(&quotes, &mut used, |quote| {
+            quote.relevance > 0.0 && elsewhere.iter().all(|about| quote.words.intersection(about).count() < 2)
+        }),
         requirements: Requirements {
             functional: Vec::new(),
             non_functional: claims(&quotes, &mut used, |quote| {
-                let line = quote.line.to_lowercase();
+                let line = quote.sentence.to_lowercase();
                 quote.relevance > 0.0
                     && [" must ", " never ", " at most ", " at least ", " always ", " only if "]
                         .iter()
                         .any(|word| line.contains(word))
             }),
         },
-        components,
         ..Spec::default()
     };
     spec.requirements.functional = vec![Claim { text: first_sentences(request, 400), citations: Vec::new() }];
-    spec.decisions = decisions(&quotes, &mut used);
+    spec.decisions = decisions;
     for aspect in ASPECTS {
         let about = words::of(aspect.words);
-        let found = claims(&quotes, &mut used, |quote| !quote.words.is_disjoint(&about));
+        let found = claims(&quotes, &mut used, |quote| {
+            let shared = quote.words.intersection(&about).count();
+            shared >= 2 || (shared == 1 && quote.relevance > 0.0)
+        });
         if found.is_empty() {
             open_questions.push(aspect.question.to_owned());
         }
@@ -165,6 +153,11 @@ fn assemble(request: &str, shelf: &Shelf) -> Spec {
             }
         }
     }
+    spec.components = files
+        .iter()
+        .take(MAX_FILES)
+        .map(|(source, entries)| component(source, entries, &quotes, &mut used, &asked))
+        .collect();
     open_questions.splice(0..0, unknown_words(request, shelf));
     if !spec.decisions.is_empty() {
         open_questions.push(
@@ -174,6 +167,32 @@ fn assemble(request: &str, shelf: &Shelf) -> Spec {
     spec.open_questions = open_questions;
     spec.diagrams = diagram(&spec.title, &files).into_iter().collect();
     spec
+}
+
+/// A file: the best of it that was not quoted yet, what it defines, or the best of it once more.
+fn component(
+    source: &str,
+    entries: &[&Entry],
+    quotes: &[Quote<'_>],
+    used: &mut HashSet<String>,
+    asked: &HashSet<String>,
+) -> Component {
+    let of_file = |quote: &Quote<'_>| quote.entry.passage.source == source;
+    let defines = |entry: &&&Entry| {
+        signature(entry, asked).map(|signature| (format!("defines `{signature}`"), entry.n))
+    };
+    let (responsibility, n) = best(quotes, used, of_file)
+        .map(|quote| (quoted(quote), quote.entry.n))
+        .or_else(|| entries.iter().find_map(|entry| defines(&entry)))
+        .or_else(|| quotes.iter().find(|quote| of_file(quote)).map(|quote| (quoted(quote), quote.entry.n)))
+        .unwrap_or_else(|| ("matches the request".to_owned(), entries[0].n));
+    Component {
+        name: source.to_owned(),
+        responsibility,
+        technology: headings(entries),
+        interfaces: String::new(),
+        citations: vec![n],
+    }
 }
 
 /// The request's first sentence as a title.
@@ -186,7 +205,7 @@ fn title(request: &str) -> String {
                 && line[at + c.len_utf8()..].chars().next().is_none_or(char::is_whitespace)
         })
         .map_or(line.len(), |(at, _)| at);
-    clean::cut(line[..end].trim_end_matches([':', ',']), 90)
+    clean::cut(line[..end].trim_end_matches([':', ',']), 110)
 }
 
 fn first_sentences(request: &str, max: usize) -> String {
@@ -234,75 +253,156 @@ fn headings(entries: &[&Entry]) -> String {
             seen.push(heading);
         }
     }
-    if seen.is_empty() { String::new() } else { format!("see {}", seen[..seen.len().min(3)].join("; ")) }
+    seen[..seen.len().min(3)].join("; ")
 }
 
-/// The lines worth quoting, most relevant first.
+/// The sentences worth quoting, most relevant first.
 fn quotes<'a>(shelf: &'a Shelf, asked: &HashSet<String>) -> Vec<Quote<'a>> {
     let mut quotes = Vec::new();
     for (rank, entry) in shelf.entries().enumerate() {
-        let mut in_fence = false;
-        for line in entry.passage.text.lines() {
-            if line.trim_start().starts_with("```") {
-                in_fence = !in_fence;
-                continue;
-            }
-            let Some(line) = prose(line) else { continue };
-            if in_fence {
-                continue;
-            }
-            let words = words::of(&line);
+        for sentence in sentences(&entry.passage.text, is_prose(&entry.passage.source)) {
+            let words = words::of(&sentence);
             if words.len() < 4 {
                 continue;
             }
             let shared = words.intersection(asked).count() as f64;
-            // Shared words count most; then short lines before long ones, good passages before others.
+            // Shared words count most; then short sentences before long ones, good passages before others.
             let relevance = if shared == 0.0 {
                 0.0
             } else {
                 shared + words::share(&words, asked) + 1.0 / (2.0 + rank as f64)
             };
-            quotes.push(Quote { entry, line, words, relevance });
+            quotes.push(Quote { entry, sentence, words, relevance });
         }
     }
     quotes.sort_by(|a, b| b.relevance.total_cmp(&a.relevance));
     quotes
 }
 
-/// A line of prose without its marker; `None` for code, headings, tables and fragments.
-fn prose(line: &str) -> Option<String> {
-    let line = line.trim();
-    let comment = ["//!", "///", "//", "--", "#:", "# "]
-        .iter()
-        .find_map(|marker| line.strip_prefix(marker).map(|rest| (marker, rest.trim())));
-    let is_heading = line.starts_with('#');
-    let line = match comment {
-        // In Markdown a `#` begins a heading, and a heading is no statement.
-        Some((marker, _)) if is_heading && marker.trim() == "#" => return None,
-        Some((_, rest)) => rest,
-        None => line,
-    };
-    let line = line.trim_start_matches(['-', '*', '>', ' ']).trim();
-    let list_number = line.bytes().take_while(u8::is_ascii_digit).count();
-    let line = match line.get(list_number..) {
-        Some(rest) if list_number > 0 && rest.starts_with(". ") => rest[2..].trim(),
-        _ => line,
-    };
-    let letters = line.chars().filter(|c| c.is_alphabetic() || *c == ' ').count();
-    let enough = line.split_whitespace().count() >= 5 && letters * 100 >= line.chars().count() * 72;
-    let code = line.ends_with(['{', '}', ';', '(', ',', '=', '|', '\\'])
-        || line.starts_with(['|', '<', '{', '@', '$']);
-    (enough && !code).then(|| line.to_owned())
+/// The sentences of a passage's prose and comments; lines that a sentence runs over are joined.
+fn sentences(text: &str, is_prose: bool) -> Vec<String> {
+    let mut sentences = Vec::new();
+    let mut paragraph = String::new();
+    let mut in_fence = false;
+    for line in text.lines().chain([""]) {
+        let fence = line.trim_start().starts_with("```");
+        in_fence ^= fence;
+        let prose = if fence || in_fence { None } else { prose(line, is_prose) };
+        if prose.as_ref().is_none_or(|(begins, _)| *begins) {
+            split(&paragraph, &mut sentences);
+            paragraph.clear();
+        }
+        if let Some((_, prose)) = prose {
+            if !paragraph.is_empty() {
+                paragraph.push(' ');
+            }
+            paragraph.push_str(&prose);
+        }
+    }
+    sentences
 }
 
-/// The most relevant line not quoted yet.
+/// A line of prose without its marker, and whether it begins a paragraph; `None` for code, headings
+/// and tables.
+fn prose(line: &str, is_prose: bool) -> Option<(bool, String)> {
+    let line = line.trim();
+    // In Markdown a `#` begins a heading, and a heading is no statement; in code it may begin a comment.
+    let text = if is_prose {
+        line
+    } else {
+        ["//!", "///", "//", "-- ", "#: ", "# "].iter().find_map(|marker| line.strip_prefix(marker))?.trim()
+    };
+    if text.is_empty() || text.starts_with(['#', '|', '<', '{', '}', '@', '$', '[', '(']) {
+        return None;
+    }
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let listed = if (1..=3).contains(&digits) { text[digits..].strip_prefix(". ") } else { None };
+    let listed =
+        listed.or_else(|| ["- ", "* ", "+ ", "> "].iter().find_map(|marker| text.strip_prefix(marker)));
+    let body = listed.unwrap_or(text).trim();
+    let letters = body.chars().filter(|c| c.is_alphabetic() || c.is_whitespace()).count();
+    let wordy = letters * 100 >= body.chars().count() * 70;
+    (wordy && !body.is_empty()).then(|| (listed.is_some(), body.to_owned()))
+}
+
+/// Documents are quoted as they are, code only by its comments.
+fn is_prose(source: &str) -> bool {
+    let extension = source.rsplit_once('.').map(|(_, extension)| extension.to_lowercase());
+    matches!(
+        extension.as_deref(),
+        None | Some("md" | "markdown" | "mdx" | "txt" | "rst" | "adoc" | "org" | "html")
+    )
+}
+
+/// Cuts a paragraph into sentences, and leaves out what is none.
+fn split(paragraph: &str, sentences: &mut Vec<String>) {
+    let mut start = 0;
+    let ends: Vec<usize> = paragraph
+        .char_indices()
+        .filter(|(at, c)| {
+            let mut after = paragraph[at + c.len_utf8()..].chars();
+            matches!(c, '.' | '!' | '?')
+                && after.next().is_some_and(char::is_whitespace)
+                && after.next().is_some_and(|next| !next.is_lowercase())
+        })
+        .map(|(at, _)| at + 1)
+        .chain([paragraph.len()])
+        .collect();
+    for end in ends {
+        let sentence = paragraph[start..end].trim();
+        start = end;
+        let words = sentence.split_whitespace().count();
+        let whole =
+            sentence.starts_with(|c: char| c.is_uppercase() || c.is_ascii_digit() || "`*“\"'".contains(c));
+        if words >= 5 && whole && sentence.chars().count() <= MAX_QUOTE_CHARS {
+            // Half of a pair would make the rest of the line bold.
+            let pairs = sentence.matches("**").count().is_multiple_of(2);
+            sentences.push(if pairs { sentence.to_owned() } else { sentence.replace("**", "") });
+        }
+    }
+}
+
+/// The line that says what a piece of code is.
+fn signature(entry: &Entry, asked: &HashSet<String>) -> Option<String> {
+    const KEYWORDS: &[&str] = &[
+        "fn ",
+        "struct ",
+        "enum ",
+        "trait ",
+        "impl ",
+        "class ",
+        "def ",
+        "interface ",
+        "func ",
+        "function ",
+        "type ",
+        "create table ",
+        "create or replace function ",
+    ];
+    entry
+        .passage
+        .text
+        .lines()
+        .map(|line| line.trim().trim_end_matches(['{', '(', ' ']))
+        .filter(|line| {
+            let lower = line.to_lowercase();
+            let lower = ["pub(crate) ", "pub(super) ", "pub ", "export ", "async ", "public ", "private "]
+                .iter()
+                .fold(lower.as_str(), |rest, word| rest.strip_prefix(word).unwrap_or(rest));
+            line.len() >= 8 && KEYWORDS.iter().any(|keyword| lower.starts_with(keyword))
+        })
+        .max_by_key(|line| (words::of(line).intersection(asked).count(), std::cmp::Reverse(line.len())))
+        .map(|line| clean::cut(&line.replace('`', ""), 120))
+}
+
+/// The most relevant sentence not quoted yet.
 fn best<'q, 'a>(
     quotes: &'q [Quote<'a>],
     used: &mut HashSet<String>,
     wanted: impl Fn(&Quote<'a>) -> bool,
 ) -> Option<&'q Quote<'a>> {
-    let found = quotes.iter().find(|quote| !used.contains(&quote.line) && wanted(quote))?;
-    used.insert(found.line.clone());
+    let found = quotes.iter().find(|quote| !used.contains(&quote.sentence) && wanted(quote))?;
+    used.insert(found.sentence.clone());
     Some(found)
 }
 
@@ -321,17 +421,17 @@ fn claims<'a>(
 }
 
 fn quoted(quote: &Quote<'_>) -> String {
-    format!("“{}”", clean::cut(&quote.line, MAX_QUOTE_CHARS))
+    format!("“{}”", quote.sentence)
 }
 
-/// Lines that give a reason are decisions somebody took.
+/// Sentences that give a reason are decisions somebody took.
 fn decisions(quotes: &[Quote<'_>], used: &mut HashSet<String>) -> Vec<Decision> {
     const REASONS: &[&str] =
         &["because", "instead of", "rather than", "so that", "in favour of", "in favor of", "decided"];
     let mut decisions = Vec::new();
     while decisions.len() < 3
         && let Some(quote) = best(quotes, used, |quote| {
-            let line = quote.line.to_lowercase();
+            let line = quote.sentence.to_lowercase();
             quote.relevance > 0.0 && REASONS.iter().any(|reason| line.contains(reason))
         })
     {
@@ -354,7 +454,8 @@ fn decisions(quotes: &[Quote<'_>], used: &mut HashSet<String>) -> Vec<Decision> 
 
 /// Words that a request says and no document needs to.
 const VERBS: &str = "design build create write make add give show describe explain plan propose need want \
-                         please system service architecture spec solution approach support new";
+                         please system service architecture spec solution approach support new share lose lost die dies dead happen \
+    handle keep work works go get let see know tell say avoid ensure allow enable change improve better best";
 
 /// Words of the request that no passage knows: each is a question.
 fn unknown_words(request: &str, shelf: &Shelf) -> Vec<String> {
@@ -422,4 +523,84 @@ fn label(text: &str) -> String {
     let text: String = text.chars().map(|c| if "\"<>`;#".contains(c) { ' ' } else { c }).collect::<String>();
     let text = clean::cut(&clean::line(&text), 60);
     if text.is_empty() { "?".to_owned() } else { text }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::{
+        super::{
+            mermaid,
+            testing::{input, task},
+        },
+        *,
+    };
+
+    #[test]
+    fn the_extract_quotes_and_cites_and_says_what_it_is() {
+        let done = draft(&input());
+        insta::assert_snapshot!("offline", done.markdown);
+        assert!(done.markdown.starts_with("> **Note:** No language model was configured"));
+        assert_eq!(done.metadata["citations_invalid"], json!(0));
+    }
+
+    /// Without line ends and comment signs.
+    fn flat(text: &str) -> String {
+        text.replace("///", " ").split_whitespace().collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn every_quotation_stands_in_the_passage_that_is_cited() {
+        let input = input();
+        let done = draft(&input);
+        let mut spec = done.spec;
+        let mut quotations = 0;
+        for item in spec.items(Kind::Spec) {
+            let claim = item.claim();
+            let Some(citations) = item.citations else { continue };
+            for quotation in claim.split('“').skip(1).filter_map(|rest| rest.split('”').next()) {
+                quotations += 1;
+                let found = citations.iter().any(|n| {
+                    done.citations.iter().any(|citation| {
+                        citation.n == *n
+                            && input.passages.iter().any(|passage| {
+                                passage.source == citation.source
+                                    && flat(&passage.text).contains(&flat(quotation))
+                            })
+                    })
+                });
+                assert!(found, "{quotation}");
+            }
+        }
+        assert!(quotations >= 3);
+    }
+
+    #[test]
+    fn without_passages_it_says_so() {
+        let done = draft(&DraftInput { passages: Vec::new(), ..input() });
+        insta::assert_snapshot!("offline_empty", done.markdown);
+    }
+
+    #[test]
+    fn odd_paths_and_requests_give_diagrams_that_render() {
+        let mut input = input();
+        input.task = task("Why \"quotes\" <b>tags</b> `code`; and #hash? And more.", &json!({}));
+        for (passage, source) in input.passages.iter_mut().zip(["a \"b\"/end", "x", "<i>/`y`;#.md"]) {
+            passage.source = source.to_owned();
+        }
+        let done = draft(&input);
+        assert_eq!(done.spec.diagrams[0].fault, None, "{}", done.spec.diagrams[0].mermaid);
+        assert_eq!(mermaid::check(&done.spec.diagrams[0].mermaid), Ok(()));
+    }
+
+    #[test]
+    fn a_title_is_the_first_sentence() {
+        assert_eq!(
+            title("Design a cache v1.2 for search. It must be fast."),
+            "Design a cache v1.2 for search"
+        );
+        assert_eq!(title("  What now?  "), "What now");
+        assert!(title(&"long ".repeat(100)).chars().count() <= 111);
+    }
 }

@@ -175,34 +175,38 @@ fn find_object(content: &str, fields: &[Field]) -> Option<(Value, bool)> {
     if let Some(end) = text.rfind("</think>") {
         text = &text[end + "</think>".len()..];
     }
-    let wanted = |value: Value| -> Option<Value> {
-        let has = |value: &Value| {
-            fields.iter().any(|field| value.get(field.name()).is_some_and(|value| !value.is_null()))
-        };
-        if has(&value) {
-            return Some(value);
-        }
-        // {"spec": {…}}
+    let known = |value: &Value| {
+        fields.iter().filter(|field| value.get(field.name()).is_some_and(|value| !value.is_null())).count()
+    };
+    // {"spec": {…}}: the object that holds the most of what is wanted, itself or one level down.
+    let wanted = |value: Value| -> (usize, Value) {
+        let own = known(&value);
         match value {
-            Value::Object(map) => map.into_iter().map(|(_, inner)| inner).find(has),
-            _ => None,
+            Value::Object(map) if own == 0 => map
+                .into_iter()
+                .map(|(_, inner)| (known(&inner), inner))
+                .max_by_key(|(count, _)| *count)
+                .unwrap_or((0, Value::Null)),
+            value => (own, value),
         }
     };
-    let starts: Vec<usize> = text.match_indices('{').map(|(at, _)| at).take(16).collect();
-    for start in &starts {
-        let mut stream = serde_json::Deserializer::from_str(&text[*start..]).into_iter::<Value>();
-        if let Some(Ok(value)) = stream.next()
-            && let Some(value) = wanted(value)
+    // An inner object may have a field of the same name, so the fullest candidate wins, not the first
+    // that is whole.
+    let mut best: (usize, Value, bool) = (0, Value::Null, false);
+    for (start, _) in text.match_indices('{').take(16) {
+        let rest = &text[start..];
+        let mut stream = serde_json::Deserializer::from_str(rest).into_iter::<Value>();
+        let (value, cut) = match stream.next() {
+            Some(Ok(value)) => (Some(value), false),
+            _ => (close(rest), true),
+        };
+        if let Some((count, value)) = value.map(wanted)
+            && count > best.0
         {
-            return Some((value, false));
+            best = (count, value, cut);
         }
     }
-    for start in &starts {
-        if let Some(value) = close(&text[*start..]).and_then(wanted) {
-            return Some((value, true));
-        }
-    }
-    None
+    (best.0 > 0).then_some((best.1, best.2))
 }
 
 /// Parses JSON that breaks off: ends the string, drops the half of a pair, closes the brackets.

@@ -287,7 +287,7 @@ impl Page {
                         "> **Note:** this diagram does not render ({}), so its source is shown.",
                         inline(fault)
                     ));
-                    self.line(&fenced("text", &it.mermaid));
+                    self.line(&fenced("text", &defused(&it.mermaid)));
                 }
             }
         }
@@ -433,16 +433,19 @@ fn code(text: &str) -> String {
     format!("`{}`", text.replace(['`', '\n'], " "))
 }
 
-/// Words: nothing in them is HTML, a link, an image, an entity or a marker.
-fn escape(out: &mut String, text: &str) {
+/// No link can be made from escaped text, but nobody should have to know that to trust it.
+fn without_schemes(text: &str) -> String {
     static SCHEME: LazyLock<Option<Regex>> =
-        LazyLock::new(|| Regex::new(r"(?i)\b(javascript|vbscript|data)\s*:").ok());
-    // No link can be made from the escaped text, but nobody should have to know that to trust it.
-    let text = match &*SCHEME {
+        LazyLock::new(|| Regex::new(r"(?i)\b(javascript|vbscript)\s*:").ok());
+    match &*SCHEME {
         Some(scheme) if scheme.is_match(text) => scheme.replace_all(text, "$1 -").into_owned(),
         _ => text.to_owned(),
-    };
-    for c in text.chars() {
+    }
+}
+
+/// Words: nothing in them is HTML, a link, an image, an entity or a marker.
+fn escape(out: &mut String, text: &str) {
+    for c in without_schemes(text).chars() {
         match c {
             '<' => out.push_str("&lt;"),
             '>' => out.push_str("&gt;"),
@@ -456,9 +459,260 @@ fn escape(out: &mut String, text: &str) {
     }
 }
 
+/// Source for reading, with nothing in it that a careless renderer would run.
+fn defused(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut chars = source.chars().peekable();
+    while let Some(c) = chars.next() {
+        let tag = c == '<' && chars.peek().is_some_and(|next| next.is_alphabetic() || "/!?".contains(*next));
+        out.push(if tag { '‹' } else { c });
+    }
+    without_schemes(&out)
+}
+
 /// A fenced block that its content cannot close.
 fn fenced(language: &str, content: &str) -> String {
     let longest = content.split(|c| c != '`').map(str::len).max().unwrap_or(0);
     let fence = "`".repeat(longest.max(2) + 1);
     format!("{fence}{language}\n{}\n{fence}", content.trim_end())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use std::sync::LazyLock;
+
+    use proptest::prelude::*;
+    use pulldown_cmark::{Event, Options, Parser, Tag};
+    use regex::Regex;
+    use serde_json::{Value, json};
+
+    use super::{
+        super::{
+            draft::Draft,
+            schema,
+            testing::{finished, good_spec, input, says},
+        },
+        *,
+    };
+
+    /// Everything in a document that a hostile text could have put there.
+    fn foreign(markdown: &str) -> Vec<String> {
+        let mut found = Vec::new();
+        for event in Parser::new_ext(markdown, Options::all()) {
+            match event {
+                Event::Html(text) | Event::InlineHtml(text) => found.push(format!("html {text}")),
+                Event::Start(Tag::Link { dest_url, .. } | Tag::Image { dest_url, .. }) => {
+                    found.push(format!("link {dest_url}"));
+                }
+                Event::Start(Tag::HtmlBlock | Tag::Table(_) | Tag::FootnoteDefinition(_)) => {
+                    found.push("block".to_owned());
+                }
+                Event::FootnoteReference(name) => found.push(format!("footnote {name}")),
+                Event::TaskListMarker(_) | Event::Rule => found.push("mark".to_owned()),
+                _ => {}
+            }
+        }
+        found
+    }
+
+    fn headings(markdown: &str) -> Vec<String> {
+        let mut headings = Vec::new();
+        let mut open: Option<String> = None;
+        for event in Parser::new_ext(markdown, Options::all()) {
+            match event {
+                Event::Start(Tag::Heading { level, .. }) => open = Some(format!("{level}")),
+                Event::Text(text) | Event::Code(text) => {
+                    if let Some(heading) = &mut open {
+                        heading.push(' ');
+                        heading.push_str(&text);
+                    }
+                }
+                Event::End(pulldown_cmark::TagEnd::Heading(_)) => headings.extend(open.take()),
+                _ => {}
+            }
+        }
+        headings
+    }
+
+    /// Every `[n]` in the text is listed under *Sources*.
+    fn unlisted_markers(markdown: &str) -> Vec<String> {
+        static MARKER: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\[(\d+)\]").unwrap());
+        let (body, sources) = markdown.rsplit_once("## Sources").unwrap();
+        // Diagrams are no prose.
+        let mut fence: Option<String> = None;
+        let mut prose = String::new();
+        for line in body.lines() {
+            let ticks: String = line.chars().take_while(|c| *c == '`').collect();
+            match &fence {
+                None if ticks.len() >= 3 => fence = Some(ticks),
+                None => prose.extend([line, "\n"]),
+                Some(open) if *open == line => fence = None,
+                Some(_) => {}
+            }
+        }
+        MARKER
+            .find_iter(&prose)
+            .map(|marker| marker.as_str().to_owned())
+            .filter(|marker| !sources.contains(&format!("- {marker} `")))
+            .collect()
+    }
+
+    fn document(answer: &Value) -> String {
+        let mut draft = Draft::new(input());
+        draft.answered(&says(answer));
+        // Whatever was wrong with it cannot be mended.
+        draft.cannot_call("test", "test");
+        finished(&mut draft).markdown
+    }
+
+    /// An answer whose every text is this.
+    fn everywhere(text: &str) -> Value {
+        fn fill(schema: &Value, text: &str) -> Value {
+            match schema["type"].as_str() {
+                Some("object") => schema["properties"]
+                    .as_object()
+                    .unwrap()
+                    .iter()
+                    .map(|(name, inner)| (name.clone(), fill(inner, text)))
+                    .collect(),
+                Some("array") => json!([fill(&schema["items"], text), fill(&schema["items"], text)]),
+                Some("string") if schema.get("enum").is_some() => json!("high"),
+                Some("string") => json!(text),
+                _ => json!(2),
+            }
+        }
+        fill(&schema::of_kind(Kind::Spec), text)
+    }
+
+    const HOSTILE: &[&str] = &[
+        "<script>alert(1)</script>",
+        "<img src=x onerror=alert(1)>",
+        "<!-- hidden --> <? php ?>",
+        "[click](javascript:alert(1))",
+        "![x](http://evil.example/pixel.png)",
+        "<http://evil.example>",
+        "[ref]: http://evil.example\n[ref]",
+        "text\n\n## Sources\n\n- [1] `forged.md:1-1`",
+        "# heading\n===\n---",
+        "- [x] done\n1. one\n> quote\n\n    code\n\n```\nfence",
+        "```html\n<b>bold</b>\n```",
+        "`<script>alert(1)</script>` and `<b` and \\`<i>x</i>`",
+        "\\`<i>x</i>\\`",
+        "`` <u>x</u> ``",
+        "| a | b |\n|---|---|\n| <td> | [7] |",
+        "cites [7] and [1][2] and arr[0] and `arr[0]` and ^[note] and [^1]",
+        "&lt;script&gt; &#60;script&#62; &#x6A;avascript:",
+        "~~~\nstrike ~~through~~",
+        "***\n___\n* * *",
+        "<details><summary>x</summary></details>",
+        "a\u{202e}b\u{0}c<\u{200b}script>",
+        "$$x$$ :emoji: @user #1 GH-1",
+        "* item\n+ item\n_ x _",
+        "\\<b>\\[x](y)",
+    ];
+
+    #[test]
+    fn hostile_texts_stay_texts_and_change_no_structure() {
+        let plain = headings(&document(&everywhere("plain words")));
+        for text in HOSTILE {
+            let markdown = document(&everywhere(text));
+            assert_eq!(foreign(&markdown), Vec::<String>::new(), "{text}\n{markdown}");
+            assert_eq!(unlisted_markers(&markdown), Vec::<String>::new(), "{text}\n{markdown}");
+            let found = headings(&markdown);
+            assert_eq!(found.len(), plain.len(), "{text}\n{found:#?}");
+            for stable in ["h2 Summary", "h2 Decisions", "h2 Open questions", "h2 Sources"] {
+                assert_eq!(found.iter().filter(|heading| *heading == stable).count(), 1, "{text} {stable}");
+            }
+            assert!(!markdown.to_lowercase().contains("javascript:"), "{text}\n{markdown}");
+            assert!(!markdown.to_lowercase().contains("<script"), "{text}\n{markdown}");
+        }
+    }
+
+    #[test]
+    fn code_and_emphasis_of_honest_texts_survive() {
+        assert_eq!(inline("uses `Vec<u8>` and **must** hold"), "uses `Vec<u8>` and **must** hold");
+        assert_eq!(inline("a < b & c_d"), "a &lt; b &amp; c_d");
+        assert_eq!(inline("one ` alone"), "one  alone");
+        assert_eq!(start("1. first"), "1\\. first");
+        assert_eq!(sentence("done"), "done.");
+        assert_eq!(sentence("done?"), "done?");
+    }
+
+    #[test]
+    fn a_fence_is_longer_than_what_it_holds() {
+        assert_eq!(fenced("text", "a\n````\nb"), "`````text\na\n````\nb\n`````");
+        assert_eq!(fenced("mermaid", "a --> b"), "```mermaid\na --> b\n```");
+    }
+
+    #[test]
+    fn sources_are_numbered_as_in_the_text_and_only_those_cited() {
+        let mut answer = good_spec();
+        answer["context"] = json!([
+            {"text": "Workers run as a Kubernetes deployment with three replicas", "citations": [3, 3, 9]},
+            {"text": "A worker holds a lease of 60 seconds. [1]", "citations": []},
+            {"text": "Cats sleep most of the day and dream about mice", "citations": [2]},
+        ]);
+        let mut draft = Draft::new(input());
+        draft.answered(&says(&answer));
+        let done = finished(&mut draft);
+        insta::assert_snapshot!(
+            "sources",
+            format!(
+                "{}\n…\n{}\n\n{}",
+                done.markdown.split("## Requirements").next().unwrap(),
+                done.markdown.split("## Open questions").last().unwrap(),
+                serde_json::to_string_pretty(&json!({
+                    "citations_invalid": done.metadata["citations_invalid"],
+                    "citations_weak": done.metadata["citations_weak"],
+                    "citation_faults": done.metadata["citation_faults"],
+                }))
+                .unwrap()
+            )
+        );
+        let cited: Vec<u32> = done.citations.iter().map(|citation| citation.n).collect();
+        assert_eq!(cited, [1, 2, 3]);
+        assert_eq!(done.spec.context[0].citations, [1]);
+    }
+
+    #[test]
+    fn a_degraded_context_is_said_first() {
+        let mut draft = Draft::new(super::super::DraftInput {
+            degraded: Some("The gateway is down.".to_owned()),
+            ..input()
+        });
+        draft.answered(&says(good_spec()));
+        let done = finished(&mut draft);
+        assert!(
+            done.markdown
+                .starts_with("> **Note:** Written with less context than usual. The gateway is down.")
+        );
+        assert_eq!(done.metadata["context_degraded"], json!(true));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn no_text_becomes_html_a_link_or_a_marker(text in "\\PC{0,80}") {
+            let markdown = document(&everywhere(&format!("x{text}")));
+            prop_assert_eq!(foreign(&markdown), Vec::<String>::new());
+            prop_assert_eq!(unlisted_markers(&markdown), Vec::<String>::new());
+        }
+
+        #[test]
+        fn no_markup_becomes_html_a_link_or_a_marker(text in r"[ab<>/!\[\]()`*_~#|\\&;:=\-+.0-9\n ]{0,60}") {
+            let markdown = document(&everywhere(&format!("x {text}")));
+            prop_assert_eq!(foreign(&markdown), Vec::<String>::new(), "{}", markdown);
+            prop_assert_eq!(unlisted_markers(&markdown), Vec::<String>::new(), "{}", markdown);
+        }
+
+        #[test]
+        fn every_marker_is_listed(numbers in prop::collection::vec(0_u32..8, 0..6)) {
+            let mut answer = good_spec();
+            answer["context"][0]["citations"] = json!(numbers);
+            prop_assert_eq!(unlisted_markers(&document(&answer)), Vec::<String>::new());
+        }
+    }
 }
