@@ -59,9 +59,12 @@ debian() {
 for_our_builds() {
     mkdir -p "$context/rust"
     tar -C "$(rustc --print sysroot)" --exclude=./share -c . | tar -C "$context/rust" -x
+    # Whom this machine trusts, the image trusts: a mirror of crates.io may have a certificate of its own.
+    cp /etc/ssl/certs/ca-certificates.crt "$context/"
     {
         packages gcc libc6-dev make ca-certificates
         echo 'COPY rust /usr/local/rust'
+        echo 'COPY ca-certificates.crt /etc/ssl/certs/ca-certificates.crt'
         echo 'ENV PATH=/usr/local/rust/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin CARGO_HOME=/usr/local/cargo'
     } | stand_in rust:
 
