@@ -13,12 +13,16 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A client whose calls take at most `timeout`, bodies included.
 pub(crate) fn client(timeout: Duration) -> Result<reqwest::Client, reqwest::Error> {
+    builder(timeout).build()
+}
+
+/// The same, for clients that add something of their own.
+pub(crate) fn builder(timeout: Duration) -> reqwest::ClientBuilder {
     reqwest::Client::builder()
         .timeout(timeout)
         .connect_timeout(CONNECT_TIMEOUT.min(timeout))
         .redirect(reqwest::redirect::Policy::none())
         .user_agent(concat!("atlas/", env!("CARGO_PKG_VERSION")))
-        .build()
 }
 
 /// Why a body could not be read.

@@ -14,11 +14,13 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{Config, TaskId, UpstreamError, config::StoreConfig, sqlite::Database};
+use crate::{Config, TaskId, UpstreamError, config::StoreConfig, postgrest::RpcClient, sqlite::Database};
 
 pub mod sqlite;
+pub mod supabase;
 
 pub use sqlite::SqliteLedger;
+pub use supabase::SupabaseLedger;
 
 /// Scope of the row in `token_days` that counts everything. A tenant's row has [`tenant_scope`].
 pub const GLOBAL_SCOPE: &str = "global";
@@ -268,11 +270,6 @@ pub trait Ledger: Send + Sync {
 pub async fn open(config: &Config) -> Result<Arc<dyn Ledger>, UpstreamError> {
     match &config.store {
         StoreConfig::Embedded(dir) => Ok(Arc::new(SqliteLedger::new(Database::open(dir).await?))),
-        StoreConfig::Supabase(_) => Err(UpstreamError::misconfigured(
-            crate::Dependency::Store,
-            "SUPABASE_URL",
-            "this build has no Supabase ledger yet",
-            "unset it and set ATLAS_DATA_DIR",
-        )),
+        StoreConfig::Supabase(config) => Ok(Arc::new(SupabaseLedger::new(RpcClient::new(config)?))),
     }
 }

@@ -19,6 +19,7 @@ pub mod metrics;
 pub mod model;
 pub mod openai;
 pub mod ops;
+pub mod postgrest;
 pub mod resilience;
 pub mod secret;
 pub mod sqlite;

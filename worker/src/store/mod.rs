@@ -20,8 +20,10 @@ use serde_json::Value;
 use uuid::Uuid;
 
 mod sqlite;
+mod supabase;
 
 pub use sqlite::SqliteStore;
+pub use supabase::SupabaseStore;
 
 /// How long a row that `finish_run` or `defer_run` wrote is left to its writer before sweepers see it.
 pub const OUTBOX_HOLD: Duration = Duration::from_secs(30);
@@ -30,12 +32,7 @@ pub const OUTBOX_HOLD: Duration = Duration::from_secs(30);
 pub async fn open(config: &Config) -> Result<Arc<dyn RunStore>, UpstreamError> {
     match &config.store {
         StoreConfig::Embedded(dir) => Ok(Arc::new(SqliteStore::new(Database::open(dir).await?))),
-        StoreConfig::Supabase(_) => Err(UpstreamError::misconfigured(
-            atlas_shared::Dependency::Store,
-            "SUPABASE_URL",
-            "this build has no Supabase store yet",
-            "unset it and set ATLAS_DATA_DIR",
-        )),
+        StoreConfig::Supabase(config) => Ok(Arc::new(SupabaseStore::new(config)?)),
     }
 }
 

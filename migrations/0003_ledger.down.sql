@@ -1,0 +1,13 @@
+drop function public.budget_today(jsonb);
+drop function public.close_reservation(jsonb);
+drop function public.reserve_tokens(jsonb);
+drop function public.atlas_budget(jsonb);
+drop function public.atlas_settle(jsonb, uuid[]);
+drop function public.atlas_refresh_run(uuid);
+drop function public.atlas_assume_open(uuid[]);
+drop function public.atlas_close(uuid[], text[], bigint[], bigint[]);
+drop function public.atlas_refuse_fenced(integer);
+drop function public.atlas_lock_account(date, text);
+drop function public.atlas_account(date, text);
+drop function public.atlas_interval(jsonb);
+drop function public.atlas_tokens(jsonb);
