@@ -179,7 +179,7 @@ pub fn reserve(
         }))
     };
     if let Some(task_id) = request.task_id {
-        let limit = settings.run_limit.unwrap_or(request.limits.run);
+        let limit = settings.run_limit.unwrap_or(request.limits.run).min(Tokens::MAX_STORED);
         let available = limit.saturating_sub(committed(tx, task_id)?);
         if request.tokens > available {
             return denied(DeniedBy::Run, available, limit);
@@ -194,7 +194,7 @@ pub fn reserve(
             return denied(DeniedBy::Tenant, account.available(limit), limit);
         }
     }
-    let limit = settings.daily_limit.unwrap_or(request.limits.daily);
+    let limit = settings.daily_limit.unwrap_or(request.limits.daily).min(Tokens::MAX_STORED);
     let global = account(tx, &day, GLOBAL_SCOPE)?;
     if request.tokens > global.available(limit) {
         return denied(DeniedBy::Day, global.available(limit), limit);
