@@ -7,6 +7,7 @@
 use std::{
     ffi::OsStr,
     io,
+    path::Path,
     process::{Child, Command, Stdio},
 };
 
@@ -23,16 +24,33 @@ impl Guarded {
         args: impl IntoIterator<Item = S>,
         configure: impl FnOnce(&mut Command),
     ) -> io::Result<Self> {
+        const SCRIPT: &str = r#""$@" </dev/null & child=$!; read -r _; kill -9 "$child" 2>/dev/null; kill -9 -$$"#;
+        Self::spawn_script(SCRIPT, "guard".as_ref(), program, args, configure)
+    }
+
+    /// The same for a program that keeps its files in `folder`, a temporary one: it is asked to end (SIGINT)
+    /// and given ten seconds, and the folder is removed, whether or not the test process still lives.
+    pub fn spawn_in_folder<S: AsRef<OsStr>>(
+        folder: &Path,
+        program: impl AsRef<OsStr>,
+        args: impl IntoIterator<Item = S>,
+        configure: impl FnOnce(&mut Command),
+    ) -> io::Result<Self> {
+        const SCRIPT: &str = r#""$@" </dev/null & child=$!; read -r _; kill -INT "$child"
+            i=0; while kill -0 "$child" 2>/dev/null && [ $i -lt 100 ]; do sleep 0.1; i=$((i+1)); done
+            kill -9 "$child" 2>/dev/null; rm -rf -- "$0""#;
+        Self::spawn_script(SCRIPT, folder.as_os_str(), program, args, configure)
+    }
+
+    fn spawn_script<S: AsRef<OsStr>>(
+        script: &str,
+        name: &OsStr,
+        program: impl AsRef<OsStr>,
+        args: impl IntoIterator<Item = S>,
+        configure: impl FnOnce(&mut Command),
+    ) -> io::Result<Self> {
         let mut command = Command::new("setsid");
-        command
-            .args([
-                "sh",
-                "-c",
-                r#""$@" </dev/null & child=$!; read -r _; kill -9 "$child" 2>/dev/null; kill -9 -$$"#,
-                "guard",
-            ])
-            .arg(program)
-            .args(args);
+        command.args(["sh", "-c", script]).arg(name).arg(program).args(args);
         configure(&mut command);
         let shell = command.stdin(Stdio::piped()).spawn()?;
         Ok(Self { shell })

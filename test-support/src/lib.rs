@@ -9,6 +9,7 @@ use std::io::Write as _;
 
 pub mod emulator;
 pub mod guard;
+pub mod supabase;
 
 /// Reports that `test` cannot run here because `service` is missing, or fails when services are required.
 ///
