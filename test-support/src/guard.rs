@@ -24,7 +24,8 @@ impl Guarded {
         args: impl IntoIterator<Item = S>,
         configure: impl FnOnce(&mut Command),
     ) -> io::Result<Self> {
-        const SCRIPT: &str = r#""$@" </dev/null & child=$!; read -r _; kill -9 "$child" 2>/dev/null; kill -9 -$$"#;
+        const SCRIPT: &str =
+            r#""$@" </dev/null & child=$!; read -r _; kill -9 "$child" 2>/dev/null; kill -9 -$$"#;
         Self::spawn_script(SCRIPT, "guard".as_ref(), program, args, configure)
     }
 
