@@ -441,7 +441,7 @@ async fn embeddings_are_deterministic_ordered_and_booked() {
 async fn embedding_failures_are_decisions_too() {
     let sim = simulator().await;
     let embedder = embedder(&impatient(&sim.base_url()));
-    let mut fails = async |fault: &str| {
+    let fails = async |fault: &str| {
         sim.reset_meter();
         sim.script(json!([{"kind": "embedding", "fault": fault}])).unwrap();
         let error = embedder.embed(&texts(), "t.1").await.unwrap_err();

@@ -853,4 +853,51 @@ mod tests {
         assert_eq!(pubsub.emulator.expect("emulator").as_str(), "http://localhost:8085/");
         assert!(pubsub.create_missing);
     }
+
+    /// Every adapter that a variable can choose is chosen, so that all of its settings are read.
+    fn everything() -> Env {
+        Env::from([
+            ("PUBSUB_PROJECT_ID", "demo"),
+            ("PUBSUB_EMULATOR_HOST", "localhost:8085"),
+            ("SUPABASE_URL", "http://localhost:3000"),
+            ("SUPABASE_SERVICE_ROLE_KEY", "a.b.c"),
+            ("OPENAI_API_KEY", "sk-x"),
+            ("RAG_URL", "http://localhost:8501"),
+            ("QDRANT_URL", "http://localhost:6334"),
+        ])
+    }
+
+    #[test]
+    fn every_setting_is_read() {
+        let outcome = |env: &Env| format!("{:?}", Config::load(env, Process::Worker));
+        let before = outcome(&everything());
+        assert!(before.starts_with("Ok"), "{before}");
+        for setting in SETTINGS {
+            // A blank value unsets; one of the others is valid or wrong for any kind of setting.
+            let matters = [
+                "",
+                "7",
+                "false",
+                "true",
+                "another-name",
+                "http://127.0.0.1:1",
+                "name:long-enough-key",
+                "(?)",
+            ]
+            .into_iter()
+            .any(|value| outcome(&everything().with(setting.name, value)) != before);
+            assert_eq!(matters, !settings::CLI_ONLY.contains(&setting.name), "{}", setting.name);
+        }
+    }
+
+    #[test]
+    fn every_default_is_valid_and_the_one_that_is_documented() {
+        let unset = format!("{:?}", Config::load(&everything(), Process::Worker));
+        for setting in SETTINGS {
+            if let Some(default) = setting.default {
+                let set = everything().with_default(setting.name, default);
+                assert_eq!(format!("{:?}", Config::load(&set, Process::Worker)), unset, "{}", setting.name);
+            }
+        }
+    }
 }

@@ -72,8 +72,16 @@ mod tests {
 
     fn assert_file(path: &str, expected: &str, command: &str) {
         let path = format!("{}/../{path}", env!("CARGO_MANIFEST_DIR"));
+        if std::env::var("ATLAS_UPDATE_DOCS").is_ok_and(|value| value == "1")
+            && let Err(error) = std::fs::write(&path, expected)
+        {
+            unreachable!("{path} cannot be written: {error}");
+        }
         let found = std::fs::read_to_string(&path).unwrap_or_default();
-        assert!(found == expected, "{path} is not what the settings say: write it anew with `{command}`");
+        assert!(
+            found == expected,
+            "{path} is not what the settings say: write it anew with `{command}`, or run this test with ATLAS_UPDATE_DOCS=1"
+        );
     }
 
     #[test]

@@ -311,6 +311,10 @@ pub static SETTINGS: &[Setting] = &[
     setting("LOG_FORMAT", Some("json"), Group::Logs, "`json` or `text`."),
 ];
 
+/// Settings that a command of the CLI reads by itself; no process takes them from [`super::Config`].
+#[cfg(test)]
+pub(super) const CLI_ONLY: &[&str] = &["SUPABASE_DB_URL"];
+
 /// A setting by name. Names are literals in `config.rs`; a test there reads every one of them.
 pub(super) fn find(name: &str) -> &'static Setting {
     static UNKNOWN: Setting = setting("", None, Group::Embedded, "");
