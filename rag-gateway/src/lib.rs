@@ -1,1 +1,3 @@
-//! Placeholder.
+//! Finds the passages that matter.
+
+mod chunk;

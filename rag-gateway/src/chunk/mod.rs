@@ -1,0 +1,159 @@
+//! Cuts documents into passages that can be quoted.
+//!
+//! A chunk is whole lines, byte for byte, so that `file:start-end` can be checked by anyone. Only a
+//! line that is longer than the limit by itself is cut inside; its pieces name that one line.
+//!
+//! The work is linear: tokens are counted once a line, a [`structure`](Structure) says how good a
+//! place each line is to begin a chunk, and [`pack`](pack) cuts at the best places that keep chunks
+//! within the limit. Grammars plug in as further structures.
+
+mod code;
+mod lang;
+mod lines;
+mod markdown;
+mod pack;
+mod plain;
+mod tokens;
+
+pub(crate) use lang::language_of;
+use lines::Lines;
+
+/// Raised when the same text gives other chunks than before: indexed documents are then stale.
+const VERSION: u32 = 1;
+
+/// One passage, borrowed from its document.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Chunk<'t> {
+    /// The lines, without the last line's terminator.
+    pub(crate) text: &'t str,
+    /// First line, counted from 1.
+    pub(crate) start_line: u32,
+    /// Last line, included.
+    pub(crate) end_line: u32,
+    /// Heading path or symbols, such as `Guide › Install` or `impl Run › fn finish`.
+    pub(crate) heading: Option<String>,
+}
+
+/// How large chunks may be, in tokens of cl100k_base.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Chunker {
+    max_tokens: usize,
+    overlap_tokens: usize,
+}
+
+impl Chunker {
+    /// By `CHUNK_TOKENS` and `CHUNK_OVERLAP_TOKENS`.
+    pub(crate) fn new(max_tokens: usize, overlap_tokens: usize) -> Self {
+        Self { max_tokens: max_tokens.max(1), overlap_tokens: overlap_tokens.min(max_tokens / 2) }
+    }
+
+    /// Names everything that decides where chunks end. Recorded with every chunk.
+    pub(crate) fn fingerprint(self) -> String {
+        format!("{VERSION}.{}.{}", self.max_tokens, self.overlap_tokens)
+    }
+
+    /// The chunks of a document, in order. Every line that is not blank is in at least one of them.
+    pub(crate) fn chunk<'t>(self, lang: Option<&str>, text: &'t str) -> Vec<Chunk<'t>> {
+        let lines = Lines::new(text);
+        let structure = match lang {
+            Some("markdown") => markdown::structure(&lines),
+            Some("rst" | "asciidoc" | "text") | None => plain::structure(&lines),
+            Some(lang) => code::structure(&lines, lang),
+        };
+        pack::pack(&lines, &structure, self.max_tokens, self.overlap_tokens)
+    }
+}
+
+/// How good a place a line is to begin a chunk: lower is better.
+type Level = u8;
+
+/// Levels below this begin a section: two sections share a chunk only when one of them is tiny.
+const FIRST_BLOCK_LEVEL: Level = 8;
+
+/// A line in the middle of something.
+const WORST_LEVEL: Level = Level::MAX;
+
+/// What a document is made of, line by line.
+struct Structure {
+    /// One a line.
+    levels: Vec<Level>,
+    /// One a line: what the line stands under, as an index into `headings`.
+    heading_of: Vec<Option<usize>>,
+    /// Heading paths.
+    headings: Vec<String>,
+    /// Definitions (line, indentation, name), for code: named in the heading of the chunk that holds them.
+    definitions: Vec<Definition>,
+}
+
+/// A definition in source code.
+struct Definition {
+    line: usize,
+    indent: usize,
+    name: String,
+}
+
+impl Structure {
+    fn flat(lines: usize) -> Self {
+        Self {
+            levels: vec![WORST_LEVEL; lines],
+            heading_of: vec![None; lines],
+            headings: Vec::new(),
+            definitions: Vec::new(),
+        }
+    }
+
+    /// The best level wins where several structures begin on one line.
+    fn offer(&mut self, line: usize, level: Level) {
+        if let Some(slot) = self.levels.get_mut(line) {
+            *slot = (*slot).min(level);
+        }
+    }
+
+    /// What a chunk of these lines is called.
+    fn heading(&self, start: usize, end: usize) -> Option<String> {
+        let mut path: Vec<String> = Vec::new();
+        if let Some(index) = self.heading_of.get(start).copied().flatten() {
+            path.extend(self.headings.get(index).cloned());
+        }
+        let first = self.definitions.partition_point(|definition| definition.line < start);
+        let inside: Vec<&Definition> = self
+            .definitions
+            .iter()
+            .skip(first)
+            .take_while(|definition| definition.line < end)
+            .collect();
+        if let Some(outermost) = inside.iter().map(|definition| definition.indent).min() {
+            let names: Vec<&str> = inside
+                .iter()
+                .filter(|definition| definition.indent == outermost)
+                .map(|definition| definition.name.as_str())
+                .take(4)
+                .collect();
+            path.push(names.join(", "));
+        }
+        (!path.is_empty()).then(|| path.join(" › "))
+    }
+}
+
+/// Nested headings, innermost last.
+#[derive(Default)]
+struct HeadingStack(Vec<(usize, String)>);
+
+impl HeadingStack {
+    /// Enters a heading and returns its path.
+    fn enter(&mut self, depth: usize, title: &str) -> String {
+        while self.0.last().is_some_and(|(above, _)| *above >= depth) {
+            self.0.pop();
+        }
+        self.0.push((depth, title.trim().to_owned()));
+        self.path()
+    }
+
+    fn path(&self) -> String {
+        let titles: Vec<&str> = self.0.iter().map(|(_, title)| title.as_str()).collect();
+        titles.join(" › ")
+    }
+}
+
+#[cfg(test)]
+mod tests;
