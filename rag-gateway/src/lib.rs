@@ -1,3 +1,4 @@
 //! Finds the passages that matter.
 
 mod chunk;
+mod index;

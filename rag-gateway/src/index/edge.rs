@@ -1,0 +1,628 @@
+//! The Qdrant engine in this process (`qdrant-edge` 0.7).
+//!
+//! One folder a collection: the engine's files, and our `atlas.json` with the meta. What the engine
+//! demands of us:
+//!
+//! - It does not replay its log on load, so every write is flushed before it is answered.
+//! - Its `flush` panics when it meets a concurrent update, so **one thread a collection** owns all
+//!   updates and flushes. It takes all that is waiting, applies it, flushes once and answers all.
+//! - Readers are free: they run on the blocking pool, beside the writer.
+//! - One process at a time can open a folder.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError, RwLock},
+    thread,
+};
+
+use async_trait::async_trait;
+use atlas_shared::{Dependency, UpstreamError};
+use qdrant_edge::{
+    CountRequest, Distance, EdgeConfig, EdgeShard, EdgeSparseVectorParams, EdgeVectorParams, FieldIndexOperations,
+    Filter, CreateIndex, Modifier, NamedQuery, PayloadFieldSchema, PayloadSchemaType, PayloadSelector,
+    PayloadSelectorExclude, PointId, PointInsertOperations, PointOperations, PointStruct, PointVectorsPersisted,
+    QueryEnum, ScoredPoint, ScrollRequest, SearchRequest, SparseVector, UpdateOperation, UpdateVectorsOp, Vector,
+    VectorInternal, VectorOperations, VectorPersisted, VectorStructPersisted, Vectors, WalOptions,
+    WithPayloadInterface, WithVector,
+    bm25_embed::{EdgeBm25, EdgeBm25Config},
+    external::ordered_float::NotNan,
+};
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, oneshot};
+use uuid::Uuid;
+
+use super::{
+    ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS, Lists, NewChunk,
+    Page, SPARSE, Search, Selection, VectorIndex, failed, lexical_text, payload, record,
+};
+
+/// Our file beside the engine's.
+const META_FILE: &str = "atlas.json";
+
+/// Writes that may wait for the writer of a collection.
+const WRITE_QUEUE: usize = 16;
+
+/// Log files of the engine: it never shortens its log by itself, so they are small and pruned on open.
+const WAL_SEGMENT_BYTES: usize = 4 * 1024 * 1024;
+
+/// Chunks that are weighed anew at a time.
+const REWEIGH_PAGE: usize = 512;
+
+/// All collections of one folder.
+pub(super) struct EdgeIndex {
+    dir: PathBuf,
+    collections: RwLock<BTreeMap<String, Arc<Collection>>>,
+    /// Held while a collection is made or dropped.
+    changing: tokio::sync::Mutex<()>,
+}
+
+/// One open collection.
+struct Collection {
+    dir: PathBuf,
+    shard: EdgeShard,
+    meta: RwLock<CollectionMeta>,
+    /// To the writer thread; `None` once closed.
+    writes: Mutex<Option<mpsc::Sender<Write>>>,
+    writer: Mutex<Option<thread::JoinHandle<()>>>,
+    bm25: EdgeBm25,
+}
+
+/// Work for the writer thread.
+struct Write {
+    change: Change,
+    done: oneshot::Sender<Result<(), UpstreamError>>,
+}
+
+enum Change {
+    Upsert(Vec<NewChunk>, Option<Selection>),
+    Delete(Selection),
+    Reweigh(f64),
+}
+
+impl EdgeIndex {
+    /// Opens every collection in the folder, so that a locked or damaged one is told at start.
+    pub(super) async fn open(dir: &Path) -> Result<Self, UpstreamError> {
+        let dir = dir.to_owned();
+        blocking(move || {
+            fs::create_dir_all(&dir).map_err(|error| cannot_use(&dir, &error))?;
+            let mut collections = BTreeMap::new();
+            for entry in fs::read_dir(&dir).map_err(|error| cannot_use(&dir, &error))? {
+                let path = entry.map_err(|error| cannot_use(&dir, &error))?.path();
+                // A folder without our file is a collection whose creation was cut short.
+                let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+                if path.join(META_FILE).is_file() {
+                    collections.insert(name.to_owned(), Collection::load(&path)?);
+                }
+            }
+            Ok(Self { dir, collections: RwLock::new(collections), changing: tokio::sync::Mutex::new(()) })
+        })
+        .await
+    }
+
+    fn get(&self, name: &str) -> Option<Arc<Collection>> {
+        self.collections.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    }
+
+    fn existing(&self, name: &str) -> Result<Arc<Collection>, UpstreamError> {
+        self.get(name).ok_or_else(|| {
+            UpstreamError::permanent(
+                Dependency::VectorIndex,
+                "unknown_collection",
+                format!("there is no collection {name:?}"),
+            )
+        })
+    }
+}
+
+#[async_trait]
+impl VectorIndex for EdgeIndex {
+    async fn ensure(&self, name: &str, meta: &CollectionMeta) -> Result<CollectionMeta, UpstreamError> {
+        let _changing = self.changing.lock().await;
+        if let Some(collection) = self.get(name) {
+            return Ok(collection.meta());
+        }
+        let (dir, meta) = (self.dir.join(name), meta.clone());
+        let collection = blocking(move || Collection::create(&dir, meta)).await?;
+        let meta = collection.meta();
+        self.collections.write().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), collection);
+        Ok(meta)
+    }
+
+    async fn info(&self, name: &str) -> Result<Option<CollectionState>, UpstreamError> {
+        let Some(collection) = self.get(name) else { return Ok(None) };
+        blocking(move || collection.state()).await.map(Some)
+    }
+
+    async fn collections(&self) -> Result<Vec<(String, CollectionState)>, UpstreamError> {
+        let all = self.collections.read().unwrap_or_else(PoisonError::into_inner).clone();
+        blocking(move || all.into_iter().map(|(name, collection)| Ok((name, collection.state()?))).collect()).await
+    }
+
+    async fn upsert(
+        &self,
+        name: &str,
+        chunks: Vec<NewChunk>,
+        obsolete: Option<Selection>,
+    ) -> Result<(), UpstreamError> {
+        self.existing(name)?.write(Change::Upsert(chunks, obsolete)).await
+    }
+
+    async fn delete(&self, name: &str, selection: Selection) -> Result<(), UpstreamError> {
+        self.existing(name)?.write(Change::Delete(selection)).await
+    }
+
+    async fn search(&self, name: &str, search: Search) -> Result<Lists, UpstreamError> {
+        let Some(collection) = self.get(name) else { return Ok(Lists::default()) };
+        blocking(move || collection.search(search)).await
+    }
+
+    async fn scroll(
+        &self,
+        name: &str,
+        selection: &Selection,
+        from: Option<Uuid>,
+        limit: usize,
+        with_text: bool,
+    ) -> Result<Page, UpstreamError> {
+        let Some(collection) = self.get(name) else { return Ok(Page { records: Vec::new(), next: None }) };
+        let selection = selection.clone();
+        blocking(move || collection.scroll(&selection, from, limit, with_text)).await
+    }
+
+    async fn reweigh(&self, name: &str, avg_len: f64) -> Result<(), UpstreamError> {
+        self.existing(name)?.write(Change::Reweigh(avg_len)).await
+    }
+
+    async fn drop_collection(&self, name: &str) -> Result<bool, UpstreamError> {
+        let _changing = self.changing.lock().await;
+        let removed = self.collections.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+        let Some(collection) = removed else { return Ok(false) };
+        blocking(move || {
+            collection.stop();
+            let dir = collection.dir.clone();
+            // Without our file the folder is no collection any more, whatever happens next.
+            fs::remove_file(dir.join(META_FILE)).map_err(|error| cannot_use(&dir, &error))?;
+            drop(collection);
+            fs::remove_dir_all(&dir).map_err(|error| cannot_use(&dir, &error))?;
+            Ok(true)
+        })
+        .await
+    }
+
+    async fn check(&self) -> Result<(), UpstreamError> {
+        let stopped = self
+            .collections
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+            .find(|(_, collection)| collection.writer_is_gone())
+            .map(|(name, _)| name.clone());
+        match stopped {
+            None => Ok(()),
+            Some(name) => Err(failed(&format!("collection {name:?}"), "its writer stopped; restart the gateway")),
+        }
+    }
+
+    async fn close(&self) {
+        let all = std::mem::take(&mut *self.collections.write().unwrap_or_else(PoisonError::into_inner));
+        // Errors have nowhere to go: everything that was answered is on disk already.
+        let _ = blocking(move || {
+            for collection in all.values() {
+                collection.stop();
+            }
+            Ok(())
+        })
+        .await;
+    }
+}
+
+impl Drop for EdgeIndex {
+    fn drop(&mut self) {
+        // Each writer thread holds its collection: without this they would never end.
+        for collection in self.collections.get_mut().unwrap_or_else(PoisonError::into_inner).values() {
+            drop(collection.writes.lock().unwrap_or_else(PoisonError::into_inner).take());
+        }
+    }
+}
+
+impl Collection {
+    fn create(dir: &Path, meta: CollectionMeta) -> Result<Arc<Self>, UpstreamError> {
+        if dir.exists() {
+            // Left behind by a creation or a deletion that was cut short: there is no `atlas.json` in it.
+            fs::remove_dir_all(dir).map_err(|error| cannot_use(dir, &error))?;
+        }
+        fs::create_dir_all(dir).map_err(|error| cannot_use(dir, &error))?;
+        let shard = EdgeShard::new(dir, config(&meta)).map_err(|error| failed("create collection", error))?;
+        for (field, schema) in KEYWORD_FIELDS
+            .iter()
+            .map(|field| (*field, PayloadSchemaType::Keyword))
+            .chain(INTEGER_FIELDS.iter().map(|field| (*field, PayloadSchemaType::Integer)))
+        {
+            let operation = FieldIndexOperations::CreateIndex(CreateIndex {
+                field_name: field.parse().map_err(|()| failed("create index", field))?,
+                field_schema: Some(PayloadFieldSchema::FieldType(schema)),
+            });
+            shard
+                .update(UpdateOperation::FieldIndexOperation(operation))
+                .map_err(|error| failed("create index", error))?;
+        }
+        shard.flush();
+        save_meta(dir, &meta)?;
+        Self::start(dir, shard, meta)
+    }
+
+    fn load(dir: &Path) -> Result<Arc<Self>, UpstreamError> {
+        let text = fs::read_to_string(dir.join(META_FILE)).map_err(|error| cannot_use(dir, &error))?;
+        let meta: CollectionMeta = serde_json::from_str(&text)
+            .map_err(|error| failed(&format!("{} is damaged", dir.join(META_FILE).display()), error))?;
+        prune_log(&dir.join("wal")).map_err(|error| cannot_use(dir, &error))?;
+        let shard = EdgeShard::load(dir, Some(config(&meta))).map_err(|error| {
+            failed(&format!("open collection in {} (is another gateway using it?)", dir.display()), error)
+        })?;
+        Self::start(dir, shard, meta)
+    }
+
+    fn start(dir: &Path, shard: EdgeShard, meta: CollectionMeta) -> Result<Arc<Self>, UpstreamError> {
+        let (sender, receiver) = mpsc::channel(WRITE_QUEUE);
+        let collection = Arc::new(Self {
+            dir: dir.to_owned(),
+            shard,
+            meta: RwLock::new(meta),
+            writes: Mutex::new(Some(sender)),
+            writer: Mutex::new(None),
+            bm25: bm25(BM25_QUERY_AVG_LEN)?,
+        });
+        let writer = thread::Builder::new()
+            .name("atlas-index".to_owned())
+            .spawn({
+                let collection = Arc::clone(&collection);
+                move || collection.run_writer(receiver)
+            })
+            .map_err(|error| failed("start the writer", error))?;
+        *collection.writer.lock().unwrap_or_else(PoisonError::into_inner) = Some(writer);
+        Ok(collection)
+    }
+
+    /// The writer thread: ends when the last sender is gone.
+    fn run_writer(&self, mut writes: mpsc::Receiver<Write>) {
+        while let Some(first) = writes.blocking_recv() {
+            let mut batch = vec![first];
+            while batch.len() < WRITE_QUEUE
+                && let Ok(next) = writes.try_recv()
+            {
+                batch.push(next);
+            }
+            let mut done = Vec::with_capacity(batch.len());
+            for write in batch {
+                done.push((write.done, self.apply(write.change)));
+            }
+            self.shard.flush();
+            for (answer, result) in done {
+                // The caller may have gone; the write is done all the same.
+                let _ = answer.send(result);
+            }
+        }
+    }
+
+    async fn write(&self, change: Change) -> Result<(), UpstreamError> {
+        let gone = || failed("write", "the index is closed");
+        let sender = self.writes.lock().unwrap_or_else(PoisonError::into_inner).clone().ok_or_else(gone)?;
+        let (done, answer) = oneshot::channel();
+        sender.send(Write { change, done }).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    fn writer_is_gone(&self) -> bool {
+        self.writer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_ref()
+            .is_none_or(thread::JoinHandle::is_finished)
+    }
+
+    /// Lets the writer finish what it has, then waits for it.
+    fn stop(&self) {
+        drop(self.writes.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(writer) = writer {
+            // A writer that panicked has said so on standard error.
+            let _ = writer.join();
+        }
+    }
+
+    fn meta(&self) -> CollectionMeta {
+        self.meta.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn state(&self) -> Result<CollectionState, UpstreamError> {
+        let count = self
+            .shard
+            .count(CountRequest { filter: None, exact: true })
+            .map_err(|error| failed("count", error))?;
+        Ok(CollectionState { meta: self.meta(), chunks: count as u64 })
+    }
+
+    fn apply(&self, change: Change) -> Result<(), UpstreamError> {
+        match change {
+            Change::Upsert(chunks, obsolete) => {
+                self.upsert(chunks)?;
+                obsolete.map_or(Ok(()), |obsolete| self.delete(&obsolete))
+            }
+            Change::Delete(selection) => self.delete(&selection),
+            Change::Reweigh(avg_len) => self.reweigh(avg_len),
+        }
+    }
+
+    fn upsert(&self, chunks: Vec<NewChunk>) -> Result<(), UpstreamError> {
+        let bm25 = bm25(self.meta().avg_len)?;
+        let (first, others): (Vec<_>, Vec<_>) = chunks.into_iter().partition(|chunk| chunk.record.n == 0);
+        for chunks in [others, first] {
+            let mut points = Vec::with_capacity(chunks.len());
+            for chunk in chunks {
+                let mut vectors = vec![(SPARSE.to_owned(), Vector::from(weigh(&bm25, &chunk.record)))];
+                vectors.extend(chunk.dense.map(|dense| (DENSE.to_owned(), Vector::from(dense))));
+                points.push(PointStruct::new(PointId::Uuid(chunk.id), Vectors::from(vectors), payload(&chunk.record)?).into());
+            }
+            if !points.is_empty() {
+                let operation = PointOperations::UpsertPoints(PointInsertOperations::PointsList(points));
+                self.update(UpdateOperation::PointOperation(operation))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn delete(&self, selection: &Selection) -> Result<(), UpstreamError> {
+        if *selection == Selection::default() {
+            return Err(UpstreamError::permanent(
+                Dependency::VectorIndex,
+                "empty_selection",
+                "refusing to delete everything",
+            ));
+        }
+        let operation = PointOperations::DeletePointsByFilter(filter(selection)?);
+        self.update(UpdateOperation::PointOperation(operation))
+    }
+
+    fn reweigh(&self, avg_len: f64) -> Result<(), UpstreamError> {
+        let bm25 = bm25(avg_len)?;
+        let mut from = None;
+        loop {
+            let page = self.scroll(&Selection::default(), from, REWEIGH_PAGE, true)?;
+            let points = page
+                .records
+                .iter()
+                .map(|(id, record)| PointVectorsPersisted {
+                    id: PointId::Uuid(*id),
+                    vector: VectorStructPersisted::Named(
+                        [(SPARSE.to_owned(), VectorPersisted::Sparse(weigh(&bm25, record)))].into(),
+                    ),
+                })
+                .collect();
+            let operation = VectorOperations::UpdateVectors(UpdateVectorsOp { points, update_filter: None });
+            self.update(UpdateOperation::VectorOperation(operation))?;
+            from = page.next;
+            if from.is_none() {
+                break;
+            }
+        }
+        let meta = CollectionMeta { avg_len, ..self.meta() };
+        save_meta(&self.dir, &meta)?;
+        *self.meta.write().unwrap_or_else(PoisonError::into_inner) = meta;
+        Ok(())
+    }
+
+    fn update(&self, operation: UpdateOperation) -> Result<(), UpstreamError> {
+        self.shard.update(operation).map_err(|error| failed("write", error))
+    }
+
+    fn search(&self, search: Search) -> Result<Lists, UpstreamError> {
+        let filter = match &search.selection {
+            all if *all == Selection::default() => None,
+            selection => Some(filter(selection)?),
+        };
+        let mut lists = Lists::default();
+        if let Some(dense) = search.dense
+            && self.meta().embedding_size.is_some()
+        {
+            lists.dense = self.nearest(VectorInternal::Dense(dense), DENSE, filter.clone(), search.limit)?;
+        }
+        if let Some(text) = search.lexical {
+            let sparse = self.bm25.embed_query(&text);
+            // A query of stop words only has no terms, and finds nothing.
+            if !sparse.indices.is_empty() {
+                lists.lexical = self.nearest(VectorInternal::Sparse(sparse), SPARSE, filter, search.limit)?;
+            }
+        }
+        Ok(lists)
+    }
+
+    fn nearest(
+        &self,
+        query: VectorInternal,
+        using: &str,
+        filter: Option<Filter>,
+        limit: usize,
+    ) -> Result<Vec<Hit>, UpstreamError> {
+        let points = self
+            .shard
+            .search(SearchRequest {
+                query: QueryEnum::Nearest(NamedQuery::new(query, using)),
+                filter,
+                params: None,
+                limit,
+                offset: 0,
+                with_payload: Some(WithPayloadInterface::Bool(true)),
+                with_vector: None,
+                score_threshold: None,
+            })
+            .map_err(|error| failed("search", error))?;
+        points.into_iter().map(hit).collect()
+    }
+
+    fn scroll(
+        &self,
+        selection: &Selection,
+        from: Option<Uuid>,
+        limit: usize,
+        with_text: bool,
+    ) -> Result<Page, UpstreamError> {
+        let with_payload = if with_text {
+            WithPayloadInterface::Bool(true)
+        } else {
+            let text = "text".parse().map_err(|()| failed("scroll", "field name"))?;
+            WithPayloadInterface::Selector(PayloadSelector::Exclude(PayloadSelectorExclude { exclude: vec![text] }))
+        };
+        let (records, next) = self
+            .shard
+            .scroll(ScrollRequest {
+                offset: from.map(PointId::Uuid),
+                limit: Some(limit),
+                filter: (*selection != Selection::default()).then(|| filter(selection)).transpose()?,
+                with_payload: Some(with_payload),
+                with_vector: WithVector::Bool(false),
+                order_by: None,
+            })
+            .map_err(|error| failed("scroll", error))?;
+        let records = records
+            .into_iter()
+            .map(|point| {
+                let payload = point.payload.map(|payload| payload.0).unwrap_or_default();
+                Ok((uuid(point.id), record(Value::Object(payload))?))
+            })
+            .collect::<Result<_, UpstreamError>>()?;
+        Ok(Page { records, next: next.map(uuid) })
+    }
+}
+
+/// The query side of BM25 does not depend on lengths.
+const BM25_QUERY_AVG_LEN: f64 = 256.0;
+
+fn bm25(avg_len: f64) -> Result<EdgeBm25, UpstreamError> {
+    let avg_len = NotNan::new(avg_len).map_err(|error| failed("average length", error))?;
+    EdgeBm25::new(EdgeBm25Config { avg_len, ..EdgeBm25Config::default() })
+        .map_err(|error| failed("BM25 settings", error))
+}
+
+fn weigh(bm25: &EdgeBm25, record: &ChunkRecord) -> SparseVector {
+    bm25.embed_document(&lexical_text(&record.contextual_text()))
+}
+
+fn config(meta: &CollectionMeta) -> EdgeConfig {
+    let mut builder = EdgeConfig::builder().wal_options(WalOptions {
+        segment_capacity: WAL_SEGMENT_BYTES,
+        ..WalOptions::default()
+    });
+    builder = builder
+        .sparse_vector(SPARSE, EdgeSparseVectorParams { modifier: Some(Modifier::Idf), ..Default::default() });
+    if let Some(size) = meta.embedding_size {
+        builder = builder.vector(
+            DENSE,
+            EdgeVectorParams {
+                size,
+                distance: Distance::Cosine,
+                on_disk: None,
+                multivector_config: None,
+                datatype: None,
+                quantization_config: None,
+                hnsw_config: None,
+            },
+        );
+    }
+    builder.build()
+}
+
+/// The engine's filters have a JSON form, the same as the server's REST API takes.
+fn filter(selection: &Selection) -> Result<Filter, UpstreamError> {
+    let Selection { ids, docs, tenants, lang, repo, rev_below, first_chunks } = selection;
+    let mut must = Vec::new();
+    if let Some(ids) = ids {
+        must.push(json!({"has_id": ids}));
+    }
+    for (field, values) in [("doc", docs), ("tenant", tenants)] {
+        if let Some(values) = values {
+            must.push(json!({"key": field, "match": {"any": values}}));
+        }
+    }
+    for (field, value) in [("lang", lang), ("repo", repo)] {
+        if let Some(value) = value {
+            must.push(json!({"key": field, "match": {"value": value}}));
+        }
+    }
+    if let Some(rev) = rev_below {
+        must.push(json!({"key": "rev", "range": {"lt": rev}}));
+    }
+    if *first_chunks {
+        must.push(json!({"key": "n", "match": {"value": 0}}));
+    }
+    serde_json::from_value(json!({"must": must})).map_err(|error| failed("filter", error))
+}
+
+fn hit(point: ScoredPoint) -> Result<Hit, UpstreamError> {
+    let payload = point.payload.map(|payload| payload.0).unwrap_or_default();
+    Ok(Hit { id: uuid(point.id), score: point.score, record: record(Value::Object(payload))? })
+}
+
+fn uuid(id: PointId) -> Uuid {
+    match id {
+        PointId::Uuid(id) => id,
+        PointId::NumId(number) => Uuid::from_u128(u128::from(number)),
+    }
+}
+
+/// The engine's log only ever grows, and nothing reads it again (see the module's head): all closed
+/// files but the last go. The last one stays, because the engine counts operations from it, and an
+/// operation with a lower number than a point's version would be ignored.
+fn prune_log(dir: &Path) -> io::Result<()> {
+    let mut closed: Vec<(u64, PathBuf)> = Vec::new();
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let path = entry?.path();
+        let number = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .and_then(|name| name.strip_prefix("closed-"))
+            .and_then(|number| number.parse().ok());
+        if let Some(number) = number {
+            closed.push((number, path));
+        }
+    }
+    closed.sort();
+    closed.pop();
+    for (_, path) in closed {
+        fs::remove_file(path)?;
+    }
+    Ok(())
+}
+
+fn save_meta(dir: &Path, meta: &CollectionMeta) -> Result<(), UpstreamError> {
+    let text = serde_json::to_string_pretty(meta).map_err(|error| failed("collection meta", error))?;
+    let path = dir.join(META_FILE);
+    let new = dir.join("atlas.json.new");
+    let save = || {
+        fs::write(&new, text)?;
+        fs::File::open(&new)?.sync_all()?;
+        fs::rename(&new, &path)
+    };
+    save().map_err(|error| cannot_use(dir, &error))
+}
+
+fn cannot_use(dir: &Path, error: &io::Error) -> UpstreamError {
+    UpstreamError::misconfigured(
+        Dependency::VectorIndex,
+        "ATLAS_DATA_DIR",
+        format!("{} cannot be used: {error}", dir.display()),
+        "set it to a folder that this user may write to, on a disk with space left",
+    )
+}
+
+/// Runs engine code off the async threads. A panic in it is an error of this one call.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, UpstreamError> + Send + 'static,
+) -> Result<T, UpstreamError> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| failed("the engine stopped", error))?
+}

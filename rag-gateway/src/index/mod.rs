@@ -1,0 +1,261 @@
+//! Where chunks live: the [`VectorIndex`] port and its adapters.
+//!
+//! Every adapter keeps two vectors a chunk: `text` (dense, cosine; only in collections with an
+//! embedding model) and `bm25` (sparse, weighed by the engine's own BM25 and its IDF). Ranking lists
+//! are fused above this port, so adapters only have to agree on what they return, not on how they
+//! order ties. Nothing outside this folder names an adapter; [`open`] picks one by configuration.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use atlas_shared::{
+    Dependency, UpstreamError,
+    config::{GatewayConfig, IndexConfig},
+};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+#[cfg(test)]
+mod contract;
+#[cfg(feature = "embedded")]
+mod edge;
+mod lexical;
+mod qdrant;
+
+pub(crate) use lexical::{lexical_text, term_count};
+
+/// Name of the dense vector.
+const DENSE: &str = "text";
+
+/// Name of the sparse vector.
+const SPARSE: &str = "bm25";
+
+/// Payload fields that filters use.
+const KEYWORD_FIELDS: [&str; 4] = ["doc", "repo", "lang", "tenant"];
+
+/// Payload fields that are compared as numbers.
+const INTEGER_FIELDS: [&str; 2] = ["n", "rev"];
+
+/// What is decided when a collection is made, and recorded in it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct CollectionMeta {
+    /// Embedding model; `None`: lexical.
+    pub(crate) embedding_model: Option<String>,
+    /// Length of its vectors.
+    pub(crate) embedding_size: Option<usize>,
+    /// Average length of a chunk in BM25 terms: every chunk of the collection is weighed with it.
+    pub(crate) avg_len: f64,
+}
+
+/// A collection as it is now.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct CollectionState {
+    pub(crate) meta: CollectionMeta,
+    /// Chunks in it.
+    pub(crate) chunks: u64,
+}
+
+/// A chunk as it is stored: the payload of a point. Field names are short: they are in every point.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct ChunkRecord {
+    /// Key of its document: a hash of tenant, repository and source.
+    pub(crate) doc: String,
+    /// Revision of its document, in microseconds since 1970: where two revisions are found at the
+    /// same moment, the newer one counts.
+    pub(crate) rev: i64,
+    /// Content hash of its document.
+    pub(crate) hash: String,
+    /// How it was cut ([`crate::chunk::Chunker::fingerprint`]).
+    pub(crate) cut: String,
+    /// Position in its document, from 0. Chunk 0 is written last: where it is, the others are.
+    pub(crate) n: u32,
+    /// Chunks of its document.
+    pub(crate) of: u32,
+    /// Path or name of its document.
+    pub(crate) source: String,
+    /// First line, from 1.
+    pub(crate) start: u32,
+    /// Last line, included.
+    pub(crate) end: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) heading: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) lang: Option<String>,
+    /// Empty: none.
+    #[serde(default)]
+    pub(crate) repo: String,
+    /// Empty: everybody's.
+    #[serde(default)]
+    pub(crate) tenant: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) commit: Option<String>,
+    /// Length in BM25 terms.
+    #[serde(default)]
+    pub(crate) terms: u32,
+    /// The quoted lines. Left out where a scroll does not ask for it.
+    #[serde(default)]
+    pub(crate) text: String,
+}
+
+impl ChunkRecord {
+    /// What is embedded: where it stands, then the text. Only the text is ever quoted.
+    pub(crate) fn contextual_text(&self) -> String {
+        match &self.heading {
+            Some(heading) => format!("{} › {heading}\n{}", self.source, self.text),
+            None => format!("{}\n{}", self.source, self.text),
+        }
+    }
+}
+
+/// A chunk on its way into an index.
+#[derive(Clone, Debug)]
+pub(crate) struct NewChunk {
+    pub(crate) id: Uuid,
+    pub(crate) record: ChunkRecord,
+    /// Its embedding, in collections that have a model.
+    pub(crate) dense: Option<Vec<f32>>,
+}
+
+/// Which chunks; an empty selection is all of them.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Selection {
+    pub(crate) ids: Option<Vec<Uuid>>,
+    pub(crate) docs: Option<Vec<String>>,
+    pub(crate) tenants: Option<Vec<String>>,
+    pub(crate) lang: Option<String>,
+    pub(crate) repo: Option<String>,
+    /// Only revisions older than this.
+    pub(crate) rev_below: Option<i64>,
+    /// Only the first chunk of each document.
+    pub(crate) first_chunks: bool,
+}
+
+/// One search: both lists are asked for at once.
+#[derive(Clone, Debug)]
+pub(crate) struct Search {
+    /// Query embedding; `None`: no dense list.
+    pub(crate) dense: Option<Vec<f32>>,
+    /// Query as [`lexical_text`]; `None`: no lexical list.
+    pub(crate) lexical: Option<String>,
+    pub(crate) selection: Selection,
+    /// Length of each list.
+    pub(crate) limit: usize,
+}
+
+/// A found chunk.
+#[derive(Clone, Debug)]
+pub(crate) struct Hit {
+    pub(crate) id: Uuid,
+    /// Cosine in the dense list, BM25 in the lexical one.
+    pub(crate) score: f32,
+    pub(crate) record: ChunkRecord,
+}
+
+/// Best first, ties in any order.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Lists {
+    pub(crate) dense: Vec<Hit>,
+    pub(crate) lexical: Vec<Hit>,
+}
+
+/// One page of a scroll, by id.
+#[derive(Clone, Debug)]
+pub(crate) struct Page {
+    pub(crate) records: Vec<(Uuid, ChunkRecord)>,
+    /// Where the next page begins.
+    pub(crate) next: Option<Uuid>,
+}
+
+/// The index port. Writes are durable and visible when they return.
+#[async_trait]
+pub(crate) trait VectorIndex: Send + Sync {
+    /// Makes the collection unless it exists. Returns what it is: an existing one keeps its meta.
+    async fn ensure(&self, collection: &str, meta: &CollectionMeta) -> Result<CollectionMeta, UpstreamError>;
+
+    /// The collection; `None` when there is none of that name.
+    async fn info(&self, collection: &str) -> Result<Option<CollectionState>, UpstreamError>;
+
+    /// All collections, by name.
+    async fn collections(&self) -> Result<Vec<(String, CollectionState)>, UpstreamError>;
+
+    /// Writes chunks, replacing those of the same id, then deletes what they make obsolete. Chunks
+    /// that are first in their document become visible after all others.
+    async fn upsert(
+        &self,
+        collection: &str,
+        chunks: Vec<NewChunk>,
+        obsolete: Option<Selection>,
+    ) -> Result<(), UpstreamError>;
+
+    /// Deletes what is selected. An empty selection is refused.
+    async fn delete(&self, collection: &str, selection: Selection) -> Result<(), UpstreamError>;
+
+    /// Searches. An unknown collection gives empty lists.
+    async fn search(&self, collection: &str, search: Search) -> Result<Lists, UpstreamError>;
+
+    /// Reads `limit` chunks in the order of their ids, from `from` on. `with_text`: their text too.
+    async fn scroll(
+        &self,
+        collection: &str,
+        selection: &Selection,
+        from: Option<Uuid>,
+        limit: usize,
+        with_text: bool,
+    ) -> Result<Page, UpstreamError>;
+
+    /// Weighs every chunk anew with another average length, and records it.
+    async fn reweigh(&self, collection: &str, avg_len: f64) -> Result<(), UpstreamError>;
+
+    /// Deletes a whole collection. True when there was one.
+    async fn drop_collection(&self, collection: &str) -> Result<bool, UpstreamError>;
+
+    /// Is the engine there and fit for us? For readiness.
+    async fn check(&self) -> Result<(), UpstreamError>;
+
+    /// Finishes what is under way, so that another process can open the index.
+    async fn close(&self);
+}
+
+/// Opens the index that the configuration names.
+pub(crate) async fn open(config: &GatewayConfig) -> Result<Arc<dyn VectorIndex>, UpstreamError> {
+    match &config.index {
+        IndexConfig::Qdrant { url, api_key } => {
+            Ok(Arc::new(qdrant::QdrantIndex::connect(url, api_key.as_ref(), config.timeout)?))
+        }
+        #[cfg(feature = "embedded")]
+        IndexConfig::Embedded(dir) => Ok(Arc::new(edge::EdgeIndex::open(&dir.join("vectors")).await?)),
+        #[cfg(not(feature = "embedded"))]
+        IndexConfig::Embedded(_) => Err(UpstreamError::misconfigured(
+            Dependency::VectorIndex,
+            "QDRANT_URL",
+            "is not set, and this binary was built without the embedded engine",
+            "set it to Qdrant's gRPC address, such as http://qdrant:6334, or build with --features embedded",
+        )),
+    }
+}
+
+/// A failure of the engine that may pass.
+fn failed(what: &str, error: impl std::fmt::Display) -> UpstreamError {
+    UpstreamError::transient(Dependency::VectorIndex, format!("{what}: {error}"))
+}
+
+/// Both engines take JSON payloads; a record is always an object.
+fn payload(record: &ChunkRecord) -> Result<serde_json::Value, UpstreamError> {
+    match serde_json::to_value(record) {
+        Ok(value @ serde_json::Value::Object(_)) => Ok(value),
+        Ok(_) | Err(_) => {
+            Err(UpstreamError::permanent(Dependency::VectorIndex, "payload", "a chunk is not a JSON object"))
+        }
+    }
+}
+
+/// Reads a record back. One that was written by something else is an error, not a panic.
+fn record(value: serde_json::Value) -> Result<ChunkRecord, UpstreamError> {
+    serde_json::from_value(value).map_err(|error| {
+        UpstreamError::permanent(
+            Dependency::VectorIndex,
+            "foreign_collection",
+            format!("a point in this collection was not written by Atlas ({error}); name another collection"),
+        )
+    })
+}

@@ -1,0 +1,429 @@
+//! A Qdrant server, over gRPC (`qdrant-client` 1.20).
+//!
+//! The server weighs BM25 itself (`qdrant/bm25`, from 1.15.2) and keeps our meta in the collection's
+//! metadata (from 1.16), so replicas of the gateway share nothing but the server. Writes wait until
+//! they are applied. The crate's own version check prints to standard output and blocks, so
+//! [`QdrantIndex::check`] does ours.
+
+use std::{collections::HashMap, time::Duration};
+
+use ::qdrant_client::{
+    Payload, Qdrant, QdrantError,
+    qdrant::{
+        Condition, CreateCollectionBuilder, CreateFieldIndexCollectionBuilder, DeletePointsBuilder, Distance, Document,
+        FieldType, Filter, KeywordIndexParamsBuilder, Modifier, NamedVectors, PayloadExcludeSelector, PointId,
+        PointStruct, PointVectors, Query, QueryBatchPointsBuilder, QueryPoints, QueryPointsBuilder, Range, ScoredPoint,
+        ScrollPointsBuilder, SparseVectorParamsBuilder, SparseVectorsConfigBuilder, UpdateCollectionBuilder,
+        UpdatePointVectorsBuilder, UpsertPointsBuilder, Value, VectorParamsBuilder, VectorsConfigBuilder,
+        point_id::PointIdOptions,
+    },
+};
+use async_trait::async_trait;
+use atlas_shared::{Dependency, Secret, UpstreamError};
+use url::Url;
+use uuid::Uuid;
+
+use super::{
+    ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS, Lists, NewChunk, Page,
+    SPARSE, Search, Selection, VectorIndex, failed, lexical_text, payload, record,
+};
+
+/// The server's BM25.
+const BM25_MODEL: &str = "qdrant/bm25";
+
+/// The key of our meta in a collection's metadata.
+const META_KEY: &str = "atlas";
+
+/// The oldest server that has all we need: collection metadata.
+const OLDEST: (u64, u64) = (1, 16);
+
+/// Points in one request.
+const BATCH: usize = 256;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// All collections of one server.
+pub(super) struct QdrantIndex {
+    client: Qdrant,
+    url: Url,
+}
+
+impl QdrantIndex {
+    /// Prepares the client. Nothing is sent before the first call.
+    pub(super) fn connect(url: &Url, api_key: Option<&Secret>, timeout: Duration) -> Result<Self, UpstreamError> {
+        let mut address = url.clone();
+        if address.port().is_none() && address.set_port(Some(6334)).is_err() {
+            return Err(misconfigured(url, "it cannot carry a port"));
+        }
+        let client = Qdrant::from_url(address.as_str())
+            .api_key(api_key.map(|key| key.expose().to_owned()))
+            .timeout(timeout)
+            .connect_timeout(CONNECT_TIMEOUT.min(timeout))
+            .skip_compatibility_check()
+            .build()
+            .map_err(|error| misconfigured(url, &error.to_string()))?;
+        Ok(Self { client, url: address })
+    }
+
+    /// `Ok(None)` where the server says that there is no such collection.
+    fn found<T>(&self, result: Result<T, QdrantError>) -> Result<Option<T>, UpstreamError> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(QdrantError::ResponseError { status }) if status.code() as i32 == NOT_FOUND => Ok(None),
+            Err(error) => Err(self.upstream(error)),
+        }
+    }
+
+    /// What a failure means for the caller.
+    fn upstream(&self, error: QdrantError) -> UpstreamError {
+        match error {
+            QdrantError::ResourceExhaustedError { status, retry_after_seconds } => UpstreamError::Transient {
+                dependency: Dependency::VectorIndex,
+                message: status.message().to_owned(),
+                retry_after: Some(Duration::from_secs(retry_after_seconds)),
+            },
+            QdrantError::ResponseError { status } => match status.code() as i32 {
+                UNAUTHENTICATED | PERMISSION_DENIED => UpstreamError::misconfigured(
+                    Dependency::VectorIndex,
+                    "QDRANT_API_KEY",
+                    format!("{} refused the key: {}", self.url, status.message()),
+                    "set it to the key that the server was started with (QDRANT__SERVICE__API_KEY)",
+                ),
+                INVALID_ARGUMENT | NOT_FOUND | FAILED_PRECONDITION | UNIMPLEMENTED => {
+                    UpstreamError::permanent(Dependency::VectorIndex, "refused_by_qdrant", status.message())
+                }
+                _ => failed(self.url.as_str(), status.message()),
+            },
+            other => failed(self.url.as_str(), other),
+        }
+    }
+
+    async fn state(&self, name: &str) -> Result<Option<CollectionState>, UpstreamError> {
+        let Some(answer) = self.found(self.client.collection_info(name).await)? else { return Ok(None) };
+        let Some(info) = answer.result else { return Ok(None) };
+        let metadata = info.config.map(|config| config.metadata).unwrap_or_default();
+        let Some(meta) = metadata.get(META_KEY) else { return Ok(None) };
+        let meta: CollectionMeta = serde_json::from_value(meta.clone().into_json())
+            .map_err(|error| failed(&format!("the metadata of collection {name:?}"), error))?;
+        Ok(Some(CollectionState { meta, chunks: info.points_count.unwrap_or_default() }))
+    }
+}
+
+#[async_trait]
+impl VectorIndex for QdrantIndex {
+    async fn ensure(&self, name: &str, meta: &CollectionMeta) -> Result<CollectionMeta, UpstreamError> {
+        if let Some(state) = self.state(name).await? {
+            return Ok(state.meta);
+        }
+        if self.client.collection_exists(name).await.map_err(|error| self.upstream(error))? {
+            return Err(UpstreamError::permanent(
+                Dependency::VectorIndex,
+                "foreign_collection",
+                format!("collection {name:?} was not made by Atlas; name another one"),
+            ));
+        }
+        let mut sparse = SparseVectorsConfigBuilder::default();
+        sparse.add_named_vector_params(SPARSE, SparseVectorParamsBuilder::default().modifier(Modifier::Idf));
+        let mut create = CreateCollectionBuilder::new(name)
+            .sparse_vectors_config(sparse)
+            .metadata(HashMap::from([(META_KEY.to_owned(), meta_json(meta)?)]));
+        if let Some(size) = meta.embedding_size {
+            let mut dense = VectorsConfigBuilder::default();
+            dense.add_named_vector_params(DENSE, VectorParamsBuilder::new(size as u64, Distance::Cosine));
+            create = create.vectors_config(dense);
+        }
+        if let Err(error) = self.client.create_collection(create).await {
+            // Another replica may have been faster.
+            return match self.state(name).await? {
+                Some(state) => Ok(state.meta),
+                None => Err(self.upstream(error)),
+            };
+        }
+        for field in KEYWORD_FIELDS {
+            let params = KeywordIndexParamsBuilder::default().is_tenant(field == "tenant");
+            let request = CreateFieldIndexCollectionBuilder::new(name, field, FieldType::Keyword)
+                .field_index_params(params)
+                .wait(true);
+            self.client.create_field_index(request).await.map_err(|error| self.upstream(error))?;
+        }
+        for field in INTEGER_FIELDS {
+            let request = CreateFieldIndexCollectionBuilder::new(name, field, FieldType::Integer).wait(true);
+            self.client.create_field_index(request).await.map_err(|error| self.upstream(error))?;
+        }
+        Ok(meta.clone())
+    }
+
+    async fn info(&self, name: &str) -> Result<Option<CollectionState>, UpstreamError> {
+        self.state(name).await
+    }
+
+    async fn collections(&self) -> Result<Vec<(String, CollectionState)>, UpstreamError> {
+        let answer = self.client.list_collections().await.map_err(|error| self.upstream(error))?;
+        let mut names: Vec<String> = answer.collections.into_iter().map(|collection| collection.name).collect();
+        names.sort();
+        let mut ours = Vec::new();
+        for name in names {
+            // Collections of others on the same server are none of our business.
+            if let Some(state) = self.state(&name).await? {
+                ours.push((name, state));
+            }
+        }
+        Ok(ours)
+    }
+
+    async fn upsert(
+        &self,
+        name: &str,
+        chunks: Vec<NewChunk>,
+        obsolete: Option<Selection>,
+    ) -> Result<(), UpstreamError> {
+        let avg_len = self.existing(name).await?.avg_len;
+        let (first, others): (Vec<_>, Vec<_>) = chunks.into_iter().partition(|chunk| chunk.record.n == 0);
+        for chunks in [others, first] {
+            let mut points = Vec::with_capacity(chunks.len());
+            for chunk in chunks {
+                let mut vectors = NamedVectors::default().add_vector(SPARSE, weighed(&chunk.record, avg_len));
+                if let Some(dense) = chunk.dense {
+                    vectors = vectors.add_vector(DENSE, dense);
+                }
+                let payload = Payload::try_from(payload(&chunk.record)?).map_err(|error| self.upstream(error))?;
+                points.push(PointStruct::new(chunk.id.to_string(), vectors, payload));
+            }
+            while !points.is_empty() {
+                let rest = points.split_off(points.len().min(BATCH));
+                let request = UpsertPointsBuilder::new(name, points).wait(true);
+                self.client.upsert_points(request).await.map_err(|error| self.upstream(error))?;
+                points = rest;
+            }
+        }
+        match obsolete {
+            Some(obsolete) => self.delete(name, obsolete).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn delete(&self, name: &str, selection: Selection) -> Result<(), UpstreamError> {
+        let Some(filter) = filter(&selection) else {
+            return Err(UpstreamError::permanent(
+                Dependency::VectorIndex,
+                "empty_selection",
+                "refusing to delete everything",
+            ));
+        };
+        let request = DeletePointsBuilder::new(name).points(filter).wait(true);
+        self.client.delete_points(request).await.map_err(|error| self.upstream(error))?;
+        Ok(())
+    }
+
+    async fn search(&self, name: &str, search: Search) -> Result<Lists, UpstreamError> {
+        let filter = filter(&search.selection);
+        let query = |query: Query, using: &str| -> QueryPoints {
+            let mut points = QueryPointsBuilder::new(name)
+                .query(query)
+                .using(using)
+                .limit(search.limit as u64)
+                .with_payload(true);
+            if let Some(filter) = &filter {
+                points = points.filter(filter.clone());
+            }
+            points.build()
+        };
+        let has_dense = search.dense.is_some();
+        let mut queries = Vec::new();
+        queries.extend(search.dense.map(|dense| query(Query::new_nearest(dense), DENSE)));
+        queries.extend(
+            search.lexical.map(|text| query(Query::new_nearest(Document::new(text, BM25_MODEL)), SPARSE)),
+        );
+        if queries.is_empty() {
+            return Ok(Lists::default());
+        }
+        let answer = self.client.query_batch(QueryBatchPointsBuilder::new(name, queries)).await;
+        let Some(answer) = self.found(answer)? else { return Ok(Lists::default()) };
+        let mut lists = answer.result.into_iter().map(|list| list.result.into_iter().map(hit).collect());
+        let dense = if has_dense { lists.next().unwrap_or_else(|| Ok(Vec::new()))? } else { Vec::new() };
+        Ok(Lists { dense, lexical: lists.next().unwrap_or_else(|| Ok(Vec::new()))? })
+    }
+
+    async fn scroll(
+        &self,
+        name: &str,
+        selection: &Selection,
+        from: Option<Uuid>,
+        limit: usize,
+        with_text: bool,
+    ) -> Result<Page, UpstreamError> {
+        let mut request = ScrollPointsBuilder::new(name).limit(u32::try_from(limit).unwrap_or(u32::MAX));
+        request = if with_text {
+            request.with_payload(true)
+        } else {
+            request.with_payload(PayloadExcludeSelector { fields: vec!["text".to_owned()] })
+        };
+        if let Some(filter) = filter(selection) {
+            request = request.filter(filter);
+        }
+        if let Some(from) = from {
+            request = request.offset(from.to_string());
+        }
+        let Some(answer) = self.found(self.client.scroll(request).await)? else {
+            return Ok(Page { records: Vec::new(), next: None });
+        };
+        let records = answer
+            .result
+            .into_iter()
+            .map(|point| Ok((uuid(point.id)?, record(json(point.payload))?)))
+            .collect::<Result<_, UpstreamError>>()?;
+        let next = answer.next_page_offset.map(|id| uuid(Some(id))).transpose()?;
+        Ok(Page { records, next })
+    }
+
+    async fn reweigh(&self, name: &str, avg_len: f64) -> Result<(), UpstreamError> {
+        let mut meta = self.existing(name).await?;
+        let mut from = None;
+        loop {
+            let page = self.scroll(name, &Selection::default(), from, BATCH, true).await?;
+            let points: Vec<PointVectors> = page
+                .records
+                .into_iter()
+                .map(|(id, record)| PointVectors {
+                    id: Some(PointId::from(id.to_string())),
+                    vectors: Some(NamedVectors::default().add_vector(SPARSE, weighed(&record, avg_len)).into()),
+                })
+                .collect();
+            if !points.is_empty() {
+                let request = UpdatePointVectorsBuilder::new(name, points).wait(true);
+                self.client.update_vectors(request).await.map_err(|error| self.upstream(error))?;
+            }
+            from = page.next;
+            if from.is_none() {
+                break;
+            }
+        }
+        meta.avg_len = avg_len;
+        let request = UpdateCollectionBuilder::new(name)
+            .metadata(HashMap::from([(META_KEY.to_owned(), meta_json(&meta)?)]));
+        self.client.update_collection(request).await.map_err(|error| self.upstream(error))?;
+        Ok(())
+    }
+
+    async fn drop_collection(&self, name: &str) -> Result<bool, UpstreamError> {
+        let answer = self.client.delete_collection(name).await.map_err(|error| self.upstream(error))?;
+        Ok(answer.result)
+    }
+
+    async fn check(&self) -> Result<(), UpstreamError> {
+        let health = self.client.health_check().await.map_err(|error| {
+            let error = self.upstream(error);
+            if error.is_transient() { failed(self.url.as_str(), format!("no answer ({error}); is QDRANT_URL the gRPC port, 6334?")) } else { error }
+        })?;
+        if version(&health.version).is_some_and(|version| version < OLDEST) {
+            return Err(UpstreamError::misconfigured(
+                Dependency::VectorIndex,
+                "QDRANT_URL",
+                format!("{} runs Qdrant {}", self.url, health.version),
+                format!("run Qdrant {}.{} or newer", OLDEST.0, OLDEST.1),
+            ));
+        }
+        // The health check needs no key; this does.
+        self.client.list_collections().await.map_err(|error| self.upstream(error))?;
+        Ok(())
+    }
+
+    async fn close(&self) {}
+}
+
+impl QdrantIndex {
+    async fn existing(&self, name: &str) -> Result<CollectionMeta, UpstreamError> {
+        self.state(name).await?.map(|state| state.meta).ok_or_else(|| {
+            UpstreamError::permanent(
+                Dependency::VectorIndex,
+                "unknown_collection",
+                format!("there is no collection {name:?}"),
+            )
+        })
+    }
+}
+
+// gRPC status codes (google.rpc.Code); the crate does not export tonic's type.
+const INVALID_ARGUMENT: i32 = 3;
+const NOT_FOUND: i32 = 5;
+const PERMISSION_DENIED: i32 = 7;
+const FAILED_PRECONDITION: i32 = 9;
+const UNIMPLEMENTED: i32 = 12;
+const UNAUTHENTICATED: i32 = 16;
+
+/// `None` for a selection of everything.
+fn filter(selection: &Selection) -> Option<Filter> {
+    let Selection { ids, docs, tenants, lang, repo, rev_below, first_chunks } = selection.clone();
+    let mut must = Vec::new();
+    must.extend(ids.map(|ids| Condition::has_id(ids.into_iter().map(|id| id.to_string()))));
+    must.extend(docs.map(|docs| Condition::matches("doc", docs)));
+    must.extend(tenants.map(|tenants| Condition::matches("tenant", tenants)));
+    must.extend(lang.map(|lang| Condition::matches("lang", lang)));
+    must.extend(repo.map(|repo| Condition::matches("repo", repo)));
+    #[expect(clippy::cast_precision_loss, reason = "microseconds since 1970 fit into 53 bits until 2255")]
+    must.extend(rev_below.map(|rev| Condition::range("rev", Range { lt: Some(rev as f64), ..Range::default() })));
+    if first_chunks {
+        must.push(Condition::matches("n", 0_i64));
+    }
+    (!must.is_empty()).then(|| Filter::must(must))
+}
+
+fn weighed(record: &ChunkRecord, avg_len: f64) -> Document {
+    let mut document = Document::new(lexical_text(&record.contextual_text()), BM25_MODEL);
+    document.options.insert("avg_len".to_owned(), Value::from(avg_len));
+    document
+}
+
+fn hit(point: ScoredPoint) -> Result<Hit, UpstreamError> {
+    Ok(Hit { id: uuid(point.id)?, score: point.score, record: record(json(point.payload))? })
+}
+
+fn json(payload: HashMap<String, Value>) -> serde_json::Value {
+    serde_json::Value::Object(payload.into_iter().map(|(key, value)| (key, value.into_json())).collect())
+}
+
+fn uuid(id: Option<PointId>) -> Result<Uuid, UpstreamError> {
+    match id.and_then(|id| id.point_id_options) {
+        Some(PointIdOptions::Uuid(text)) => text.parse().map_err(|error| failed("a point's id", error)),
+        Some(PointIdOptions::Num(number)) => Ok(Uuid::from_u128(u128::from(number))),
+        None => Err(failed("a point", "it has no id")),
+    }
+}
+
+fn meta_json(meta: &CollectionMeta) -> Result<serde_json::Value, UpstreamError> {
+    serde_json::to_value(meta).map_err(|error| failed("collection meta", error))
+}
+
+fn version(text: &str) -> Option<(u64, u64)> {
+    let mut parts = text.trim_start_matches('v').split('.').map(str::parse);
+    Some((parts.next()?.ok()?, parts.next()?.ok()?))
+}
+
+fn misconfigured(url: &Url, problem: &str) -> UpstreamError {
+    UpstreamError::misconfigured(
+        Dependency::VectorIndex,
+        "QDRANT_URL",
+        format!("{url} cannot be used: {problem}"),
+        "set it to Qdrant's gRPC address, such as http://qdrant:6334",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_compared_as_numbers() {
+        assert_eq!(version("1.18.3"), Some((1, 18)));
+        assert_eq!(version("v1.9.0-dev"), Some((1, 9)));
+        assert!(version("1.9.0") < Some(OLDEST));
+        assert_eq!(version("dev"), None);
+    }
+
+    #[test]
+    fn everything_is_no_filter() {
+        assert_eq!(filter(&Selection::default()), None);
+        let some = Selection { first_chunks: true, lang: Some("rust".to_owned()), ..Selection::default() };
+        assert_eq!(filter(&some).map(|filter| filter.must.len()), Some(2));
+    }
+}
