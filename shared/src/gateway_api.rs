@@ -41,7 +41,7 @@ pub struct QueryFilter {
     /// A repository name, as it was indexed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub repo: Option<String>,
-    /// A tenant: only its passages.
+    /// A tenant: its passages, and those that belong to nobody. Without it: only the latter.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tenant: Option<String>,
 }
@@ -145,6 +145,9 @@ pub struct JobStatus {
     pub tokens: u64,
     /// The first errors, in words.
     pub errors: Vec<String>,
+    /// What it waits for, in words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 /// `PUT /v1/documents`.
@@ -226,7 +229,8 @@ pub struct DocumentList {
 pub struct IndexedDocument {
     /// Its name.
     pub source: String,
-    /// [`content_hash`] of the text it was indexed from.
+    /// [`content_hash`] of the text it was indexed from; empty when it should be sent again although
+    /// it did not change (the gateway would cut it into other chunks today).
     pub content_hash: String,
     /// How many chunks it has.
     pub chunks: usize,
