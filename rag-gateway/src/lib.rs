@@ -1,4 +1,23 @@
-//! Finds the passages that matter.
+//! Finds the passages that matter: chunking, indexing and hybrid search over HTTP.
+//!
+//! [`Gateway::start`] is the whole public surface: other services speak to it by the HTTP contract in
+//! [`atlas_shared::gateway_api`]. Inside, from the outside in: [`http`] reads and answers, [`search`]
+//! and [`indexing`] do the work, [`chunk`], [`embed`] and [`fusion`] are what they do it with, and
+//! [`index`] is the port to the engine.
+//!
+//! Architecture invariants: this crate knows no worker, and nothing outside `index/` knows an engine.
 
 mod chunk;
+mod embed;
+mod error;
+mod fusion;
+mod gateway;
+mod http;
 mod index;
+mod indexing;
+mod jobs;
+mod metrics;
+mod search;
+mod versions;
+
+pub use gateway::{Gateway, RunningGateway, StartError};

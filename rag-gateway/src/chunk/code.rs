@@ -78,14 +78,44 @@ fn indentation(line: &str) -> usize {
 
 /// Data files have no definitions.
 fn is_code(lang: &str) -> bool {
-    !matches!(lang, "json" | "yaml" | "toml" | "xml" | "html" | "css" | "csv" | "ini" | "dockerfile" | "makefile")
+    !matches!(
+        lang,
+        "json" | "yaml" | "toml" | "xml" | "html" | "css" | "csv" | "ini" | "dockerfile" | "makefile"
+    )
 }
 
 /// Words that may come before the keyword.
 const MODIFIERS: &[&str] = &[
-    "pub", "async", "unsafe", "default", "export", "public", "private", "protected", "internal", "static",
-    "abstract", "final", "override", "inline", "virtual", "suspend", "open", "data", "sealed", "declare",
-    "extern", "partial", "local", "const", "or", "replace", "create", "temporary", "unique", "readonly",
+    "pub",
+    "async",
+    "unsafe",
+    "default",
+    "export",
+    "public",
+    "private",
+    "protected",
+    "internal",
+    "static",
+    "abstract",
+    "final",
+    "override",
+    "inline",
+    "virtual",
+    "suspend",
+    "open",
+    "data",
+    "sealed",
+    "declare",
+    "extern",
+    "partial",
+    "local",
+    "const",
+    "or",
+    "replace",
+    "create",
+    "temporary",
+    "unique",
+    "readonly",
 ];
 
 /// Words that define something, and how the definition is called.
@@ -127,7 +157,8 @@ const KEYWORDS: &[(&str, &str)] = &[
 fn definition(line: &str) -> Option<String> {
     let mut rest = line;
     for _ in 0..6 {
-        let word_end = rest.find(|c: char| !(c.is_alphanumeric() || c == '_' || c == '!')).unwrap_or(rest.len());
+        let word_end =
+            rest.find(|c: char| !(c.is_alphanumeric() || c == '_' || c == '!')).unwrap_or(rest.len());
         let word = &rest[..word_end];
         let after = &rest[word_end..];
         let lower = word.to_ascii_lowercase();
@@ -138,9 +169,11 @@ fn definition(line: &str) -> Option<String> {
             return None;
         }
         // `pub(crate)`, `extern "C"`.
-        let after = after.strip_prefix('(').and_then(|inner| inner.split_once(')')).map_or(after, |(_, after)| after);
+        let after =
+            after.strip_prefix('(').and_then(|inner| inner.split_once(')')).map_or(after, |(_, after)| after);
         let after = after.trim_start();
-        rest = after.strip_prefix('"').and_then(|inner| inner.split_once('"')).map_or(after, |(_, after)| after);
+        rest =
+            after.strip_prefix('"').and_then(|inner| inner.split_once('"')).map_or(after, |(_, after)| after);
         rest = rest.trim_start();
     }
     None

@@ -55,7 +55,10 @@ impl<'t> Lines<'t> {
 
     /// The line that holds a byte offset.
     pub(super) fn line_at(&self, offset: usize) -> usize {
-        self.starts.partition_point(|start| *start <= offset).saturating_sub(1).min(self.len().saturating_sub(1))
+        self.starts
+            .partition_point(|start| *start <= offset)
+            .saturating_sub(1)
+            .min(self.len().saturating_sub(1))
     }
 
     pub(super) fn text(&self) -> &'t str {

@@ -116,12 +116,8 @@ impl Structure {
             path.extend(self.headings.get(index).cloned());
         }
         let first = self.definitions.partition_point(|definition| definition.line < start);
-        let inside: Vec<&Definition> = self
-            .definitions
-            .iter()
-            .skip(first)
-            .take_while(|definition| definition.line < end)
-            .collect();
+        let inside: Vec<&Definition> =
+            self.definitions.iter().skip(first).take_while(|definition| definition.line < end).collect();
         if let Some(outermost) = inside.iter().map(|definition| definition.indent).min() {
             let names: Vec<&str> = inside
                 .iter()

@@ -95,7 +95,9 @@ impl<'t> Packer<'_, 't> {
         let mut open: Option<(usize, usize)> = None;
         for (from, to) in self.parts(start, end, |level| level <= best) {
             match open {
-                Some((first, _)) if self.lines.tokens(first, to) <= self.max_tokens => open = Some((first, to)),
+                Some((first, _)) if self.lines.tokens(first, to) <= self.max_tokens => {
+                    open = Some((first, to));
+                }
                 Some((first, last)) => {
                     self.cut(first, last);
                     open = Some((from, to));

@@ -106,7 +106,8 @@ fn a_hash_inside_a_code_block_is_no_heading() {
 
 #[test]
 fn code_is_cut_between_definitions_and_names_them() {
-    let function = |name: &str| format!("/// About {name}.\nfn {name}() {{\n{}}}\n\n", "    work();\n".repeat(12));
+    let function =
+        |name: &str| format!("/// About {name}.\nfn {name}() {{\n{}}}\n\n", "    work();\n".repeat(12));
     let text = format!("{}{}{}", function("first"), function("second"), function("third"));
     let chunks = Chunker::new(80, 0).chunk(Some("rust"), &text);
     let headings: Vec<_> = chunks.iter().map(|chunk| chunk.heading.clone().unwrap()).collect();
@@ -116,7 +117,8 @@ fn code_is_cut_between_definitions_and_names_them() {
 
 #[test]
 fn the_middle_of_a_long_function_knows_where_it_is() {
-    let text = format!("impl Run {{\n    fn finish(self) {{\n{}    }}\n}}\n", "        step();\n".repeat(200));
+    let text =
+        format!("impl Run {{\n    fn finish(self) {{\n{}    }}\n}}\n", "        step();\n".repeat(200));
     let chunks = Chunker::new(100, 0).chunk(Some("rust"), &text);
     assert!(chunks.len() > 3);
     assert_eq!(chunks[2].heading.as_deref(), Some("impl Run › fn finish"));

@@ -10,7 +10,11 @@ fn fresh(name: &str) -> String {
 }
 
 fn meta(size: Option<usize>) -> CollectionMeta {
-    CollectionMeta { embedding_model: size.map(|_| "test-model".to_owned()), embedding_size: size, avg_len: 12.0 }
+    CollectionMeta {
+        embedding_model: size.map(|_| "test-model".to_owned()),
+        embedding_size: size,
+        avg_len: 12.0,
+    }
 }
 
 struct Builder(NewChunk);
@@ -78,7 +82,11 @@ async fn a_collection_keeps_the_meta_it_was_made_with(index: &dyn VectorIndex) {
     let name = fresh("meta");
     assert_eq!(index.info(&name).await.unwrap(), None);
     assert_eq!(index.ensure(&name, &meta(Some(3))).await.unwrap(), meta(Some(3)));
-    assert_eq!(index.ensure(&name, &meta(None)).await.unwrap(), meta(Some(3)), "an existing one keeps its meta");
+    assert_eq!(
+        index.ensure(&name, &meta(None)).await.unwrap(),
+        meta(Some(3)),
+        "an existing one keeps its meta"
+    );
     assert_eq!(index.info(&name).await.unwrap(), Some(CollectionState { meta: meta(Some(3)), chunks: 0 }));
     assert!(index.collections().await.unwrap().iter().any(|(listed, _)| *listed == name));
     assert!(index.drop_collection(&name).await.unwrap());
@@ -103,7 +111,11 @@ async fn words_identifiers_and_their_parts_are_found(index: &dyn VectorIndex) {
     assert_eq!(sources(index, &name, lexical("VectorIndexAdapter")).await, ["index.rs"]);
     assert_eq!(sources(index, &name, lexical("vector adapter")).await, ["index.rs"]);
     assert_eq!(sources(index, &name, lexical("gateway timeout")).await, ["index.rs"]);
-    assert_eq!(sources(index, &name, lexical("the of and")).await, Vec::<String>::new(), "stop words find nothing");
+    assert_eq!(
+        sources(index, &name, lexical("the of and")).await,
+        Vec::<String>::new(),
+        "stop words find nothing"
+    );
     assert_eq!(sources(index, &name, lexical("zebra")).await, Vec::<String>::new());
     assert_eq!(sources(index, &name, lexical("")).await, Vec::<String>::new());
     index.drop_collection(&name).await.unwrap();
@@ -166,12 +178,22 @@ async fn selections_select(index: &dyn VectorIndex) {
         (Selection { tenants: Some(vec!["acme".to_owned()]), ..Selection::default() }, "b.md"),
         (Selection { docs: Some(vec!["doc-b.md".to_owned()]), ..Selection::default() }, "b.md"),
         (Selection { first_chunks: true, ..Selection::default() }, "a.rs"),
-        (Selection { ids: Some(vec![chunk("b.md", "").with(|record| record.n = 1).0.id]), ..Selection::default() }, "b.md"),
+        (
+            Selection {
+                ids: Some(vec![chunk("b.md", "").with(|record| record.n = 1).0.id]),
+                ..Selection::default()
+            },
+            "b.md",
+        ),
     ] {
         assert_eq!(sources(index, &name, only(selection.clone())).await, [expected], "{selection:?}");
     }
     let none = Selection { docs: Some(Vec::new()), ..Selection::default() };
-    assert_eq!(sources(index, &name, only(none)).await, Vec::<String>::new(), "no documents is not all documents");
+    assert_eq!(
+        sources(index, &name, only(none)).await,
+        Vec::<String>::new(),
+        "no documents is not all documents"
+    );
     index.drop_collection(&name).await.unwrap();
 }
 
@@ -212,12 +234,16 @@ async fn older_revisions_can_be_deleted(index: &dyn VectorIndex) {
         ],
     )
     .await;
-    let old = Selection { docs: Some(vec!["doc-a.md".to_owned()]), rev_below: Some(now), ..Selection::default() };
+    let old =
+        Selection { docs: Some(vec!["doc-a.md".to_owned()]), rev_below: Some(now), ..Selection::default() };
     index.delete(&name, old).await.unwrap();
     let left = index.scroll(&name, &Selection::default(), None, 10, true).await.unwrap();
     assert_eq!(left.records.len(), 1);
     assert_eq!(left.records[0].1.text, "apple pie");
-    assert!(index.delete(&name, Selection::default()).await.is_err(), "everything is never deleted by accident");
+    assert!(
+        index.delete(&name, Selection::default()).await.is_err(),
+        "everything is never deleted by accident"
+    );
     index.drop_collection(&name).await.unwrap();
 }
 

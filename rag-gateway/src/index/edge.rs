@@ -11,7 +11,8 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs, io, mem,
+    panic::{self, AssertUnwindSafe},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, RwLock},
     thread,
@@ -20,12 +21,12 @@ use std::{
 use async_trait::async_trait;
 use atlas_shared::{Dependency, UpstreamError};
 use qdrant_edge::{
-    CountRequest, Distance, EdgeConfig, EdgeShard, EdgeSparseVectorParams, EdgeVectorParams, FieldIndexOperations,
-    Filter, CreateIndex, Modifier, NamedQuery, PayloadFieldSchema, PayloadSchemaType, PayloadSelector,
-    PayloadSelectorExclude, PointId, PointInsertOperations, PointOperations, PointStruct, PointVectorsPersisted,
-    QueryEnum, ScoredPoint, ScrollRequest, SearchRequest, SparseVector, UpdateOperation, UpdateVectorsOp, Vector,
-    VectorInternal, VectorOperations, VectorPersisted, VectorStructPersisted, Vectors, WalOptions,
-    WithPayloadInterface, WithVector,
+    CountRequest, CreateIndex, Distance, EdgeConfig, EdgeShard, EdgeSparseVectorParams, EdgeVectorParams,
+    FieldIndexOperations, Filter, Modifier, NamedQuery, PayloadFieldSchema, PayloadSchemaType,
+    PayloadSelector, PayloadSelectorExclude, PointId, PointInsertOperations, PointOperations, PointStruct,
+    PointVectorsPersisted, QueryEnum, ScoredPoint, ScrollRequest, SearchRequest, SparseVector,
+    UpdateOperation, UpdateVectorsOp, Vector, VectorInternal, VectorOperations, VectorPersisted,
+    VectorStructPersisted, Vectors, WalOptions, WithPayloadInterface, WithVector,
     bm25_embed::{EdgeBm25, EdgeBm25Config},
     external::ordered_float::NotNan,
 };
@@ -34,8 +35,8 @@ use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
 use super::{
-    ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS, Lists, NewChunk,
-    Page, SPARSE, Search, Selection, VectorIndex, failed, lexical_text, payload, record,
+    ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS, Lists,
+    NewChunk, Page, SPARSE, Search, Selection, VectorIndex, failed, lexical_text, payload, record,
 };
 
 /// Our file beside the engine's.
@@ -61,7 +62,8 @@ pub(super) struct EdgeIndex {
 /// One open collection.
 struct Collection {
     dir: PathBuf,
-    shard: EdgeShard,
+    /// Its destructor flushes, and panics when that fails: see `drop`.
+    shard: Arc<EdgeShard>,
     meta: RwLock<CollectionMeta>,
     /// To the writer thread; `None` once closed.
     writes: Mutex<Option<mpsc::Sender<Write>>>,
@@ -137,7 +139,8 @@ impl VectorIndex for EdgeIndex {
 
     async fn collections(&self) -> Result<Vec<(String, CollectionState)>, UpstreamError> {
         let all = self.collections.read().unwrap_or_else(PoisonError::into_inner).clone();
-        blocking(move || all.into_iter().map(|(name, collection)| Ok((name, collection.state()?))).collect()).await
+        blocking(move || all.into_iter().map(|(name, collection)| Ok((name, collection.state()?))).collect())
+            .await
     }
 
     async fn upsert(
@@ -182,9 +185,9 @@ impl VectorIndex for EdgeIndex {
         blocking(move || {
             collection.stop();
             let dir = collection.dir.clone();
+            drop(collection);
             // Without our file the folder is no collection any more, whatever happens next.
             fs::remove_file(dir.join(META_FILE)).map_err(|error| cannot_use(&dir, &error))?;
-            drop(collection);
             fs::remove_dir_all(&dir).map_err(|error| cannot_use(&dir, &error))?;
             Ok(true)
         })
@@ -201,7 +204,9 @@ impl VectorIndex for EdgeIndex {
             .map(|(name, _)| name.clone());
         match stopped {
             None => Ok(()),
-            Some(name) => Err(failed(&format!("collection {name:?}"), "its writer stopped; restart the gateway")),
+            Some(name) => {
+                Err(failed(&format!("collection {name:?}"), "its writer stopped; restart the gateway"))
+            }
         }
     }
 
@@ -223,6 +228,16 @@ impl Drop for EdgeIndex {
         // Each writer thread holds its collection: without this they would never end.
         for collection in self.collections.get_mut().unwrap_or_else(PoisonError::into_inner).values() {
             drop(collection.writes.lock().unwrap_or_else(PoisonError::into_inner).take());
+        }
+    }
+}
+
+impl Drop for Collection {
+    fn drop(&mut self) {
+        // Everything that was answered is on disk. Where the engine's own flush could only panic (again),
+        // it is left out by keeping its shard for ever.
+        if thread::panicking() || !self.dir.join(META_FILE).exists() {
+            mem::forget(Arc::clone(&self.shard));
         }
     }
 }
@@ -268,7 +283,7 @@ impl Collection {
         let (sender, receiver) = mpsc::channel(WRITE_QUEUE);
         let collection = Arc::new(Self {
             dir: dir.to_owned(),
-            shard,
+            shard: Arc::new(shard),
             meta: RwLock::new(meta),
             writes: Mutex::new(Some(sender)),
             writer: Mutex::new(None),
@@ -298,10 +313,16 @@ impl Collection {
             for write in batch {
                 done.push((write.done, self.apply(write.change)));
             }
-            self.shard.flush();
+            // The engine panics where the disk is full: an error of these writes, and the end of this
+            // writer, because what is in memory is now ahead of what is on disk.
+            let flushed = panic::catch_unwind(AssertUnwindSafe(|| self.shard.flush()));
             for (answer, result) in done {
+                let result = if flushed.is_ok() { result } else { Err(not_flushed(&self.dir)) };
                 // The caller may have gone; the write is done all the same.
                 let _ = answer.send(result);
+            }
+            if flushed.is_err() {
+                return;
             }
         }
     }
@@ -363,7 +384,14 @@ impl Collection {
             for chunk in chunks {
                 let mut vectors = vec![(SPARSE.to_owned(), Vector::from(weigh(&bm25, &chunk.record)))];
                 vectors.extend(chunk.dense.map(|dense| (DENSE.to_owned(), Vector::from(dense))));
-                points.push(PointStruct::new(PointId::Uuid(chunk.id), Vectors::from(vectors), payload(&chunk.record)?).into());
+                points.push(
+                    PointStruct::new(
+                        PointId::Uuid(chunk.id),
+                        Vectors::from(vectors),
+                        payload(&chunk.record)?,
+                    )
+                    .into(),
+                );
             }
             if !points.is_empty() {
                 let operation = PointOperations::UpsertPoints(PointInsertOperations::PointsList(points));
@@ -472,7 +500,9 @@ impl Collection {
             WithPayloadInterface::Bool(true)
         } else {
             let text = "text".parse().map_err(|()| failed("scroll", "field name"))?;
-            WithPayloadInterface::Selector(PayloadSelector::Exclude(PayloadSelectorExclude { exclude: vec![text] }))
+            WithPayloadInterface::Selector(PayloadSelector::Exclude(PayloadSelectorExclude {
+                exclude: vec![text],
+            }))
         };
         let (records, next) = self
             .shard
@@ -510,12 +540,12 @@ fn weigh(bm25: &EdgeBm25, record: &ChunkRecord) -> SparseVector {
 }
 
 fn config(meta: &CollectionMeta) -> EdgeConfig {
-    let mut builder = EdgeConfig::builder().wal_options(WalOptions {
-        segment_capacity: WAL_SEGMENT_BYTES,
-        ..WalOptions::default()
-    });
-    builder = builder
-        .sparse_vector(SPARSE, EdgeSparseVectorParams { modifier: Some(Modifier::Idf), ..Default::default() });
+    let mut builder = EdgeConfig::builder()
+        .wal_options(WalOptions { segment_capacity: WAL_SEGMENT_BYTES, ..WalOptions::default() });
+    builder = builder.sparse_vector(
+        SPARSE,
+        EdgeSparseVectorParams { modifier: Some(Modifier::Idf), ..Default::default() },
+    );
     if let Some(size) = meta.embedding_size {
         builder = builder.vector(
             DENSE,
@@ -609,6 +639,15 @@ fn save_meta(dir: &Path, meta: &CollectionMeta) -> Result<(), UpstreamError> {
         fs::rename(&new, &path)
     };
     save().map_err(|error| cannot_use(dir, &error))
+}
+
+fn not_flushed(dir: &Path) -> UpstreamError {
+    UpstreamError::misconfigured(
+        Dependency::VectorIndex,
+        "ATLAS_DATA_DIR",
+        format!("the index in {} could not be written to disk", dir.display()),
+        "make room on the disk, then restart the gateway and send the last documents again",
+    )
 }
 
 fn cannot_use(dir: &Path, error: &io::Error) -> UpstreamError {

@@ -46,7 +46,8 @@ fn humps(word: &str) -> impl Iterator<Item = &str> {
         let mut end = rest.len();
         while let Some((at, character)) = characters.next() {
             let next_is_lower = characters.peek().is_some_and(|(_, next)| next.is_lowercase());
-            let new_hump = character.is_uppercase() && (previous.is_lowercase() || (previous.is_uppercase() && next_is_lower));
+            let new_hump = character.is_uppercase()
+                && (previous.is_lowercase() || (previous.is_uppercase() && next_is_lower));
             if new_hump {
                 end = at;
                 break;
@@ -62,13 +63,16 @@ fn humps(word: &str) -> impl Iterator<Item = &str> {
 fn is_stop_word(word: &str) -> bool {
     const STOP_WORDS: &[&str] = &[
         "a", "about", "after", "all", "also", "an", "and", "any", "are", "as", "at", "be", "because", "been",
-        "before", "being", "but", "by", "can", "do", "does", "for", "from", "had", "has", "have", "he", "her",
-        "his", "how", "i", "if", "in", "into", "is", "it", "its", "more", "no", "not", "of", "on", "only", "or",
-        "other", "our", "out", "own", "same", "she", "so", "some", "such", "than", "that", "the", "their",
-        "them", "then", "there", "these", "they", "this", "those", "through", "to", "too", "up", "was", "we",
-        "were", "what", "when", "where", "which", "while", "who", "why", "will", "with", "you", "your",
+        "before", "being", "but", "by", "can", "do", "does", "for", "from", "had", "has", "have", "he",
+        "her", "his", "how", "i", "if", "in", "into", "is", "it", "its", "more", "no", "not", "of", "on",
+        "only", "or", "other", "our", "out", "own", "same", "she", "so", "some", "such", "than", "that",
+        "the", "their", "them", "then", "there", "these", "they", "this", "those", "through", "to", "too",
+        "up", "was", "we", "were", "what", "when", "where", "which", "while", "who", "why", "will", "with",
+        "you", "your",
     ];
-    word.len() <= 7 && word.is_ascii() && STOP_WORDS.binary_search(&word.to_ascii_lowercase().as_str()).is_ok()
+    word.len() <= 7
+        && word.is_ascii()
+        && STOP_WORDS.binary_search(&word.to_ascii_lowercase().as_str()).is_ok()
 }
 
 #[cfg(test)]

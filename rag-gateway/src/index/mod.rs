@@ -207,6 +207,10 @@ pub(crate) trait VectorIndex: Send + Sync {
     async fn reweigh(&self, collection: &str, avg_len: f64) -> Result<(), UpstreamError>;
 
     /// Deletes a whole collection. True when there was one.
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "rebuilding into a new collection will drop the old one")
+    )]
     async fn drop_collection(&self, collection: &str) -> Result<bool, UpstreamError>;
 
     /// Is the engine there and fit for us? For readiness.

@@ -10,12 +10,12 @@ use std::{collections::HashMap, time::Duration};
 use ::qdrant_client::{
     Payload, Qdrant, QdrantError,
     qdrant::{
-        Condition, CreateCollectionBuilder, CreateFieldIndexCollectionBuilder, DeletePointsBuilder, Distance, Document,
-        FieldType, Filter, KeywordIndexParamsBuilder, Modifier, NamedVectors, PayloadExcludeSelector, PointId,
-        PointStruct, PointVectors, Query, QueryBatchPointsBuilder, QueryPoints, QueryPointsBuilder, Range, ScoredPoint,
-        ScrollPointsBuilder, SparseVectorParamsBuilder, SparseVectorsConfigBuilder, UpdateCollectionBuilder,
-        UpdatePointVectorsBuilder, UpsertPointsBuilder, Value, VectorParamsBuilder, VectorsConfigBuilder,
-        point_id::PointIdOptions,
+        Condition, CreateCollectionBuilder, CreateFieldIndexCollectionBuilder, DeletePointsBuilder, Distance,
+        Document, FieldType, Filter, KeywordIndexParamsBuilder, Modifier, NamedVectors,
+        PayloadExcludeSelector, PointId, PointStruct, PointVectors, Query, QueryBatchPointsBuilder,
+        QueryPoints, QueryPointsBuilder, Range, ScoredPoint, ScrollPointsBuilder, SparseVectorParamsBuilder,
+        SparseVectorsConfigBuilder, UpdateCollectionBuilder, UpdatePointVectorsBuilder, UpsertPointsBuilder,
+        Value, VectorParamsBuilder, VectorsConfigBuilder, point_id::PointIdOptions,
     },
 };
 use async_trait::async_trait;
@@ -24,8 +24,8 @@ use url::Url;
 use uuid::Uuid;
 
 use super::{
-    ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS, Lists, NewChunk, Page,
-    SPARSE, Search, Selection, VectorIndex, failed, lexical_text, payload, record,
+    ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS, Lists,
+    NewChunk, Page, SPARSE, Search, Selection, VectorIndex, failed, lexical_text, payload, record,
 };
 
 /// The server's BM25.
@@ -50,7 +50,11 @@ pub(super) struct QdrantIndex {
 
 impl QdrantIndex {
     /// Prepares the client. Nothing is sent before the first call.
-    pub(super) fn connect(url: &Url, api_key: Option<&Secret>, timeout: Duration) -> Result<Self, UpstreamError> {
+    pub(super) fn connect(
+        url: &Url,
+        api_key: Option<&Secret>,
+        timeout: Duration,
+    ) -> Result<Self, UpstreamError> {
         let mut address = url.clone();
         if address.port().is_none() && address.set_port(Some(6334)).is_err() {
             return Err(misconfigured(url, "it cannot carry a port"));
@@ -159,7 +163,8 @@ impl VectorIndex for QdrantIndex {
 
     async fn collections(&self) -> Result<Vec<(String, CollectionState)>, UpstreamError> {
         let answer = self.client.list_collections().await.map_err(|error| self.upstream(error))?;
-        let mut names: Vec<String> = answer.collections.into_iter().map(|collection| collection.name).collect();
+        let mut names: Vec<String> =
+            answer.collections.into_iter().map(|collection| collection.name).collect();
         names.sort();
         let mut ours = Vec::new();
         for name in names {
@@ -186,7 +191,8 @@ impl VectorIndex for QdrantIndex {
                 if let Some(dense) = chunk.dense {
                     vectors = vectors.add_vector(DENSE, dense);
                 }
-                let payload = Payload::try_from(payload(&chunk.record)?).map_err(|error| self.upstream(error))?;
+                let payload =
+                    Payload::try_from(payload(&chunk.record)?).map_err(|error| self.upstream(error))?;
                 points.push(PointStruct::new(chunk.id.to_string(), vectors, payload));
             }
             while !points.is_empty() {
@@ -286,7 +292,9 @@ impl VectorIndex for QdrantIndex {
                 .into_iter()
                 .map(|(id, record)| PointVectors {
                     id: Some(PointId::from(id.to_string())),
-                    vectors: Some(NamedVectors::default().add_vector(SPARSE, weighed(&record, avg_len)).into()),
+                    vectors: Some(
+                        NamedVectors::default().add_vector(SPARSE, weighed(&record, avg_len)).into(),
+                    ),
                 })
                 .collect();
             if !points.is_empty() {
@@ -313,7 +321,11 @@ impl VectorIndex for QdrantIndex {
     async fn check(&self) -> Result<(), UpstreamError> {
         let health = self.client.health_check().await.map_err(|error| {
             let error = self.upstream(error);
-            if error.is_transient() { failed(self.url.as_str(), format!("no answer ({error}); is QDRANT_URL the gRPC port, 6334?")) } else { error }
+            if error.is_transient() {
+                failed(self.url.as_str(), format!("no answer ({error}); is QDRANT_URL the gRPC port, 6334?"))
+            } else {
+                error
+            }
         })?;
         if version(&health.version).is_some_and(|version| version < OLDEST) {
             return Err(UpstreamError::misconfigured(
@@ -361,7 +373,9 @@ fn filter(selection: &Selection) -> Option<Filter> {
     must.extend(lang.map(|lang| Condition::matches("lang", lang)));
     must.extend(repo.map(|repo| Condition::matches("repo", repo)));
     #[expect(clippy::cast_precision_loss, reason = "microseconds since 1970 fit into 53 bits until 2255")]
-    must.extend(rev_below.map(|rev| Condition::range("rev", Range { lt: Some(rev as f64), ..Range::default() })));
+    must.extend(
+        rev_below.map(|rev| Condition::range("rev", Range { lt: Some(rev as f64), ..Range::default() })),
+    );
     if first_chunks {
         must.push(Condition::matches("n", 0_i64));
     }

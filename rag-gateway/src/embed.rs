@@ -1,0 +1,222 @@
+//! Embeddings, booked.
+//!
+//! Every call reserves an upper bound in the token ledger first and settles what was billed, under
+//! the same daily limit as the workers' chat calls (kind `embedding`). A call runs in a task of its
+//! own: a client that hangs up cannot leave a reservation open.
+
+use std::sync::Arc;
+
+use atlas_shared::{
+    Dependency, Ledger, UpstreamError,
+    config::ResilienceConfig,
+    ledger::{CallKind, Closing, LedgerError, Limits, ReserveOutcome, ReserveRequest},
+    model::{Billed, Embedder},
+    resilience::{self, CircuitBreaker, RetryPolicy},
+};
+use futures::{StreamExt as _, TryStreamExt as _, stream};
+use uuid::Uuid;
+
+use crate::{error::GatewayError, metrics::Metrics};
+
+/// Texts in one call.
+const MAX_BATCH_TEXTS: usize = 96;
+
+/// Bytes in one call: far below what any server refuses.
+const MAX_BATCH_BYTES: usize = 128 * 1024;
+
+/// Calls at once, for one request or job.
+const CONCURRENCY: usize = 4;
+
+/// An embedder that books what it spends.
+pub(crate) struct BookedEmbedder {
+    embedder: Arc<dyn Embedder>,
+    ledger: Arc<dyn Ledger>,
+    limits: Limits,
+    policy: RetryPolicy,
+    breaker: CircuitBreaker,
+    metrics: Metrics,
+}
+
+/// Vectors in the order of their texts.
+#[derive(Debug, Default)]
+pub(crate) struct Embedded {
+    pub(crate) vectors: Vec<Vec<f32>>,
+    /// Tokens booked for them.
+    pub(crate) tokens: u64,
+}
+
+impl BookedEmbedder {
+    pub(crate) fn new(
+        embedder: Arc<dyn Embedder>,
+        ledger: Arc<dyn Ledger>,
+        limits: Limits,
+        resilience: &ResilienceConfig,
+        metrics: &Metrics,
+    ) -> Self {
+        Self {
+            embedder,
+            ledger,
+            limits,
+            policy: RetryPolicy::new(resilience),
+            breaker: CircuitBreaker::new(Dependency::Embedder, resilience).with_metrics(&metrics.upstream),
+            metrics: metrics.clone(),
+        }
+    }
+
+    /// The model's name.
+    pub(crate) fn model(&self) -> &str {
+        self.embedder.model()
+    }
+
+    /// Why calls are not tried at the moment; `None`: they are.
+    pub(crate) fn trouble(&self) -> Option<UpstreamError> {
+        self.breaker.cause()
+    }
+
+    /// Embeds a query: one attempt, because the answer can do without.
+    pub(crate) async fn embed_query(
+        self: &Arc<Self>,
+        text: &str,
+        tenant: Option<&str>,
+    ) -> Result<Vec<f32>, GatewayError> {
+        let permit = self.breaker.try_acquire()?;
+        let mut embedded = match self.attempt(vec![text.to_owned()], tenant).await {
+            Ok(outcome) => {
+                permit.succeeded();
+                outcome?
+            }
+            Err(error) => {
+                permit.failed(&error);
+                return Err(error.into());
+            }
+        };
+        embedded.vectors.pop().ok_or_else(|| unreadable("no vector for the query").into())
+    }
+
+    /// Embeds texts of any number: in batches, several at once, with retries.
+    pub(crate) async fn embed_texts(
+        self: &Arc<Self>,
+        texts: &[String],
+        tenant: Option<&str>,
+    ) -> Result<Embedded, GatewayError> {
+        let batches: Vec<Embedded> = stream::iter(batches(texts))
+            .map(|batch| async move {
+                resilience::retry(&self.policy, &self.breaker, || self.attempt(batch.clone(), tenant)).await?
+            })
+            .buffered(CONCURRENCY)
+            .try_collect()
+            .await?;
+        let mut all = Embedded::default();
+        for batch in batches {
+            all.tokens += batch.tokens;
+            all.vectors.extend(batch.vectors);
+        }
+        Ok(all)
+    }
+
+    /// Reserve, call, settle. A denied budget is an answer (inner error), not a failure of the server.
+    async fn attempt(
+        self: &Arc<Self>,
+        texts: Vec<String>,
+        tenant: Option<&str>,
+    ) -> Result<Result<Embedded, GatewayError>, UpstreamError> {
+        let (this, tenant) = (Arc::clone(self), tenant.map(str::to_owned));
+        tokio::spawn(async move { this.reserve_call_settle(&texts, tenant).await })
+            .await
+            .map_err(|error| unreadable(&error.to_string()))?
+    }
+
+    async fn reserve_call_settle(
+        &self,
+        texts: &[String],
+        tenant: Option<String>,
+    ) -> Result<Result<Embedded, GatewayError>, UpstreamError> {
+        let request = ReserveRequest {
+            id: Uuid::now_v7(),
+            task_id: None,
+            attempt: None,
+            tenant,
+            model: self.embedder.model().to_owned(),
+            kind: CallKind::Embedding,
+            tokens: self.embedder.tokens_upper_bound(texts),
+            limits: self.limits,
+        };
+        let reservation = match self.ledger.reserve(&request).await {
+            Ok(ReserveOutcome::Granted(reservation)) => reservation,
+            Ok(ReserveOutcome::Denied(denial)) => return Ok(Err(GatewayError::BudgetExhausted(denial))),
+            Err(error) => return Ok(Err(upstream(error).into())),
+        };
+        let reserved = reservation.tokens.0;
+        let request_id = format!("embed.{}", Uuid::new_v4().simple());
+        let answer = self.embedder.embed(texts, &request_id).await;
+        let (closing, tokens) = match &answer {
+            Ok(embeddings) => match embeddings.usage {
+                Some(usage) => (Closing::Settled { usage }, usage.total().0),
+                None => (Closing::Assumed, reserved),
+            },
+            Err(error) => match error.billed {
+                Billed::Nothing => (Closing::Released, 0),
+                Billed::Known(usage) => (Closing::Settled { usage }, usage.total().0),
+                Billed::Unknown => (Closing::Assumed, reserved),
+            },
+        };
+        self.metrics.embedding_tokens.inc_by(tokens);
+        if let Err(error) = self.ledger.close(reservation, closing).await {
+            // The reservation stays open and counts in full: never too little.
+            tracing::error!(error = %error, tokens, "an embedding call could not be settled");
+        }
+        let vectors = answer.map_err(|error| error.error)?.vectors;
+        let size = vectors.first().map(Vec::len).unwrap_or_default();
+        let sound = |vector: &Vec<f32>| vector.len() == size && vector.iter().all(|value| value.is_finite());
+        if vectors.len() != texts.len() || size == 0 || !vectors.iter().all(sound) {
+            return Err(unreadable(&format!(
+                "{} texts gave {} vectors of {size}",
+                texts.len(),
+                vectors.len()
+            )));
+        }
+        Ok(Ok(Embedded { vectors, tokens }))
+    }
+}
+
+fn batches(texts: &[String]) -> Vec<Vec<String>> {
+    let mut batches = Vec::new();
+    let (mut start, mut bytes) = (0, 0);
+    for (at, text) in texts.iter().enumerate() {
+        if at > start && (at - start == MAX_BATCH_TEXTS || bytes + text.len() > MAX_BATCH_BYTES) {
+            batches.push(texts[start..at].to_vec());
+            (start, bytes) = (at, 0);
+        }
+        bytes += text.len();
+    }
+    if start < texts.len() {
+        batches.push(texts[start..].to_vec());
+    }
+    batches
+}
+
+fn upstream(error: LedgerError) -> UpstreamError {
+    match error {
+        LedgerError::Upstream(error) => error,
+        // Fencing is for runs; an embedding call has none.
+        LedgerError::Fenced { .. } => UpstreamError::transient(Dependency::Store, error),
+    }
+}
+
+fn unreadable(message: &str) -> UpstreamError {
+    UpstreamError::transient(Dependency::Embedder, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_are_bounded_and_lose_nothing() {
+        let texts: Vec<String> = (0..300_usize).map(|number| "x".repeat(number * 10)).collect();
+        let batches = batches(&texts);
+        assert!(batches.iter().all(|batch| batch.len() <= MAX_BATCH_TEXTS));
+        assert!(batches.iter().all(|batch| batch.iter().map(String::len).sum::<usize>() <= MAX_BATCH_BYTES));
+        assert_eq!(batches.concat(), texts);
+    }
+}

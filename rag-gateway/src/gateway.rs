@@ -1,0 +1,267 @@
+//! Starts and stops a gateway.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use atlas_shared::{
+    Config, Dependency, Ledger, UpstreamError, metrics::MetricsError, model::Embedder,
+    openai::OpenAiEmbedder, ops::Checks, resilience::RetryPolicy,
+};
+use tokio::{net::TcpListener, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    chunk::Chunker,
+    embed::BookedEmbedder,
+    http::{self, App},
+    index::{self, VectorIndex},
+    indexing::{Indexer, mismatch},
+    jobs::Jobs,
+    metrics::Metrics,
+    search::{SearchConfig, Searcher},
+    versions::Versions,
+};
+
+/// How often readiness looks at what the gateway depends on.
+const CHECK_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Bound of one such look.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long requests and jobs may go on after shutdown began.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Names of the checks that are no dependency.
+const COLLECTION_CHECK: &str = "collection";
+
+/// Why a gateway did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The address is taken, or not ours.
+    #[error("cannot listen on {address}: {source}. Set GATEWAY_LISTEN to a free address of this machine")]
+    Listen {
+        /// `GATEWAY_LISTEN`.
+        address: SocketAddr,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Something it needs is not there.
+    #[error(transparent)]
+    Upstream(#[from] UpstreamError),
+    /// A mistake in our own metrics.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
+}
+
+/// Finds the passages that matter; see [`Gateway::start`].
+#[derive(Clone, Copy, Debug)]
+pub struct Gateway;
+
+/// A gateway that listens. Dropping it stops it roughly; [`RunningGateway::shutdown`] does it well.
+#[must_use = "a gateway ends when this is dropped"]
+#[derive(Debug)]
+pub struct RunningGateway {
+    /// Where it listens, with the port that was chosen.
+    pub addr: SocketAddr,
+    stop: CancellationToken,
+    server: JoinHandle<()>,
+    jobs: JoinHandle<()>,
+    checks: JoinHandle<()>,
+    index: IndexHandle,
+}
+
+/// Keeps the index for closing it.
+struct IndexHandle(Arc<dyn VectorIndex>);
+
+impl std::fmt::Debug for IndexHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("VectorIndex")
+    }
+}
+
+impl Gateway {
+    /// Opens the index, and listens. A Qdrant server or an embeddings API that is down does not stop
+    /// the start: readiness is red, or search lexical, until it is back.
+    pub async fn start(config: &Config, ledger: Arc<dyn Ledger>) -> Result<RunningGateway, StartError> {
+        let embedder = match &config.openai {
+            Some(openai) => {
+                OpenAiEmbedder::new(openai)?.map(|embedder| Arc::new(embedder) as Arc<dyn Embedder>)
+            }
+            None => None,
+        };
+        Self::start_with(config, ledger, embedder).await
+    }
+
+    /// The same with an embedder of one's own.
+    pub async fn start_with(
+        config: &Config,
+        ledger: Arc<dyn Ledger>,
+        embedder: Option<Arc<dyn Embedder>>,
+    ) -> Result<RunningGateway, StartError> {
+        let address = config.gateway.listen;
+        let listener =
+            TcpListener::bind(address).await.map_err(|source| StartError::Listen { address, source })?;
+        let addr = listener.local_addr().map_err(|source| StartError::Listen { address, source })?;
+        let metrics = Metrics::new()?;
+        let index = index::open(&config.gateway).await?;
+        let embedder = embedder.map(|embedder| {
+            Arc::new(BookedEmbedder::new(embedder, ledger, config.limits, &config.resilience, &metrics))
+        });
+        let versions = Arc::<Versions>::default();
+        let indexer = Arc::new(Indexer::new(
+            Arc::clone(&index),
+            embedder.clone(),
+            Chunker::new(config.gateway.chunk_tokens, config.gateway.chunk_overlap_tokens),
+            Arc::clone(&versions),
+            metrics.clone(),
+        ));
+        let default_collection = config.rag.collection.clone();
+        let searcher = Searcher::new(
+            Arc::clone(&index),
+            embedder.clone(),
+            versions,
+            metrics.clone(),
+            SearchConfig {
+                default_collection: default_collection.clone(),
+                default_top_k: config.rag.top_k,
+                max_top_k: config.gateway.max_top_k,
+                default_threshold: config.rag.relevancy_threshold,
+                cache_ttl: config.gateway.cache_ttl,
+                cache_max_entries: config.gateway.cache_max_entries,
+            },
+        );
+        let stop = CancellationToken::new();
+        let (jobs, runner) = Jobs::new(
+            config.gateway.max_index_jobs,
+            Arc::clone(&indexer),
+            RetryPolicy::new(&config.resilience),
+            stop.clone(),
+        );
+        let checks = Checks::new();
+        let watcher = Watcher {
+            checks: checks.clone(),
+            index: Arc::clone(&index),
+            embedder,
+            collection: default_collection.clone(),
+        };
+        watcher.look().await;
+        let app = App::new(
+            &config.gateway,
+            default_collection,
+            Arc::clone(&index),
+            searcher,
+            indexer,
+            jobs,
+            metrics,
+        );
+        if config.gateway.api_keys.is_empty() && !addr.ip().is_loopback() {
+            tracing::warn!(%addr, "API_KEYS is not set: the gateway is open to whoever reaches its port");
+        }
+        tracing::info!(%addr, "gateway listens");
+        Ok(RunningGateway {
+            addr,
+            server: tokio::spawn(serve(listener, http::router(Arc::new(app), checks), stop.clone())),
+            jobs: tokio::spawn(runner.run()),
+            checks: tokio::spawn(watcher.run(stop.clone())),
+            stop,
+            index: IndexHandle(index),
+        })
+    }
+}
+
+impl RunningGateway {
+    /// Takes no more requests, finishes those under way, and lets go of the index.
+    pub async fn shutdown(mut self) {
+        self.stop.cancel();
+        for task in [&mut self.server, &mut self.jobs, &mut self.checks] {
+            if tokio::time::timeout(DRAIN_TIMEOUT, &mut *task).await.is_err() {
+                task.abort();
+            }
+        }
+        self.index.0.close().await;
+        tracing::info!("gateway stopped");
+    }
+}
+
+impl Drop for RunningGateway {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+async fn serve(listener: TcpListener, router: axum::Router, stop: CancellationToken) {
+    let service = router.into_make_service_with_connect_info::<SocketAddr>();
+    let server = axum::serve(listener, service).with_graceful_shutdown(stop.clone().cancelled_owned());
+    if let Err(error) = server.await {
+        tracing::error!(error = %error, error_code = "listener_failed", "the gateway's listener failed");
+    }
+}
+
+/// Keeps readiness up to date.
+struct Watcher {
+    checks: Checks,
+    index: Arc<dyn VectorIndex>,
+    embedder: Option<Arc<BookedEmbedder>>,
+    collection: String,
+}
+
+impl Watcher {
+    async fn run(self, stop: CancellationToken) {
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(CHECK_INTERVAL) => self.look().await,
+            }
+        }
+    }
+
+    async fn look(&self) {
+        let index = tokio::time::timeout(CHECK_TIMEOUT, self.index.check()).await.unwrap_or_else(|_| {
+            Err(UpstreamError::transient(Dependency::VectorIndex, "no answer to the health check"))
+        });
+        self.checks.report(Dependency::VectorIndex, &index);
+        self.look_at_embedder();
+        if index.is_ok() {
+            self.look_at_collection().await;
+        }
+    }
+
+    /// Search works without embeddings, lexically, and says so: never red.
+    fn look_at_embedder(&self) {
+        let name = Dependency::Embedder.as_str();
+        match &self.embedder {
+            None => self.checks.degraded(
+                name,
+                "search is lexical: no embedding model is configured (OPENAI_API_KEY or OPENAI_BASE_URL, and OPENAI_EMBEDDING_MODEL)",
+            ),
+            Some(embedder) => match embedder.trouble() {
+                Some(error) => self.checks.degraded(name, format!("search is lexical for now: {error}")),
+                None => self.checks.ok(name, "ok"),
+            },
+        }
+    }
+
+    /// The default collection must fit the configured model.
+    async fn look_at_collection(&self) {
+        match tokio::time::timeout(CHECK_TIMEOUT, self.index.info(&self.collection)).await {
+            Ok(Ok(None)) => self
+                .checks
+                .ok(COLLECTION_CHECK, format!("{} is empty: run `atlas index PATH`", self.collection)),
+            Ok(Ok(Some(state))) => {
+                let model = self.embedder.as_ref().map(|embedder| embedder.model());
+                match (mismatch(&self.collection, &state.meta, model), state.meta.embedding_model, model) {
+                    (Some(error), ..) => self.checks.failed(COLLECTION_CHECK, error.to_string()),
+                    (None, None, Some(model)) => self.checks.degraded(
+                        COLLECTION_CHECK,
+                        format!(
+                            "search is lexical: {} was built without embeddings, and {model} is configured. Index into another collection (RAG_COLLECTION) to use it",
+                            self.collection
+                        ),
+                    ),
+                    _ => self.checks.ok(COLLECTION_CHECK, format!("{} chunks in {}", state.chunks, self.collection)),
+                }
+            }
+            // The index's own check tells.
+            Ok(Err(_)) | Err(_) => {}
+        }
+    }
+}

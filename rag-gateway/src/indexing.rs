@@ -1,0 +1,599 @@
+//! From documents to chunks in the index.
+//!
+//! Idempotent by tenant, repository, source and content hash: an unchanged document costs no
+//! embedding and no write. A changed one is written first and its older revision deleted after, and
+//! searches keep only the newest revision they see, so readers never get both. Work goes in groups
+//! of documents; what a finished group has written stays, so whoever was stopped by a budget or a
+//! crash sends the same again and pays only for the rest.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicI64, Ordering},
+    },
+};
+
+use atlas_shared::{
+    Dependency, UpstreamError,
+    gateway_api::{
+        DeleteDocuments, DeleteDocumentsResult, Document, DocumentList, DocumentOutcome, DocumentResult,
+        IndexedDocument, PutDocumentsResult, content_hash,
+    },
+};
+use futures::{StreamExt as _, stream};
+use jiff::Timestamp;
+use sha2::{Digest as _, Sha256};
+use uuid::Uuid;
+
+use crate::{
+    chunk::{self, Chunker},
+    embed::BookedEmbedder,
+    error::GatewayError,
+    index::{ChunkRecord, CollectionMeta, NewChunk, Selection, VectorIndex, term_count},
+    metrics::Metrics,
+    versions::Versions,
+};
+
+/// Bytes of documents that are chunked, embedded and written together.
+const GROUP_BYTES: usize = 512 * 1024;
+
+/// Documents in such a group.
+const GROUP_DOCUMENTS: usize = 64;
+
+/// Groups that are chunked ahead.
+const CHUNK_AHEAD: usize = 2;
+
+/// Records of one page when the index is listed.
+const PAGE: usize = 1000;
+
+/// Chunks that are looked at to see whether the average length still holds. Ids are hashes, so the
+/// first ones are a fair sample.
+const SAMPLE: usize = 1000;
+
+/// How far the average length may drift before the collection is weighed anew.
+const TOLERATED_DRIFT: f64 = 0.15;
+
+/// Names the namespace of chunk ids.
+const CHUNK_NAMESPACE: Uuid = Uuid::from_u128(0x0d4b_57a2_93c4_4b0e_8f5e_52f1_7c1d_20a6);
+
+/// Longest name of a document.
+const MAX_SOURCE_BYTES: usize = 1024;
+
+/// Longest of the other names.
+const MAX_NAME_BYTES: usize = 256;
+
+/// Writes documents. One a gateway.
+pub(crate) struct Indexer {
+    index: Arc<dyn VectorIndex>,
+    embedder: Option<Arc<BookedEmbedder>>,
+    chunker: Chunker,
+    versions: Arc<Versions>,
+    metrics: Metrics,
+    /// One writer a collection in this process.
+    locks: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    /// Chunks in each collection when its average length was last looked at.
+    weighed_at: Mutex<HashMap<String, u64>>,
+    /// The last revision that was given out.
+    last_rev: AtomicI64,
+}
+
+/// What the index holds of a document.
+#[derive(Clone, Debug)]
+struct Stored {
+    hash: String,
+    cut: String,
+    rev: i64,
+    chunks: usize,
+}
+
+/// A document that must be written, chunked.
+struct Prepared {
+    position: usize,
+    doc: String,
+    source: String,
+    tenant: Option<String>,
+    records: Vec<ChunkRecord>,
+}
+
+impl Indexer {
+    pub(crate) fn new(
+        index: Arc<dyn VectorIndex>,
+        embedder: Option<Arc<BookedEmbedder>>,
+        chunker: Chunker,
+        versions: Arc<Versions>,
+        metrics: Metrics,
+    ) -> Self {
+        Self {
+            index,
+            embedder,
+            chunker,
+            versions,
+            metrics,
+            locks: Mutex::default(),
+            weighed_at: Mutex::default(),
+            last_rev: AtomicI64::new(0),
+        }
+    }
+
+    /// Indexes documents; they are searchable when this returns. `progress` is told about every
+    /// finished group.
+    pub(crate) async fn put(
+        &self,
+        collection: &str,
+        documents: Vec<Document>,
+        mut progress: impl FnMut(&[DocumentResult], u64) + Send,
+    ) -> Result<PutDocumentsResult, GatewayError> {
+        let lock = self.lock_of(collection);
+        let _writing = lock.lock().await;
+        let mut all = PutDocumentsResult { results: Vec::with_capacity(documents.len()), tokens: 0 };
+        let mut changed = false;
+        let rev = self.next_rev();
+        let mut groups = stream::iter(groups(documents))
+            .map(|group| self.prepare(collection, group, rev))
+            .buffered(CHUNK_AHEAD)
+            .boxed();
+        while let Some(group) = groups.next().await {
+            let (mut results, prepared) = group?;
+            let written = match self.write(collection, prepared, rev, &mut results).await {
+                Ok(written) => written,
+                Err(error) => {
+                    drop(groups);
+                    if changed {
+                        self.versions.changed(collection);
+                    }
+                    return Err(error);
+                }
+            };
+            changed |= written.changed;
+            for result in &results {
+                let outcome = match result.outcome {
+                    DocumentOutcome::Unchanged => "unchanged",
+                    DocumentOutcome::Indexed => "indexed",
+                    DocumentOutcome::Failed => "failed",
+                };
+                self.metrics.index_documents.with_label_values(&[outcome]).inc();
+            }
+            progress(&results, written.tokens);
+            all.tokens += written.tokens;
+            all.results.extend(results);
+        }
+        drop(groups);
+        if changed {
+            self.versions.changed(collection);
+            self.keep_weights(collection).await?;
+        }
+        Ok(all)
+    }
+
+    /// Deletes documents.
+    pub(crate) async fn delete(
+        &self,
+        collection: &str,
+        request: &DeleteDocuments,
+    ) -> Result<DeleteDocumentsResult, GatewayError> {
+        let lock = self.lock_of(collection);
+        let _writing = lock.lock().await;
+        if self.index.info(collection).await?.is_none() {
+            return Err(GatewayError::UnknownCollection(collection.to_owned()));
+        }
+        let repo = request.repo.as_deref().unwrap_or_default();
+        let docs: Vec<String> = request
+            .sources
+            .iter()
+            .map(|source| doc_key("", repo, source))
+            .collect::<HashSet<_>>()
+            .into_iter()
+            .collect();
+        let mut deleted = 0;
+        for docs in docs.chunks(PAGE) {
+            deleted += self.stored(collection, docs).await?.len();
+            let selection = Selection { docs: Some(docs.to_vec()), ..Selection::default() };
+            self.index.delete(collection, selection).await?;
+        }
+        self.versions.changed(collection);
+        Ok(DeleteDocumentsResult { deleted })
+    }
+
+    /// What is indexed, by source.
+    pub(crate) async fn list(
+        &self,
+        collection: &str,
+        repo: Option<&str>,
+    ) -> Result<DocumentList, GatewayError> {
+        let selection = Selection {
+            first_chunks: true,
+            repo: repo.map(str::to_owned),
+            tenants: Some(vec![String::new()]),
+            ..Selection::default()
+        };
+        let mut documents = Vec::new();
+        for (source, stored) in
+            self.first_chunks(collection, selection, |record| record.source.clone()).await?
+        {
+            // Cut in another way than today's: the sender shall send it again.
+            let stale = stored.cut != self.chunker.fingerprint();
+            let content_hash = if stale { String::new() } else { stored.hash };
+            documents.push(IndexedDocument { source, content_hash, chunks: stored.chunks });
+        }
+        documents.sort_by(|a, b| a.source.cmp(&b.source));
+        Ok(DocumentList { documents })
+    }
+
+    /// Looks the group up and chunks what changed. Results are in the order of the documents.
+    async fn prepare(
+        &self,
+        collection: &str,
+        group: Vec<(Document, Option<String>)>,
+        rev: i64,
+    ) -> Result<(Vec<DocumentResult>, Vec<Prepared>), GatewayError> {
+        let keys: Vec<String> = group.iter().map(|(document, _)| key_of(document)).collect();
+        let stored = self.stored(collection, &keys).await?;
+        let chunker = self.chunker;
+        tokio::task::spawn_blocking(move || prepare_blocking(chunker, group, &keys, &stored, rev))
+            .await
+            .map_err(|error| {
+                UpstreamError::transient(Dependency::VectorIndex, format!("chunking stopped: {error}")).into()
+            })
+    }
+
+    /// Embeds and writes one group.
+    async fn write(
+        &self,
+        collection: &str,
+        prepared: Vec<Prepared>,
+        rev: i64,
+        results: &mut [DocumentResult],
+    ) -> Result<Written, GatewayError> {
+        if prepared.is_empty() {
+            return Ok(Written::default());
+        }
+        let state = self.index.info(collection).await?;
+        let embedder = self.embedder_for(collection, state.as_ref().map(|state| &state.meta))?;
+        let mut embedded = crate::embed::Embedded::default();
+        if let Some(embedder) = &embedder {
+            // Each tenant pays for its own.
+            let mut by_tenant: Vec<(Option<String>, Vec<String>)> = Vec::new();
+            for document in &prepared {
+                let texts = document.records.iter().map(ChunkRecord::contextual_text);
+                match by_tenant.last_mut() {
+                    Some((tenant, batch)) if *tenant == document.tenant => batch.extend(texts),
+                    _ => by_tenant.push((document.tenant.clone(), texts.collect())),
+                }
+            }
+            for (tenant, texts) in by_tenant {
+                let part = embedder.embed_texts(&texts, tenant.as_deref()).await?;
+                embedded.tokens += part.tokens;
+                embedded.vectors.extend(part.vectors);
+            }
+        }
+        let size = embedded.vectors.first().map(Vec::len);
+        let has_chunks = prepared.iter().any(|document| !document.records.is_empty());
+        if has_chunks {
+            self.ensure(collection, state.map(|state| state.meta), embedder.as_deref(), size, &prepared)
+                .await?;
+        } else if state.is_none() {
+            return Ok(Written::default());
+        }
+        let docs = prepared.iter().map(|document| document.doc.clone()).collect();
+        let obsolete = Selection { docs: Some(docs), rev_below: Some(rev), ..Selection::default() };
+        let mut vectors = embedded.vectors.into_iter();
+        let mut chunks = Vec::new();
+        for document in prepared {
+            tracing::debug!(source = document.source, chunks = document.records.len(), "document indexed");
+            results[document.position].chunks = document.records.len();
+            for record in document.records {
+                let id = chunk_id(&record);
+                chunks.push(NewChunk { id, record, dense: vectors.next() });
+            }
+        }
+        self.metrics.index_chunks.inc_by(chunks.len() as u64);
+        self.index.upsert(collection, chunks, Some(obsolete)).await?;
+        Ok(Written { changed: true, tokens: embedded.tokens })
+    }
+
+    /// The embedder that a collection needs: none for a lexical one, its own for another.
+    fn embedder_for(
+        &self,
+        collection: &str,
+        meta: Option<&CollectionMeta>,
+    ) -> Result<Option<Arc<BookedEmbedder>>, GatewayError> {
+        let Some(meta) = meta else { return Ok(self.embedder.clone()) };
+        match (&meta.embedding_model, &self.embedder) {
+            (None, _) => Ok(None),
+            (Some(_), Some(embedder)) => mismatch(collection, meta, Some(embedder.model()))
+                .map_or_else(|| Ok(Some(Arc::clone(embedder))), Err),
+            (Some(model), None) => Err(GatewayError::EmbeddingMismatch {
+                collection: collection.to_owned(),
+                built_with: model.clone(),
+                configured: "no embedding model is configured".to_owned(),
+            }),
+        }
+    }
+
+    /// The collection exists after this, and takes vectors of this size.
+    async fn ensure(
+        &self,
+        collection: &str,
+        meta: Option<CollectionMeta>,
+        embedder: Option<&BookedEmbedder>,
+        size: Option<usize>,
+        prepared: &[Prepared],
+    ) -> Result<(), GatewayError> {
+        let meta = match meta {
+            Some(meta) => meta,
+            None => {
+                let records = || prepared.iter().flat_map(|document| &document.records);
+                let new = CollectionMeta {
+                    embedding_model: embedder.map(|embedder| embedder.model().to_owned()),
+                    embedding_size: size,
+                    avg_len: mean_terms(records()).unwrap_or(1.0),
+                };
+                self.index.ensure(collection, &new).await?
+            }
+        };
+        if meta.embedding_size == size {
+            return Ok(());
+        }
+        let words =
+            |size: Option<usize>| size.map_or("no vectors".to_owned(), |size| format!("{size} dimensions"));
+        Err(GatewayError::EmbeddingMismatch {
+            collection: collection.to_owned(),
+            built_with: format!(
+                "{} ({})",
+                meta.embedding_model.unwrap_or_default(),
+                words(meta.embedding_size)
+            ),
+            configured: format!("the server gives vectors of {}", words(size)),
+        })
+    }
+
+    /// Weighs the collection anew when it has grown or shrunk by half and its chunks are now longer or
+    /// shorter than those it was weighed with.
+    async fn keep_weights(&self, collection: &str) -> Result<(), GatewayError> {
+        let Some(state) = self.index.info(collection).await? else { return Ok(()) };
+        let last = self.weighed_at.lock().unwrap_or_else(PoisonError::into_inner).get(collection).copied();
+        if last.is_some_and(|last| state.chunks < last + last / 2 && state.chunks > last / 2)
+            || state.chunks == 0
+        {
+            return Ok(());
+        }
+        let sample = self.index.scroll(collection, &Selection::default(), None, SAMPLE, false).await?;
+        if let Some(mean) = mean_terms(sample.records.iter().map(|(_, record)| record))
+            && (mean / state.meta.avg_len - 1.0).abs() > TOLERATED_DRIFT
+        {
+            tracing::info!(collection, chunks = state.chunks, avg_len = mean, "weighing the collection anew");
+            self.index.reweigh(collection, mean).await?;
+        }
+        self.weighed_at
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(collection.to_owned(), state.chunks);
+        Ok(())
+    }
+
+    async fn stored(
+        &self,
+        collection: &str,
+        docs: &[String],
+    ) -> Result<HashMap<String, Stored>, GatewayError> {
+        let selection = Selection { docs: Some(docs.to_vec()), first_chunks: true, ..Selection::default() };
+        self.first_chunks(collection, selection, |record| record.doc.clone()).await
+    }
+
+    async fn first_chunks(
+        &self,
+        collection: &str,
+        selection: Selection,
+        key: impl Fn(&ChunkRecord) -> String + Send,
+    ) -> Result<HashMap<String, Stored>, GatewayError> {
+        let mut found: HashMap<String, Stored> = HashMap::new();
+        let mut from = None;
+        loop {
+            let page = self.index.scroll(collection, &selection, from, PAGE, false).await?;
+            for (_, record) in page.records {
+                let key = key(&record);
+                // An interrupted replacement leaves two revisions: the newer one counts.
+                if found.get(&key).is_none_or(|other| other.rev < record.rev) {
+                    let ChunkRecord { hash, cut, rev, of, .. } = record;
+                    found.insert(key, Stored { hash, cut, rev, chunks: of as usize });
+                }
+            }
+            from = page.next;
+            if from.is_none() {
+                return Ok(found);
+            }
+        }
+    }
+
+    fn lock_of(&self, collection: &str) -> Arc<tokio::sync::Mutex<()>> {
+        let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(locks.entry(collection.to_owned()).or_default())
+    }
+
+    /// Microseconds since 1970, and always more than the last one.
+    fn next_rev(&self) -> i64 {
+        let now = Timestamp::now().as_microsecond();
+        let next = |last: i64| Some(now.max(last + 1));
+        let update = self.last_rev.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
+        now.max(update.unwrap_or_default() + 1)
+    }
+}
+
+/// What writing a group came to.
+#[derive(Default)]
+struct Written {
+    changed: bool,
+    tokens: u64,
+}
+
+/// Why a collection cannot be used with a model; `None`: it can.
+pub(crate) fn mismatch(collection: &str, meta: &CollectionMeta, model: Option<&str>) -> Option<GatewayError> {
+    match (&meta.embedding_model, model) {
+        (Some(built_with), Some(configured)) if built_with != configured => {
+            Some(GatewayError::EmbeddingMismatch {
+                collection: collection.to_owned(),
+                built_with: built_with.clone(),
+                configured: format!("{configured} is configured"),
+            })
+        }
+        _ => None,
+    }
+}
+
+/// Documents with what is wrong with them, in groups of bounded size.
+fn groups(documents: Vec<Document>) -> Vec<Vec<(Document, Option<String>)>> {
+    let mut groups: Vec<Vec<(Document, Option<String>)>> = Vec::new();
+    let mut seen = HashSet::new();
+    let mut bytes = 0;
+    for document in documents {
+        let fault = fault(&document, &mut seen);
+        let size = document.text.len();
+        match groups.last_mut() {
+            Some(group) if group.len() < GROUP_DOCUMENTS && bytes + size <= GROUP_BYTES => {
+                bytes += size;
+                group.push((document, fault));
+            }
+            _ => {
+                bytes = size;
+                groups.push(vec![(document, fault)]);
+            }
+        }
+    }
+    groups
+}
+
+/// What is wrong with a document, if anything.
+fn fault(document: &Document, seen: &mut HashSet<String>) -> Option<String> {
+    let source = &document.source;
+    if source.trim().is_empty() {
+        return Some("`source` is empty; give the path of the file, or any stable name".to_owned());
+    }
+    if source.len() > MAX_SOURCE_BYTES || source.chars().any(char::is_control) {
+        return Some(format!("`source` is longer than {MAX_SOURCE_BYTES} bytes or has control characters"));
+    }
+    let names = [
+        ("lang", &document.lang),
+        ("repo", &document.repo),
+        ("commit", &document.commit),
+        ("tenant", &document.tenant),
+    ];
+    for (field, value) in names {
+        if value
+            .as_ref()
+            .is_some_and(|value| value.len() > MAX_NAME_BYTES || value.chars().any(char::is_control))
+        {
+            return Some(format!(
+                "`{field}` is longer than {MAX_NAME_BYTES} bytes or has control characters"
+            ));
+        }
+    }
+    (!seen.insert(key_of(document)))
+        .then(|| "is named twice in this request; only the first one was taken".to_owned())
+}
+
+fn prepare_blocking(
+    chunker: Chunker,
+    group: Vec<(Document, Option<String>)>,
+    keys: &[String],
+    stored: &HashMap<String, Stored>,
+    rev: i64,
+) -> (Vec<DocumentResult>, Vec<Prepared>) {
+    let mut results = Vec::with_capacity(group.len());
+    let mut prepared = Vec::new();
+    let cut = chunker.fingerprint();
+    for (position, ((document, fault), doc)) in group.into_iter().zip(keys).enumerate() {
+        let mut result = DocumentResult {
+            source: document.source.clone(),
+            outcome: DocumentOutcome::Indexed,
+            chunks: 0,
+            error: fault,
+        };
+        if result.error.is_some() {
+            result.outcome = DocumentOutcome::Failed;
+            results.push(result);
+            continue;
+        }
+        let hash = content_hash(&document.text);
+        let known = stored.get(doc);
+        if let Some(known) = known.filter(|known| known.hash == hash && known.cut == cut) {
+            result.outcome = DocumentOutcome::Unchanged;
+            result.chunks = known.chunks;
+            results.push(result);
+            continue;
+        }
+        let records = records(chunker, &document, doc, &hash, &cut, rev);
+        if records.is_empty() && known.is_none() {
+            // Nothing to quote, and nothing to forget.
+            result.outcome = DocumentOutcome::Unchanged;
+        } else {
+            let Document { source, tenant, .. } = document;
+            prepared.push(Prepared { position, doc: doc.clone(), source, tenant, records });
+        }
+        results.push(result);
+    }
+    (results, prepared)
+}
+
+fn records(
+    chunker: Chunker,
+    document: &Document,
+    doc: &str,
+    hash: &str,
+    cut: &str,
+    rev: i64,
+) -> Vec<ChunkRecord> {
+    let lang = document.lang.clone().or_else(|| chunk::language_of(&document.source).map(str::to_owned));
+    let chunks = chunker.chunk(lang.as_deref(), &document.text);
+    let number = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+    let of = number(chunks.len());
+    chunks
+        .into_iter()
+        .enumerate()
+        .map(|(n, chunk)| {
+            let mut record = ChunkRecord {
+                doc: doc.to_owned(),
+                rev,
+                hash: hash.to_owned(),
+                cut: cut.to_owned(),
+                n: number(n),
+                of,
+                source: document.source.clone(),
+                start: chunk.start_line,
+                end: chunk.end_line,
+                heading: chunk.heading,
+                lang: lang.clone(),
+                repo: document.repo.clone().unwrap_or_default(),
+                tenant: document.tenant.clone().unwrap_or_default(),
+                commit: document.commit.clone(),
+                terms: 0,
+                text: chunk.text.to_owned(),
+            };
+            record.terms = term_count(&record.contextual_text());
+            record
+        })
+        .collect()
+}
+
+fn key_of(document: &Document) -> String {
+    let text = |value: &Option<String>| value.clone().unwrap_or_default();
+    doc_key(&text(&document.tenant), &text(&document.repo), &document.source)
+}
+
+/// The key of a document: fields are separated by a character that none of them may have.
+fn doc_key(tenant: &str, repo: &str, source: &str) -> String {
+    let digest = Sha256::digest(format!("{tenant}\0{repo}\0{source}"));
+    let head: [u8; 16] = std::array::from_fn(|at| digest[at]);
+    Uuid::from_bytes(head).simple().to_string()
+}
+
+/// The same content gives the same ids: what an interrupted write left is overwritten, not doubled.
+fn chunk_id(record: &ChunkRecord) -> Uuid {
+    Uuid::new_v5(&CHUNK_NAMESPACE, format!("{}:{}:{}", record.doc, record.hash, record.n).as_bytes())
+}
+
+fn mean_terms<'a>(records: impl Iterator<Item = &'a ChunkRecord>) -> Option<f64> {
+    let (count, terms) =
+        records.fold((0_u64, 0_u64), |(count, terms), record| (count + 1, terms + u64::from(record.terms)));
+    (terms > 0).then(|| terms as f64 / count as f64)
+}

@@ -1,0 +1,70 @@
+//! What the gateway counts.
+
+use atlas_shared::metrics::{CALL_BUCKETS, MetricsError, Registry, UpstreamMetrics};
+use prometheus::{HistogramVec, IntCounter, IntCounterVec};
+
+/// All metrics of one gateway.
+#[derive(Clone, Debug)]
+pub(crate) struct Metrics {
+    pub(crate) registry: Registry,
+    /// `rag_query_seconds{stage}`: `embed`, `search`, `rank`, `total`.
+    pub(crate) query_seconds: HistogramVec,
+    /// `rag_cache_hits_total`.
+    pub(crate) cache_hits: IntCounter,
+    /// `rag_cache_misses_total`.
+    pub(crate) cache_misses: IntCounter,
+    /// `rag_index_chunks_total`: chunks written.
+    pub(crate) index_chunks: IntCounter,
+    /// `rag_index_documents_total{outcome}`.
+    pub(crate) index_documents: IntCounterVec,
+    /// `rag_embedding_tokens_total`: tokens billed for embeddings.
+    pub(crate) embedding_tokens: IntCounter,
+    /// `rag_errors_total{type}`: requests that were answered with an error.
+    pub(crate) errors: IntCounterVec,
+    /// `rag_degraded_total{reason}`: answers that are less than they could be.
+    pub(crate) degraded: IntCounterVec,
+    /// `rag_requests_total{route,status}`.
+    pub(crate) requests: IntCounterVec,
+    /// `atlas_retries_total`, `atlas_circuit_open`.
+    pub(crate) upstream: UpstreamMetrics,
+}
+
+impl Metrics {
+    /// Registers them in a registry of their own.
+    pub(crate) fn new() -> Result<Self, MetricsError> {
+        let registry = Registry::new();
+        let metrics = Self {
+            query_seconds: registry.histograms(
+                "rag_query_seconds",
+                "Time of a query by stage.",
+                &["stage"],
+                CALL_BUCKETS,
+            )?,
+            cache_hits: registry.counter("rag_cache_hits_total", "Queries answered from the cache.")?,
+            cache_misses: registry.counter("rag_cache_misses_total", "Queries that had to be searched.")?,
+            index_chunks: registry.counter("rag_index_chunks_total", "Chunks written to the index.")?,
+            index_documents: registry.counters(
+                "rag_index_documents_total",
+                "Documents sent for indexing, by what happened to them.",
+                &["outcome"],
+            )?,
+            embedding_tokens: registry
+                .counter("rag_embedding_tokens_total", "Tokens billed for embeddings.")?,
+            errors: registry.counters("rag_errors_total", "Requests answered with an error.", &["type"])?,
+            degraded: registry.counters(
+                "rag_degraded_total",
+                "Answers that are less than they could be.",
+                &["reason"],
+            )?,
+            requests: registry.counters("rag_requests_total", "Requests.", &["route", "status"])?,
+            upstream: UpstreamMetrics::new(&registry)?,
+            registry,
+        };
+        // Present from the start, so that rates and alerts see them.
+        metrics.degraded.with_label_values(&["lexical"]);
+        for stage in ["embed", "search", "rank", "total"] {
+            metrics.query_seconds.with_label_values(&[stage]);
+        }
+        Ok(metrics)
+    }
+}

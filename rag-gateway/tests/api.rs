@@ -1,0 +1,355 @@
+//! The HTTP API, on the embedded engine, without embeddings.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod support;
+
+use reqwest::Method;
+use serde_json::{Value, json};
+use support::{Stand, sources};
+
+const GUIDE: &str = "# Guide\n\nHow to run the service.\n\n## Budget\n\nTokens are reserved before every call.\n\n## Queue\n\nMessages are pulled and acked.\n";
+
+fn documents() -> Value {
+    json!([
+        {"source": "docs/guide.md", "text": GUIDE, "repo": "demo", "commit": "abc"},
+        {"source": "src/lease.rs", "text": "//! Leases.\n\n/// Renews the lease while the run lives.\nfn renew_lease() {}\n", "repo": "demo"},
+    ])
+}
+
+fn line(value: &Value) -> usize {
+    usize::try_from(value.as_u64().unwrap()).unwrap()
+}
+
+#[tokio::test]
+async fn what_is_put_is_found_with_its_exact_lines() {
+    let stand = Stand::start(&[("CHUNK_TOKENS", "32"), ("CHUNK_OVERLAP_TOKENS", "0")]).await;
+    let put = stand.put(documents()).await.ok();
+    assert_eq!(put["results"][0]["outcome"], "indexed");
+    assert_eq!(put["tokens"], 0);
+    let reply = stand.query("when are tokens reserved?").await;
+    assert_eq!(reply.header("x-atlas-degraded"), Some("lexical"));
+    let passages = reply.ok();
+    let best = &passages[0];
+    assert_eq!(best["source"], "docs/guide.md");
+    assert_eq!(best["similarity"], Value::Null, "there is no cosine without embeddings");
+    assert_eq!(best["heading"], "Guide › Budget");
+    assert_eq!(
+        (best["lang"].as_str(), best["repo"].as_str(), best["commit"].as_str()),
+        (Some("markdown"), Some("demo"), Some("abc"))
+    );
+    let (start, end) = (line(&best["start_line"]), line(&best["end_line"]));
+    let lines: Vec<&str> = GUIDE.lines().collect();
+    assert_eq!(best["text"], lines[start - 1..end].join("\n"));
+    assert_eq!(sources(&stand.query("renew lease").await.ok())[0], "src/lease.rs");
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn an_unchanged_document_is_not_written_again_and_a_changed_one_is_replaced() {
+    let stand = Stand::start(&[]).await;
+    stand.put(documents()).await.ok();
+    let written = stand.metric("rag_index_chunks_total").await;
+    let again = stand.put(documents()).await.ok();
+    assert!(
+        again["results"].as_array().unwrap().iter().all(|result| result["outcome"] == "unchanged"),
+        "{again}"
+    );
+    assert_eq!(stand.metric("rag_index_chunks_total").await, written);
+
+    let changed =
+        json!([{"source": "docs/guide.md", "text": "# Guide\n\nNow about volcanoes.\n", "repo": "demo"}]);
+    assert_eq!(stand.put(changed).await.ok()["results"][0]["outcome"], "indexed");
+    assert_eq!(sources(&stand.query("volcanoes").await.ok()), ["docs/guide.md"]);
+    assert!(sources(&stand.query("messages pulled acked").await.ok()).is_empty(), "the old text is gone");
+    let list = stand.get("/v1/documents?repo=demo").await.ok();
+    assert_eq!(list["documents"].as_array().unwrap().len(), 2);
+
+    let emptied = json!([{"source": "docs/guide.md", "text": "\n", "repo": "demo"}]);
+    assert_eq!(stand.put(emptied).await.ok()["results"][0]["chunks"], 0);
+    assert!(sources(&stand.query("volcanoes").await.ok()).is_empty());
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn the_list_says_what_a_client_need_not_send() {
+    let stand = Stand::start(&[]).await;
+    assert_eq!(stand.get("/v1/documents").await.ok(), json!({"documents": []}));
+    stand.put(documents()).await.ok();
+    let list = stand.get("/v1/documents?repo=demo").await.ok();
+    assert_eq!(list["documents"][0]["source"], "docs/guide.md");
+    assert_eq!(list["documents"][0]["content_hash"], atlas_shared::gateway_api::content_hash(GUIDE));
+    let dir = std::sync::Arc::clone(&stand.dir);
+    stand.gateway.shutdown().await;
+
+    // Other chunks would come out today: everything should be sent again.
+    let stand = Stand::start_in(dir, &[("CHUNK_TOKENS", "64")]).await;
+    let list = stand.get("/v1/documents?repo=demo").await.ok();
+    assert_eq!(list["documents"][0]["content_hash"], "");
+    assert_eq!(stand.put(documents()).await.ok()["results"][0]["outcome"], "indexed");
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn deleted_documents_are_gone() {
+    let stand = Stand::start(&[]).await;
+    stand.put(documents()).await.ok();
+    let delete = |sources: Value| {
+        stand.request(Method::DELETE, "/v1/documents").json(&json!({"repo": "demo", "sources": sources}))
+    };
+    let deleted = stand.send(delete(json!(["docs/guide.md", "never.md"]))).await.ok();
+    assert_eq!(deleted, json!({"deleted": 1}));
+    assert!(sources(&stand.query("tokens reserved").await.ok()).is_empty());
+    assert_eq!(sources(&stand.query("renew lease").await.ok()), ["src/lease.rs"]);
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn filters_narrow_and_collapse_keeps_one_passage_a_file() {
+    let stand = Stand::start(&[("CHUNK_TOKENS", "32"), ("CHUNK_OVERLAP_TOKENS", "0")]).await;
+    let long = format!("# Apples\n\n{}", "An apple a day keeps the doctor away.\n\n".repeat(12));
+    stand
+        .put(json!([
+            {"source": "docs/a.md", "text": long, "repo": "one"},
+            {"source": "src/b.rs", "text": "// An apple.\nfn apple() {}\n", "repo": "two"},
+            {"source": "docs/deep/c.md", "text": "An apple tree.\n", "tenant": "acme"},
+        ]))
+        .await
+        .ok();
+    let query = async |body: Value| {
+        let mut request = json!({"query": "apple", "collapse_by_file": true});
+        request.as_object_mut().unwrap().extend(body.as_object().unwrap().clone());
+        let passages = stand.post("/v1/query_chat", request).await.ok();
+        let mut found: Vec<String> = sources(&passages).into_iter().map(str::to_owned).collect();
+        found.sort();
+        found
+    };
+    assert_eq!(query(json!({})).await, ["docs/a.md", "src/b.rs"], "a tenant's passages are not everybody's");
+    assert!(query(json!({"collapse_by_file": false})).await.len() > 2);
+    assert_eq!(query(json!({"filter": {"lang": "rust"}})).await, ["src/b.rs"]);
+    assert_eq!(query(json!({"filter": {"repo": "one"}})).await, ["docs/a.md"]);
+    assert_eq!(query(json!({"filter": {"path": "docs/*.md"}})).await, ["docs/a.md"]);
+    assert_eq!(query(json!({"filter": {"path": "**/*.rs"}})).await, ["src/b.rs"]);
+    assert_eq!(query(json!({"filter": {"path": "nowhere/**"}})).await, Vec::<String>::new());
+    assert_eq!(
+        query(json!({"filter": {"tenant": "acme", "path": "docs/**"}})).await,
+        ["docs/a.md", "docs/deep/c.md"]
+    );
+    assert_eq!(query(json!({"filter": {"tenant": "other"}})).await, ["docs/a.md", "src/b.rs"]);
+    assert_eq!(query(json!({"top_k": 1})).await.len(), 1);
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn equal_queries_get_equal_answers_and_the_second_comes_from_the_cache() {
+    let stand = Stand::start(&[]).await;
+    let twins: Vec<Value> = (0..30)
+        .map(|number| json!({"source": format!("{number:02}.md"), "text": "the very same apple\n"}))
+        .collect();
+    stand.put(json!(twins)).await.ok();
+    let first = stand.query("apple").await.ok();
+    assert_eq!(sources(&first), (0..15).map(|number| format!("{number:02}.md")).collect::<Vec<_>>());
+    assert_eq!(stand.metric("rag_cache_hits_total").await, 0);
+    assert_eq!(stand.query("  apple ").await.ok(), first);
+    assert_eq!(stand.metric("rag_cache_hits_total").await, 1);
+    assert_eq!(stand.post("/v1/admin/cache/clear", json!({})).await.status.as_u16(), 204);
+    assert_eq!(stand.query("apple").await.ok(), first);
+    assert_eq!(stand.metric("rag_cache_hits_total").await, 1);
+    // A change of the index is seen at once, cache or not.
+    stand.put(json!([{"source": "00.md", "text": "a pear\n"}])).await.ok();
+    assert_eq!(sources(&stand.query("apple").await.ok())[0], "01.md");
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_batch_becomes_a_job() {
+    let stand = Stand::start(&[]).await;
+    let reply = stand
+        .post(
+            "/v1/embed_batch?collection=texts",
+            json!(["Hello apple.", {"source": "a.md", "text": "A pear."}, {"source": " ", "text": "x"}]),
+        )
+        .await;
+    assert_eq!(reply.status.as_u16(), 202);
+    let id = reply.ok()["job_id"].as_str().unwrap().to_owned();
+    let status = tokio::time::timeout(std::time::Duration::from_secs(30), async {
+        loop {
+            let status = stand.get(&format!("/v1/jobs/{id}")).await.ok();
+            if status["state"] == "done" {
+                return status;
+            }
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .expect("the job ends");
+    assert_eq!(
+        (&status["documents"], &status["documents_done"], &status["chunks"]),
+        (&json!(3), &json!(3), &json!(2))
+    );
+    assert!(status["errors"][0].as_str().unwrap().contains("`source` is empty"), "{status}");
+    let query = json!({"query": "apple", "collection": "texts"});
+    let passages = stand.post("/v1/query_chat", query).await.ok();
+    assert!(sources(&passages)[0].starts_with("text-"));
+    let collections = stand.get("/v1/collections").await.ok();
+    assert_eq!(
+        collections,
+        json!([{"name": "texts", "chunks": 2, "embedding_model": null, "embedding_size": null}])
+    );
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn bad_requests_are_told_what_is_wrong() {
+    let stand = Stand::start(&[("MAX_BODY_BYTES", "4096")]).await;
+    let query = async |body: Value| stand.post("/v1/query_chat", body).await;
+    assert!(query(json!({"query": " "})).await.problem(422, "invalid_request").contains("`query`"));
+    for top_k in [0, 101, 1000] {
+        let detail = query(json!({"query": "x", "top_k": top_k})).await.problem(422, "invalid_request");
+        assert!(detail.contains("1 to 100"), "{detail}");
+    }
+    query(json!({"query": "x", "top_k": -1})).await.problem(422, "invalid_request");
+    query(json!({"query": "x", "relevancy_threshold": 1.5})).await.problem(422, "invalid_request");
+    let detail = query(json!({"query": "x", "topk": 3})).await.problem(422, "invalid_request");
+    assert!(detail.contains("unknown field `topk`"), "{detail}");
+    query(json!({"top_k": 3})).await.problem(422, "invalid_request");
+    query(json!(["x"])).await.problem(422, "invalid_request");
+    query(json!({"query": "x", "collection": "../etc"})).await.problem(422, "invalid_request");
+    query(json!({"query": "x", "collection": ".hidden"})).await.problem(422, "invalid_request");
+    stand.put(json!([{"source": "a.md", "text": "x"}])).await.ok();
+    query(json!({"query": "x", "filter": {"path": "[a"}})).await.problem(422, "invalid_request");
+    query(json!({"query": "x", "collection": "nowhere"})).await.problem(404, "unknown_collection");
+    for (body, status, kind) in [
+        ("not json", 400, "invalid_json"),
+        ("", 400, "invalid_json"),
+        ("{\"query\": \"\u{0}", 400, "invalid_json"),
+    ] {
+        let request = stand.request(Method::POST, "/v1/query_chat").body(body);
+        stand.send(request).await.problem(status, kind);
+    }
+    let deep = "[".repeat(2000);
+    stand
+        .send(stand.request(Method::POST, "/v1/query_chat").body(deep))
+        .await
+        .problem(422, "invalid_request");
+    stand
+        .send(stand.request(Method::POST, "/v1/query_chat").body(vec![0xff, 0xfe]))
+        .await
+        .problem(400, "invalid_json");
+    let large = json!([{"source": "a", "text": "x".repeat(5000)}]);
+    assert!(stand.put(large).await.problem(413, "body_too_large").contains("MAX_BODY_BYTES"));
+    stand.put(json!([])).await.problem(422, "invalid_request");
+    stand.post("/v1/embed_batch", json!([1])).await.problem(422, "invalid_request");
+    stand.get("/v1/jobs/none").await.problem(404, "unknown_job");
+    stand.get("/v1/documents?colection=x").await.problem(422, "invalid_request");
+    stand.get("/v1/nowhere").await.problem(404, "not_found");
+    stand.get("/v1/query_chat").await.problem(405, "method_not_allowed");
+    let gone = stand
+        .request(Method::DELETE, "/v1/documents")
+        .json(&json!({"collection": "nowhere", "sources": ["a"]}));
+    stand.send(gone).await.problem(404, "unknown_collection");
+    // After all that it still works.
+    stand.query("anything").await.ok();
+    assert!(stand.metric("rag_errors_total{type=\"invalid_json\"}").await >= 4);
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_document_that_cannot_be_indexed_does_not_stop_the_others() {
+    let stand = Stand::start(&[]).await;
+    let put = stand
+        .put(json!([
+            {"source": "", "text": "x"},
+            {"source": "a.md", "text": "apple"},
+            {"source": "a.md", "text": "pear"},
+            {"source": "nul\u{0}.md", "text": "x"},
+            {"source": "ok.md", "text": "nul \u{0} inside"},
+        ]))
+        .await
+        .ok();
+    let outcomes: Vec<&str> =
+        put["results"].as_array().unwrap().iter().map(|result| result["outcome"].as_str().unwrap()).collect();
+    assert_eq!(outcomes, ["failed", "indexed", "failed", "failed", "indexed"]);
+    assert_eq!(sources(&stand.query("apple").await.ok()), ["a.md"]);
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn an_empty_default_collection_finds_nothing_and_says_no_error() {
+    let stand = Stand::start(&[]).await;
+    assert_eq!(stand.query("anything").await.ok(), json!([]));
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn callers_need_a_key_and_probes_do_not() {
+    let stand = Stand::start(&[("API_KEYS", "worker:key-of-the-worker,ci:key-of-the-ci")]).await;
+    let with = |name: &str, value: &str| stand.request(Method::GET, "/v1/collections").header(name, value);
+    stand.get("/v1/collections").await.problem(401, "unauthorized");
+    stand.send(with("authorization", "Bearer wrong-key-entirely")).await.problem(401, "unauthorized");
+    stand.send(with("authorization", "Basic key-of-the-worker")).await.problem(401, "unauthorized");
+    stand.send(with("x-api-key", "key-of-the-worke")).await.problem(401, "unauthorized");
+    stand.send(with("authorization", "Bearer key-of-the-worker")).await.ok();
+    stand.send(with("authorization", "bearer key-of-the-ci")).await.ok();
+    stand.send(with("x-api-key", "key-of-the-ci")).await.ok();
+    for open in ["/health/live", "/health/ready", "/healthz", "/health", "/metrics", "/openapi.json"] {
+        assert_eq!(stand.get(open).await.status.as_u16(), 200, "{open}");
+    }
+    stand.get("/v1/nowhere").await.problem(404, "not_found");
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_caller_that_asks_too_often_is_told_to_wait() {
+    let stand = Stand::start(&[
+        ("API_KEYS", "one:key-of-caller-one,two:key-of-caller-two"),
+        ("RATE_LIMIT_REQUESTS", "3"),
+        ("RATE_LIMIT_WINDOW_SECONDS", "3600"),
+    ])
+    .await;
+    let ask =
+        async |key: &str| stand.send(stand.request(Method::GET, "/v1/collections").bearer_auth(key)).await;
+    for _ in 0..3 {
+        ask("key-of-caller-one").await.ok();
+    }
+    let refused = ask("key-of-caller-one").await;
+    refused.problem(429, "rate_limited");
+    let wait: u64 = refused.header("retry-after").unwrap().parse().unwrap();
+    assert!((1..=1200).contains(&wait), "{wait}");
+    ask("key-of-caller-two").await.ok();
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn readiness_tells_what_is_well_and_what_is_missing() {
+    let stand = Stand::start(&[]).await;
+    let ready = stand.get("/health/ready").await.ok();
+    assert_eq!(ready["checks"]["vector_index"]["ok"], true);
+    assert_eq!(ready["checks"]["embedder"]["ok"], false);
+    assert_eq!(ready["checks"]["embedder"]["required"], false);
+    assert!(ready["checks"]["embedder"]["message"].as_str().unwrap().contains("OPENAI_API_KEY"));
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn the_index_outlives_the_gateway() {
+    let stand = Stand::start(&[]).await;
+    stand.put(documents()).await.ok();
+    let dir = std::sync::Arc::clone(&stand.dir);
+    stand.gateway.shutdown().await;
+    let stand = Stand::start_in(dir, &[]).await;
+    assert_eq!(sources(&stand.query("renew lease").await.ok()), ["src/lease.rs"]);
+    let again = stand.put(documents()).await.ok();
+    assert_eq!(again["results"][0]["outcome"], "unchanged");
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_request_id_is_kept_and_nonsense_is_replaced() {
+    let stand = Stand::start(&[]).await;
+    let ask = |id: &str| stand.request(Method::GET, "/health/live").header("x-request-id", id);
+    assert_eq!(stand.send(ask("run-17.1")).await.header("x-request-id"), Some("run-17.1"));
+    let replaced = stand.send(ask("with spaces")).await;
+    assert_ne!(replaced.header("x-request-id"), Some("with spaces"));
+    stand.gateway.shutdown().await;
+}
