@@ -36,7 +36,8 @@ fn config(base_url: &str) -> OpenAiConfig {
 
 /// Long enough for an answer, short enough to wait for where none comes.
 fn impatient(base_url: &str) -> OpenAiConfig {
-    OpenAiConfig { timeout: Duration::from_millis(700), ..config(base_url) }
+    // Long enough for a loaded machine; only the hanging answer waits for it.
+    OpenAiConfig { timeout: Duration::from_secs(5), ..config(base_url) }
 }
 
 fn chat(sim: &RunningSim) -> OpenAiChat {
@@ -305,11 +306,11 @@ async fn a_rate_limit_is_transient_says_when_and_costs_nothing() {
 }
 
 #[tokio::test]
-async fn a_server_in_trouble_is_transient_and_may_have_billed() {
-    for fault in ["500", "502", "503"] {
+async fn a_server_in_trouble_is_transient_and_only_a_proxy_hides_what_was_billed() {
+    for (fault, billed) in [("500", Billed::Nothing), ("503", Billed::Nothing), ("502", Billed::Unknown)] {
         let (error, _sim) = fails_with(fault).await;
         assert!(error.error.is_transient(), "{error:?}");
-        assert_eq!(error.billed, Billed::Unknown);
+        assert_eq!(error.billed, billed, "{fault}");
     }
     let (error, _sim) = fails_with_step(json!({"fault": "503", "retry_after": 2})).await;
     assert!(matches!(error.error, UpstreamError::Transient { retry_after: Some(_), .. }), "{error:?}");
@@ -451,7 +452,7 @@ async fn embedding_failures_are_decisions_too() {
     for fault in ["429", "500", "hang", "cut", "malformed"] {
         let (error, _) = fails(fault).await;
         assert!(error.error.is_transient(), "{fault}: {error:?}");
-        assert_eq!(error.billed == Billed::Nothing, fault == "429", "{fault}: {error:?}");
+        assert_eq!(error.billed == Billed::Nothing, ["429", "500"].contains(&fault), "{fault}: {error:?}");
     }
     for fault in ["empty", "wrong_schema", "no_choices"] {
         let (error, billed) = fails(fault).await;

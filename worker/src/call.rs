@@ -143,6 +143,10 @@ impl ModelCalls {
         CallEnd::Failed { error: last, throttled }
     }
 
+    fn is_last(&self, model: &str) -> bool {
+        self.chain.last().is_some_and(|last| last == model)
+    }
+
     fn models(&self, preferred: Option<&str>) -> Vec<String> {
         let mut models: Vec<String> = preferred.map(str::to_owned).into_iter().collect();
         for model in &self.chain {
@@ -202,7 +206,12 @@ impl ModelCalls {
                 }
                 Err(failure) => failure,
             };
-            permit.failed(&error);
+            if is_models_own(&error) && !self.is_last(&request.model) {
+                // The API is well; another model of the chain may be too.
+                permit.succeeded();
+            } else {
+                permit.failed(&error);
+            }
             if self.breaker.state() != CircuitState::Closed {
                 self.gate.set(Reason::Dependency(Dependency::Model), true);
             }
@@ -351,6 +360,11 @@ impl ModelCalls {
         })
         .await
     }
+}
+
+/// True when the model is wrong, not the API or the key.
+fn is_models_own(error: &UpstreamError) -> bool {
+    matches!(error, UpstreamError::Misconfigured { variable: "OPENAI_MODEL" | "OPENAI_FALLBACK_MODELS", .. })
 }
 
 /// True for a 429: the API asks for fewer calls at once.

@@ -163,6 +163,7 @@ impl Gate {
 }
 
 #[cfg(test)]
+#[expect(clippy::expect_used, reason = "a test fails by panicking")]
 mod tests {
     use atlas_shared::metrics::Registry;
 

@@ -173,9 +173,14 @@ impl OneAttempt {
             }
             _ => permanent("invalid_request", message),
         };
-        // Below 500 a server refused before it generated. A gateway's 408 or 5xx may hide a generation.
-        let refused =
-            status.is_client_error() && status != StatusCode::REQUEST_TIMEOUT || status.is_redirection();
+        // Below 500 a server refused before it generated; a 5xx in which the API itself speaks JSON is
+        // its own failure, which it does not bill. A 408, 502 or 504, or the HTML of a proxy, may hide a
+        // generation. Booking the API's own failures as spent would let an outage eat the day's budget.
+        let hides = matches!(
+            status,
+            StatusCode::REQUEST_TIMEOUT | StatusCode::BAD_GATEWAY | StatusCode::GATEWAY_TIMEOUT
+        );
+        let refused = !hides && (!status.is_server_error() || body.is_json);
         ModelError { error, billed: if refused { Billed::Nothing } else { Billed::Unknown } }
     }
 }
@@ -261,6 +266,8 @@ struct ErrorBody {
     /// `code` and `type`, lower case.
     codes: Vec<String>,
     param: String,
+    /// The API itself speaks, not a proxy before it.
+    is_json: bool,
 }
 
 impl ErrorBody {
@@ -282,6 +289,7 @@ impl ErrorBody {
         };
         let inner = error.get("innererror").and_then(|inner| inner.get("code")).and_then(Value::as_str);
         Self {
+            is_json: true,
             message,
             codes: [word("code"), word("type"), inner.map(str::to_ascii_lowercase)]
                 .into_iter()
