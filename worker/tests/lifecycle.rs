@@ -1,0 +1,580 @@
+//! The life cycle of requests, through a whole worker on the embedded store and queue, a real HTTP
+//! gateway (of canned passages) and the simulator of the model API.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::needless_pass_by_value,
+    reason = "tests"
+)]
+
+use std::{future::Future, net::SocketAddr, time::Duration};
+
+use atlas_openai_sim::{RunningSim, Sim, SimOptions};
+use atlas_shared::{
+    Config, Env, TaskId, Tokens, WorkerId,
+    config::Process,
+    gateway_api::{Passage, QueryChatRequest},
+    message::{Answer, AnswerType},
+};
+use atlas_worker::{
+    RunningWorker, StartError, Worker,
+    queue::{self, Queues},
+    store::{self, ClaimRequest, RunDetail, RunStatus, RunStore},
+};
+use axum::{Json, Router, http::StatusCode, routing::post};
+use bytes::Bytes;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+/// Nothing here takes this long; a test that does has failed.
+const BOUND: Duration = Duration::from_secs(60);
+
+/// One folder, one gateway, and optionally a simulator: all that workers of one test share.
+struct Stack {
+    _dir: tempfile::TempDir,
+    env: Env,
+    sim: Option<RunningSim>,
+}
+
+impl Stack {
+    /// Without a model: the offline drafter writes.
+    async fn offline() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let gateway = gateway().await;
+        let env = Env::default()
+            .with("ATLAS_DATA_DIR", dir.path().display().to_string())
+            .with("WORKER_LISTEN", "127.0.0.1:0")
+            .with("RAG_URL", format!("http://{gateway}"))
+            .with("SWEEP_INTERVAL_SECONDS", "1")
+            .with("RETRY_BASE_MILLISECONDS", "1")
+            .with("CIRCUIT_OPEN_SECONDS", "1")
+            .with("LOG_LEVEL", "warn");
+        Self { _dir: dir, env, sim: None }
+    }
+
+    /// With the simulator as the model API.
+    async fn simulated() -> Self {
+        let mut stack = Self::offline().await;
+        let sim = Sim::start(SimOptions::default()).await.unwrap();
+        stack.env = stack.env.with("OPENAI_BASE_URL", sim.base_url()).with("OPENAI_API_KEY", "sk-test-key");
+        stack.sim = Some(sim);
+        stack
+    }
+
+    fn with(mut self, name: &str, value: &str) -> Self {
+        self.env = self.env.with(name, value);
+        self
+    }
+
+    fn config(&self) -> Config {
+        Config::load(&self.env, Process::Worker).unwrap()
+    }
+
+    async fn worker(&self) -> RunningWorker {
+        Worker::start(&self.config()).await.unwrap()
+    }
+
+    async fn store(&self) -> std::sync::Arc<dyn RunStore> {
+        store::open(&self.config()).await.unwrap()
+    }
+
+    async fn queues(&self) -> Queues {
+        queue::open(&self.config()).await.unwrap()
+    }
+
+    async fn publish(&self, message: impl Into<Bytes>) {
+        self.queues().await.publisher.publish("architect_in", message.into(), Vec::new()).await.unwrap();
+    }
+
+    /// Publishes a request and waits for its last answer.
+    async fn ask(&self, content: &str, metadata: Value) -> Answer {
+        let task = TaskId::random();
+        self.ask_as(task, &request(task, content, metadata)).await
+    }
+
+    async fn ask_as(&self, task: TaskId, message: &Value) -> Answer {
+        let config = self.config();
+        let mut answers = queue::watch_answers(&config, task).await.unwrap();
+        self.publish(message.to_string()).await;
+        bounded("an answer", async {
+            loop {
+                let answer = answers.next().await.unwrap();
+                if matches!(answer.msg_type, AnswerType::Spec | AnswerType::Error | AnswerType::Control) {
+                    return answer;
+                }
+            }
+        })
+        .await
+    }
+
+    async fn run(&self, task: TaskId) -> Option<RunDetail> {
+        self.store().await.get_run(task).await.unwrap()
+    }
+
+    /// Waits until the run is in this state.
+    async fn until(&self, task: TaskId, status: RunStatus) -> RunDetail {
+        let store = self.store().await;
+        eventually(&format!("run {task} is {}", status.as_str()), || async {
+            store.get_run(task).await.unwrap().filter(|detail| detail.run.status == status)
+        })
+        .await
+    }
+
+    /// What the ledger says was used today, and what the simulator billed.
+    async fn books(&self) -> (u64, u64) {
+        let budget = self.store().await.budget(self.config().limits).await.unwrap();
+        assert_eq!(budget.reserved, Tokens(0), "nothing may be left open");
+        (budget.used.0, self.sim.as_ref().unwrap().meter().total_tokens())
+    }
+}
+
+fn request(task: TaskId, content: &str, metadata: Value) -> Value {
+    json!({"task_id": task, "role": "architect", "msg_type": "chat", "content": content, "metadata": metadata})
+}
+
+fn command(content: Value) -> (TaskId, Value) {
+    let task = TaskId::random();
+    (task, json!({"task_id": task, "role": "architect", "msg_type": "control", "content": content}))
+}
+
+/// A gateway that finds the same two passages whatever is asked.
+async fn gateway() -> SocketAddr {
+    async fn query(Json(request): Json<QueryChatRequest>) -> Json<Vec<Passage>> {
+        let passage = |source: &str, start_line, text: &str| Passage {
+            text: text.to_owned(),
+            similarity: None,
+            source: source.to_owned(),
+            start_line,
+            end_line: start_line + 1,
+            heading: None,
+            score: 0.03,
+            collection: request.collection.clone().unwrap_or_default(),
+            lang: None,
+            repo: None,
+            commit: None,
+        };
+        Json(vec![
+            passage(
+                "docs/queue.md",
+                3,
+                "The event bus is Google Pub/Sub.\nEvery topic has a dead-letter topic.",
+            ),
+            passage("docs/store.md", 10, "Results are stored in Postgres.\nWrites go through SQL functions."),
+        ])
+    }
+    let app = Router::new()
+        .route("/v1/query_chat", post(query))
+        .route("/health/ready", axum::routing::get(|| async { Json(json!({"status": "ready"})) }));
+    serve(app).await
+}
+
+async fn serve(app: Router) -> SocketAddr {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+    addr
+}
+
+async fn bounded<T>(what: &str, work: impl Future<Output = T>) -> T {
+    tokio::time::timeout(BOUND, work).await.unwrap_or_else(|_| panic!("waited {BOUND:?} for {what}"))
+}
+
+/// Looks until there is something to see.
+async fn eventually<T, F, Fut>(what: &str, mut look: F) -> T
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = Option<T>>,
+{
+    bounded(what, async {
+        let mut ticks = tokio::time::interval(Duration::from_millis(20));
+        loop {
+            ticks.tick().await;
+            if let Some(seen) = look().await {
+                return seen;
+            }
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn without_a_model_the_offline_drafter_answers_and_says_so() {
+    let stack = Stack::offline().await;
+    let worker = stack.worker().await;
+
+    let answer = stack.ask("Design the event bus", json!({"team": "billing"})).await;
+
+    assert_eq!(answer.msg_type, AnswerType::Spec);
+    assert_eq!(answer.metadata["status"], "done");
+    assert_eq!(answer.metadata["model"], "offline-extractive");
+    assert_eq!(answer.metadata["tokens"], 0);
+    assert_eq!(answer.metadata["team"], "billing", "the request's own metadata comes back");
+    let markdown = answer.content.as_str().unwrap();
+    assert!(markdown.lines().take(3).any(|line| line.contains("No language model")), "{markdown}");
+    assert!(markdown.contains("docs/queue.md"), "{markdown}");
+
+    let detail = stack.until(answer.task_id, RunStatus::Done).await;
+    assert_eq!(detail.answer.unwrap()["content"], answer.content, "stored as it was published");
+    worker.drain().await;
+}
+
+#[tokio::test]
+async fn a_model_writes_a_grounded_spec_and_the_ledger_equals_the_meter() {
+    let stack = Stack::simulated().await;
+    let worker = stack.worker().await;
+
+    let answer = stack.ask("Design the event bus", json!({})).await;
+
+    assert_eq!(answer.msg_type, AnswerType::Spec, "{answer:?}");
+    assert_eq!(answer.metadata["model"], "gpt-4.1");
+    let citations = answer.metadata["citations"].as_array().unwrap();
+    assert!(!citations.is_empty());
+    for citation in citations {
+        assert!(["docs/queue.md", "docs/store.md"].contains(&citation["source"].as_str().unwrap()));
+    }
+    let (ledger, meter) = stack.books().await;
+    assert!(meter > 0);
+    assert_eq!(ledger, meter);
+    assert_eq!(answer.metadata["tokens"], meter);
+    worker.drain().await;
+}
+
+#[tokio::test]
+async fn a_message_without_task_id_and_without_optional_fields_is_served() {
+    let stack = Stack::offline().await;
+    let worker = stack.worker().await;
+
+    stack.publish(r#"{"role":"architect","msg_type":"chat","content":"Design a cache","metadata":{}}"#).await;
+
+    let store = stack.store().await;
+    let run = eventually("one run is done", || async {
+        store.list_runs(Some(RunStatus::Done), 10).await.unwrap().into_iter().next()
+    })
+    .await;
+    assert_eq!(run.task_id.0.get_version_num(), 5, "derived from the message id");
+    worker.drain().await;
+}
+
+#[tokio::test]
+async fn bad_messages_are_answered_or_kept_and_never_stop_the_worker() {
+    let stack = Stack::offline().await;
+    let worker = stack.worker().await;
+    let nested = format!("{}1{}", "[".repeat(400), "]".repeat(400));
+    let bad: Vec<Vec<u8>> = vec![
+        b"not json at all".to_vec(),
+        b"[1, 2, 3]".to_vec(),
+        b"\xff\xfe{}".to_vec(),
+        json!({"role":"architect","msg_type":"chat","content":"  ","metadata":{}}).to_string().into_bytes(),
+        json!({"role":"architect","msg_type":"chat","content":"x".repeat(2 << 20),"metadata":{}})
+            .to_string()
+            .into_bytes(),
+        json!({"role":"architect","msg_type":"poem","content":"x","metadata":{}}).to_string().into_bytes(),
+        json!({"role":"architect","msg_type":"chat","content":"x","task_id":"seven"})
+            .to_string()
+            .into_bytes(),
+        format!(r#"{{"role":"architect","msg_type":"chat","content":"x","metadata":{{"deep":{nested}}}}}"#)
+            .into_bytes(),
+        json!({"role":"architect","msg_type":"control","content":{"command":"dance"}})
+            .to_string()
+            .into_bytes(),
+    ];
+    let count = u64::try_from(bad.len()).unwrap();
+    stack.publish(json!({"role":"chef","msg_type":"chat","content":"Cook"}).to_string()).await;
+    for message in bad {
+        stack.publish(message).await;
+    }
+
+    let good = stack.ask("Design the event bus", json!({})).await;
+    assert_eq!(good.msg_type, AnswerType::Spec, "the worker goes on");
+
+    let store = stack.store().await;
+    let limits = stack.config().limits;
+    eventually("every bad message is kept", || async {
+        let fleet = store.fleet_state(limits).await.unwrap();
+        (fleet.dead_letters == count && fleet.outbox_unsent == 0).then_some(())
+    })
+    .await;
+    let metrics = worker.registry.render().unwrap();
+    for reason in [
+        "not_json",
+        "not_an_object",
+        "invalid_utf8",
+        "empty_content",
+        "too_large",
+        "unknown_msg_type",
+        "invalid_task_id",
+        "invalid_command",
+    ] {
+        assert!(metrics.contains(&format!("reason=\"{reason}\"")), "{reason} is not counted");
+    }
+    worker.drain().await;
+}
+
+#[tokio::test]
+async fn a_rejected_message_gets_an_error_answer_that_says_what_to_mend() {
+    let stack = Stack::offline().await;
+    let worker = stack.worker().await;
+    let task = TaskId::random();
+
+    let message = json!({"task_id": task, "role": "architect", "msg_type": "poem", "content": "x", "metadata": {"ticket": 7}});
+    let answer = stack.ask_as(task, &message).await;
+
+    assert_eq!(answer.msg_type, AnswerType::Error);
+    assert_eq!(answer.metadata["error_code"], "unknown_msg_type");
+    assert_eq!(answer.metadata["ticket"], 7);
+    assert!(answer.content.as_str().unwrap().contains("chat"), "{}", answer.content);
+    worker.drain().await;
+}
+
+#[tokio::test]
+async fn a_task_that_is_published_twice_is_done_once() {
+    let stack = Stack::simulated().await;
+    let worker = stack.worker().await;
+    let task = TaskId::random();
+    let message = request(task, "Design the event bus", json!({}));
+
+    let first = stack.ask_as(task, &message).await;
+    stack.publish(message.to_string()).await;
+    // A later request is served after the copy was.
+    let metrics = eventually("the copy is counted", || async {
+        let metrics = worker.registry.render().unwrap();
+        metrics.contains("atlas_messages_total{outcome=\"duplicate\"} 1").then_some(metrics)
+    })
+    .await;
+
+    assert!(metrics.contains("atlas_runs_total{status=\"done\"} 1"), "{metrics}");
+    let detail = stack.run(task).await.unwrap();
+    assert_eq!(detail.run.attempt, 1);
+    assert_eq!(detail.answer.unwrap()["content"], first.content);
+    let (ledger, meter) = stack.books().await;
+    assert_eq!(ledger, meter);
+    assert_eq!(first.metadata["tokens"], meter, "paid once");
+    worker.drain().await;
+}
+
+#[tokio::test]
+async fn an_exhausted_day_defers_and_a_raised_limit_resumes() {
+    let stack = Stack::simulated().await.with("DAILY_TOKEN_BUDGET", "50");
+    let worker = stack.worker().await;
+    let task = TaskId::random();
+
+    stack.publish(request(task, "Design the event bus", json!({})).to_string()).await;
+    let deferred = stack.until(task, RunStatus::Deferred).await;
+    assert!(deferred.run.not_before.is_some());
+    assert_eq!(stack.books().await, (0, 0), "nothing was called, nothing is open");
+    assert!(worker.registry.render().unwrap().contains("atlas_work_blocked{reason=\"budget\"} 1"));
+
+    let second = TaskId::random();
+    stack.publish(request(second, "Design a cache", json!({})).to_string()).await;
+    stack.until(second, RunStatus::Deferred).await;
+
+    // The command that ends it comes through the same queue.
+    let (command_id, message) = command(json!({"command": "set_budget", "daily": 1_000_000}));
+    stack.ask_as(command_id, &message).await;
+
+    stack.until(task, RunStatus::Done).await;
+    stack.until(second, RunStatus::Done).await;
+    let (ledger, meter) = stack.books().await;
+    assert_eq!(ledger, meter);
+    worker.drain().await;
+}
+
+#[tokio::test]
+async fn a_run_that_cannot_fit_its_own_limit_fails_with_a_clear_error() {
+    let stack = Stack::simulated().await.with("TOKEN_BUDGET_PER_RUN", "500");
+    let worker = stack.worker().await;
+
+    let answer = stack.ask("Design the event bus", json!({})).await;
+
+    assert_eq!(answer.msg_type, AnswerType::Error);
+    assert_eq!(answer.metadata["error_code"], "run_budget_exhausted");
+    assert!(answer.content.as_str().unwrap().contains("TOKEN_BUDGET_PER_RUN"), "{}", answer.content);
+    assert_eq!(stack.books().await, (0, 0));
+    worker.drain().await;
+}
+
+#[tokio::test]
+async fn the_fallback_model_answers_when_the_first_one_fails() {
+    let stack = Stack::simulated()
+        .await
+        .with("OPENAI_FALLBACK_MODELS", "gpt-4.1-mini")
+        .with("RETRY_MAX_ATTEMPTS", "2")
+        .with("CIRCUIT_FAILURES", "100");
+    stack
+        .sim
+        .as_ref()
+        .unwrap()
+        .script(json!([
+            {"fault": "500"}, {"fault": "500"}
+        ]))
+        .unwrap();
+    let worker = stack.worker().await;
+
+    let answer = stack.ask("Design the event bus", json!({})).await;
+
+    assert_eq!(answer.msg_type, AnswerType::Spec, "{answer:?}");
+    assert_eq!(answer.metadata["model"], "gpt-4.1-mini");
+    assert_eq!(answer.metadata["fallbacks"].as_array().unwrap().len(), 1);
+    let (ledger, meter) = stack.books().await;
+    assert_eq!(ledger, meter, "the API's own failures are not billed");
+    worker.drain().await;
+}
+
+#[tokio::test]
+async fn a_call_whose_cost_nobody_can_know_is_booked_as_spent() {
+    let stack = Stack::simulated().await.with("TOKEN_BUDGET_PER_RUN", "40000");
+    stack.sim.as_ref().unwrap().script(json!([{"fault": "cut"}])).unwrap();
+    let worker = stack.worker().await;
+
+    let answer = stack.ask("Design the event bus", json!({})).await;
+
+    assert_eq!(answer.msg_type, AnswerType::Spec, "{answer:?}");
+    let (ledger, meter) = stack.books().await;
+    assert!(ledger > meter, "the whole reservation of the cut call is booked: {ledger} <= {meter}");
+    worker.drain().await;
+}
+
+#[tokio::test]
+async fn a_dead_gateway_is_said_in_the_spec() {
+    let dead = {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        listener.local_addr().unwrap()
+    };
+    let stack = Stack::offline().await.with("RAG_URL", &format!("http://{dead}"));
+    let worker = stack.worker().await;
+
+    let answer = stack.ask("Design the event bus", json!({})).await;
+
+    assert_eq!(answer.msg_type, AnswerType::Spec);
+    assert!(!answer.metadata["context_degraded"].is_null(), "{:?}", answer.metadata);
+    assert_eq!(answer.metadata["citations"], json!([]));
+    worker.drain().await;
+}
+
+#[tokio::test]
+async fn a_dead_workers_run_is_taken_up_by_the_sweep() {
+    let stack = Stack::simulated().await;
+    let store = stack.store().await;
+    let task = TaskId::random();
+    // A worker that claims, reserves, and is never heard of again.
+    let claim = ClaimRequest {
+        task_id: task,
+        claim_id: Uuid::now_v7(),
+        message: request(task, "Design the event bus", json!({})),
+        tenant: None,
+        requester: None,
+        worker: WorkerId("dead".to_owned()),
+        lease: Duration::ZERO,
+    };
+    assert!(matches!(store.claim_run(&claim).await.unwrap(), store::Claim::Claimed(_)));
+
+    let worker = stack.worker().await;
+    let detail = stack.until(task, RunStatus::Done).await;
+
+    assert_eq!(detail.run.attempt, 2);
+    worker.drain().await;
+}
+
+#[tokio::test]
+async fn a_drain_gives_running_work_back_and_another_worker_finishes_it() {
+    let stack = Stack::simulated().await.with("DRAIN_TIMEOUT_SECONDS", "0");
+    let sim = stack.sim.as_ref().unwrap();
+    sim.script(json!([{"fault": "hang"}])).unwrap();
+    let first = stack.worker().await;
+    let task = TaskId::random();
+    stack.publish(request(task, "Design the event bus", json!({})).to_string()).await;
+    eventually("the call is in flight", || async { (sim.meter().calls() > 0).then_some(()) }).await;
+
+    bounded("the drain", first.drain()).await;
+    let released = stack.run(task).await.unwrap();
+    assert_eq!(released.run.status, RunStatus::Queued, "given back");
+
+    let second = stack.worker().await;
+    let detail = stack.until(task, RunStatus::Done).await;
+    assert_eq!(detail.run.attempt, 2);
+    let (ledger, meter) = stack.books().await;
+    assert!(ledger >= meter, "the call that was in flight is booked as spent");
+    second.drain().await;
+}
+
+#[tokio::test]
+async fn commands_change_the_fleet_and_are_answered() {
+    let stack = Stack::offline().await;
+    let worker = stack.worker().await;
+    let (task, message) = command(json!({"command": "set_budget", "daily": 777, "per_run": 55}));
+    let answer = stack.ask_as(task, &message).await;
+    assert_eq!(answer.msg_type, AnswerType::Control);
+    assert_eq!(answer.content["fleet"]["budget"]["limit"], 777);
+    assert_eq!(answer.content["fleet"]["run_limit"], 55);
+
+    let (task, message) = command(json!({"command": "heartbeat"}));
+    let answer = stack.ask_as(task, &message).await;
+    assert_eq!(answer.content["command"], "heartbeat");
+    assert_eq!(answer.content["fleet"]["budget"]["limit"], 777, "it is in the store");
+
+    let (task, message) = command(json!({"command": "cancel", "task_id": TaskId::random()}));
+    assert_eq!(stack.ask_as(task, &message).await.content["cancelled"], false, "an unknown task");
+    worker.drain().await;
+}
+
+#[tokio::test]
+async fn a_paused_fleet_keeps_requests_in_the_store_until_it_is_resumed() {
+    let stack = Stack::offline().await;
+    let worker = stack.worker().await;
+    let (task, message) = command(json!({"command": "pause"}));
+    assert_eq!(stack.ask_as(task, &message).await.content["fleet"]["paused"], true);
+
+    let task = TaskId::random();
+    stack.publish(request(task, "Design the event bus", json!({})).to_string()).await;
+    let waiting = stack.until(task, RunStatus::Queued).await;
+    assert_eq!(waiting.run.attempt, 0, "nobody worked on it");
+
+    let (command_id, message) = command(json!({"command": "resume"}));
+    stack.ask_as(command_id, &message).await;
+    stack.until(task, RunStatus::Done).await;
+    worker.drain().await;
+}
+
+#[tokio::test]
+async fn readiness_has_a_checks_map() {
+    let stack = Stack::offline().await;
+    let worker = stack.worker().await;
+    let client = reqwest::Client::new();
+    let url = format!("http://{}/health/ready", worker.addr);
+
+    let body = eventually("ready", || async {
+        let response = client.get(&url).send().await.unwrap();
+        let ready = response.status() == StatusCode::OK.as_u16();
+        let body: Value = response.json().await.unwrap();
+        ready.then_some(body)
+    })
+    .await;
+
+    for check in ["store", "queue", "gateway", "model"] {
+        assert_eq!(body["checks"][check]["ok"], true, "{body}");
+    }
+    let metrics =
+        client.get(format!("http://{}/metrics", worker.addr)).send().await.unwrap().text().await.unwrap();
+    assert!(metrics.contains("atlas_in_flight"));
+    worker.drain().await;
+}
+
+#[tokio::test]
+async fn a_wrong_key_or_an_unknown_model_stops_the_start_and_names_the_variable() {
+    let options = SimOptions { require_key: Some("sk-right-key".to_owned()), ..SimOptions::default() };
+    let sim = Sim::start(options).await.unwrap();
+    let stack = Stack::offline().await.with("OPENAI_BASE_URL", &sim.base_url());
+
+    let wrong_key = stack.with("OPENAI_API_KEY", "sk-wrong-key");
+    let error = Worker::start(&wrong_key.config()).await.expect_err("must not start");
+    assert!(matches!(error, StartError::Upstream(_)));
+    assert!(error.to_string().contains("OPENAI_API_KEY"), "{error}");
+    assert!(!error.to_string().contains("sk-wrong-key"), "{error}");
+
+    let unknown_model =
+        wrong_key.with("OPENAI_API_KEY", "sk-right-key").with("OPENAI_MODEL", "no-such-model");
+    let error = Worker::start(&unknown_model.config()).await.expect_err("must not start");
+    assert!(error.to_string().contains("OPENAI_MODEL"), "{error}");
+}
