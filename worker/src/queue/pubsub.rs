@@ -243,3 +243,61 @@ fn describe(error: &(dyn std::error::Error + 'static)) -> String {
     }
     text
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
+mod tests {
+    use google_cloud_gax::error::rpc::Status;
+
+    use super::*;
+
+    fn refused(code: Code) -> UpstreamError {
+        let error = Error::service(Status::default().set_code(code).set_message("no"));
+        upstream(&error, "pulling from s", "my-project", "roles/pubsub.subscriber")
+    }
+
+    #[test]
+    fn a_missing_right_names_the_role_and_the_command() {
+        let UpstreamError::Misconfigured { variable, message, fix, .. } = refused(Code::PermissionDenied)
+        else {
+            panic!("a person must grant it");
+        };
+        assert_eq!(variable, "GOOGLE_APPLICATION_CREDENTIALS");
+        assert!(message.starts_with("pulling from s: "), "{message}");
+        assert!(fix.contains("gcloud projects add-iam-policy-binding my-project"), "{fix}");
+        assert!(fix.contains("--role=roles/pubsub.subscriber"), "{fix}");
+    }
+
+    #[test]
+    fn what_passes_is_transient_and_what_never_will_is_not() {
+        for code in [Code::Unavailable, Code::DeadlineExceeded, Code::Internal, Code::ResourceExhausted] {
+            assert!(refused(code).is_transient(), "{code:?}");
+        }
+        assert_eq!(refused(Code::InvalidArgument).code(), "rejected_by_queue");
+        assert_eq!(refused(Code::Unauthenticated).code(), "misconfigured");
+    }
+
+    #[test]
+    fn a_bare_http_status_means_what_its_grpc_code_means() {
+        let error = Error::http(403, http::HeaderMap::new(), bytes::Bytes::new());
+        assert_eq!(code_of(&error), Some(Code::PermissionDenied));
+    }
+
+    /// Two TLS providers are linked into `atlas`; a client that cannot choose between them panics.
+    #[tokio::test]
+    async fn tls_is_set_up_without_a_panic() {
+        let connection = Connection {
+            project: "p".to_owned(),
+            endpoint: Some("https://127.0.0.1:9".to_owned()),
+            timeout: Duration::from_secs(2),
+            create_missing: false,
+        };
+        let admin = Admin::connect(&connection).await.unwrap();
+        let by_http = admin.ensure_topic("topic", "PUBSUB_TOPIC_IN").await.unwrap_err();
+        assert!(by_http.is_transient(), "{by_http}");
+        let publisher = connection.publisher().await.unwrap().publisher(admin.topic_path("topic")).build();
+        let message = google_cloud_pubsub::model::Message::new().set_data("x");
+        let by_grpc = timeout(Duration::from_secs(30), publisher.publish(message)).await.unwrap();
+        assert!(by_grpc.is_err());
+    }
+}

@@ -91,6 +91,7 @@ pub(super) struct Admin {
     subscriptions: SubscriptionAdmin,
     project: String,
     create_missing: bool,
+    emulator: bool,
     timeout: Duration,
 }
 
@@ -101,6 +102,7 @@ impl Admin {
             subscriptions: connection.subscription_admin().await?,
             project: connection.project.clone(),
             create_missing: connection.create_missing,
+            emulator: connection.endpoint.is_some(),
             timeout: connection.timeout,
         })
     }
@@ -115,6 +117,10 @@ impl Admin {
 
     pub(super) fn creates_missing(&self) -> bool {
         self.create_missing
+    }
+
+    pub(super) fn is_emulator(&self) -> bool {
+        self.emulator
     }
 
     pub(super) fn topic_path(&self, topic: &str) -> String {

@@ -416,7 +416,8 @@ async fn deliver(shared: &Shared, message: Message, handler: Handler, slot: Owne
     // Waits for earlier deliveries to be decided; the client keeps this one's lease meanwhile.
     let Ok(bytes) = shared.bytes.clone().acquire_many_owned(bytes).await else { return };
     let delivery_attempt = handler.delivery_attempt().and_then(|attempt| u32::try_from(attempt).ok());
-    let Message { data, attributes, message_id, .. } = message;
+    let message_id = message_id(shared, &message);
+    let Message { data, attributes, .. } = message;
     let mut attributes: Vec<_> = attributes.into_iter().collect();
     attributes.sort_unstable();
     shared.put(Ok(Delivery {
@@ -432,6 +433,18 @@ async fn deliver(shared: &Shared, message: Message, handler: Handler, slot: Owne
             _bytes: bytes,
         }),
     }));
+}
+
+/// The id that every delivery of the message has. Pub/Sub's own, except on the emulator, which counts
+/// from 1 again after a restart: there the time of publishing tells today's "1" from yesterday's, whose
+/// task the store still knows.
+fn message_id(shared: &Shared, message: &Message) -> String {
+    match &message.publish_time {
+        Some(at) if shared.admin.is_emulator() => {
+            format!("{}@{}.{:09}", message.message_id, at.seconds(), at.nanos())
+        }
+        _ => message.message_id.clone(),
+    }
 }
 
 /// The subscription is gone: makes it again where that is allowed, otherwise says how to.
