@@ -42,6 +42,7 @@ mod draft;
 mod finish;
 #[cfg(test)]
 mod hostile;
+pub mod judge;
 mod mermaid;
 pub mod offline;
 mod passages;

@@ -492,7 +492,7 @@ mod tests {
         super::{
             draft::Draft,
             schema,
-            testing::{finished, good_spec, input, says},
+            testing::{adr, finished, good_spec, input, refine, review, says, task},
         },
         *,
     };
@@ -674,6 +674,21 @@ mod tests {
         let cited: Vec<u32> = done.citations.iter().map(|citation| citation.n).collect();
         assert_eq!(cited, [1, 2, 3]);
         assert_eq!(done.spec.context[0].citations, [1]);
+    }
+
+    #[test]
+    fn every_kind_has_its_own_shape() {
+        let shown = |answer: &Value, kind: &str| {
+            let mut input = input();
+            input.task = task("Look at how workers share runs", &json!({ "kind": kind }));
+            let mut draft = Draft::new(input);
+            draft.answered(&says(answer));
+            finished(&mut draft).markdown
+        };
+        insta::assert_snapshot!("rendered_adr", shown(&adr(), "adr"));
+        insta::assert_snapshot!("rendered_review", shown(&review(), "review"));
+        let refined = shown(&refine(), "refine");
+        insta::assert_snapshot!("rendered_refine_opening", refined.split("## Context").next().unwrap());
     }
 
     #[test]

@@ -216,3 +216,53 @@ pub(super) fn transcript(request: &ChatRequest) -> String {
     writeln!(out, "======== at most {} tokens, tools {tools:?}", request.max_completion_tokens).unwrap();
     out
 }
+
+/// A good answer of kind `adr`.
+pub(super) fn adr() -> Value {
+    json!({
+        "title": "Keep leases in the store",
+        "summary": "The store grants leases on runs. Its clock decides when they end.",
+        "context": [{"text": "A worker that claims a run holds a lease of 60 seconds", "citations": [1]}],
+        "drivers": [{"text": "No run may be lost when a worker dies", "citations": []}],
+        "options": [
+            {"name": "Leases in the store", "description": "A row says who holds the run", "pros": ["One clock"],
+             "cons": ["One more write"], "citations": [1]},
+            {"name": "Leases in the queue", "description": "The queue redelivers", "pros": ["Nothing to build"],
+             "cons": ["Says nothing about the dead worker"], "citations": []}
+        ],
+        "outcome": {"chosen": "Leases in the store", "rationale": "Its clock is the only one all workers share", "citations": [1]},
+        "consequences": {
+            "good": [{"text": "A dead worker's run is taken over by another worker", "citations": [1]}],
+            "bad": [{"text": "Every renewal is a write", "citations": []}]
+        },
+        "confirmation": [{"text": "A test kills a worker and counts results", "citations": []}],
+        "diagrams": [],
+        "open_questions": ["How long may a run take?"]
+    })
+}
+
+/// A good answer of kind `review`.
+pub(super) fn review() -> Value {
+    json!({
+        "title": "Review of run leases",
+        "summary": "The design holds. Its weak spot is the length of a lease.",
+        "context": [{"text": "A worker that claims a run holds a lease of 60 seconds", "citations": [1]}],
+        "strengths": [{"text": "The lease is renewed while the run lives", "citations": [1]}],
+        "findings": [
+            {"title": "Long leases", "severity": "high", "finding": "A dead worker's run waits a whole lease",
+             "recommendation": "Renew every 10 seconds and lease for 30", "citations": [1]}
+        ],
+        "risks": [{"risk": "A slow worker loses its lease", "severity": "low", "mitigation": "Writes are fenced", "citations": []}],
+        "diagrams": [{"title": "As it is", "mermaid": "sequenceDiagram\n  Worker->>Store: claim\n  Store-->>Worker: lease"}],
+        "open_questions": ["Who watches the store?"]
+    })
+}
+
+/// A good answer of kind `refine`.
+pub(super) fn refine() -> Value {
+    let mut answer = good_spec();
+    answer["changes"] = json!([
+        {"section": "Decisions", "change": "Leases of 30 seconds", "reason": "The request asks for a faster takeover", "citations": []}
+    ]);
+    answer
+}

@@ -1,0 +1,577 @@
+//! A score card for a rendered document: deterministic checks, no model.
+//!
+//! It reads the Markdown, not the structure behind it, so that it judges what a reader gets and works
+//! for any file. It can tell whether a document is complete, honest about its sources and readable;
+//! it cannot tell whether it is right.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    sync::LazyLock,
+};
+
+use regex::Regex;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    mermaid,
+    spec::{Field, Kind},
+};
+
+/// Shorter says too little, longer is not read.
+const WORDS: std::ops::RangeInclusive<usize> = 150..=4_000;
+/// A mean above this is hard to read.
+const MAX_SENTENCE_WORDS: f64 = 28.0;
+/// Statements with a citation, at least, for full marks.
+const WANTED_GROUNDING: f64 = 0.5;
+
+/// Phrases that sell or fill instead of saying something.
+const BANNED: &[&str] = &[
+    "best-in-class",
+    "best of breed",
+    "cutting-edge",
+    "cutting edge",
+    "delve",
+    "game-changer",
+    "game changer",
+    "in today's fast-paced",
+    "it is important to note",
+    "it's important to note",
+    "leverage the power",
+    "next-generation",
+    "robust and scalable",
+    "scalable and robust",
+    "seamless",
+    "state-of-the-art",
+    "synergy",
+    "unlock the potential",
+    "world-class",
+    "as an ai",
+    "as a language model",
+];
+
+/// The verdict on a document.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ScoreCard {
+    /// What kind of document it was taken for, by its headings.
+    pub kind: Kind,
+    /// One a check, in a fixed order.
+    pub checks: Vec<Check>,
+}
+
+/// One check.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Check {
+    /// Its name, stable.
+    pub name: String,
+    /// 0 to 1; 1: nothing to complain about.
+    pub score: f64,
+    /// What was found, in words.
+    pub detail: String,
+}
+
+impl Check {
+    /// True for full marks.
+    pub fn passed(&self) -> bool {
+        self.score >= 1.0
+    }
+}
+
+impl ScoreCard {
+    /// The mean of all checks, 0 to 100.
+    pub fn score(&self) -> u32 {
+        let sum: f64 = self.checks.iter().map(|check| check.score).sum();
+        let mean = sum / self.checks.len().max(1) as f64;
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 100")]
+        let score = (mean * 100.0).floor() as u32;
+        score
+    }
+
+    /// True when every check has full marks.
+    pub fn passed(&self) -> bool {
+        self.checks.iter().all(Check::passed)
+    }
+}
+
+impl fmt::Display for ScoreCard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let passed = self.checks.iter().filter(|check| check.passed()).count();
+        writeln!(
+            f,
+            "{} / 100  ({}, {passed} of {} checks passed)",
+            self.score(),
+            self.kind.as_str(),
+            self.checks.len()
+        )?;
+        for Check { name, score, detail } in &self.checks {
+            let mark = if *score >= 1.0 { "ok  " } else { "    " };
+            writeln!(f, "  {mark}{name:<13} {:>4.0} %  {detail}", (score * 100.0).floor())?;
+        }
+        Ok(())
+    }
+}
+
+/// Judges a rendered document.
+pub fn judge(markdown: &str) -> ScoreCard {
+    let page = Page::read(markdown);
+    let checks = vec![
+        complete(&page),
+        headings(&page),
+        decisions(&page),
+        components(&page),
+        citations(&page),
+        grounding(&page),
+        diagrams(&page),
+        length(&page),
+        language(&page),
+        safety(&page),
+    ];
+    ScoreCard { kind: page.kind, checks }
+}
+
+/// A document taken apart.
+struct Page<'a> {
+    kind: Kind,
+    /// The level-2 headings, in order.
+    headings: Vec<&'a str>,
+    /// Lines of each section, without fenced blocks.
+    sections: BTreeMap<&'a str, Vec<&'a str>>,
+    /// Fenced blocks: language and content.
+    blocks: Vec<(&'a str, String)>,
+    /// True when there is a title.
+    titled: bool,
+    /// All lines outside fenced blocks.
+    prose: Vec<&'a str>,
+}
+
+impl<'a> Page<'a> {
+    fn read(markdown: &'a str) -> Self {
+        let mut page = Self {
+            kind: Kind::Spec,
+            headings: Vec::new(),
+            sections: BTreeMap::new(),
+            blocks: Vec::new(),
+            titled: false,
+            prose: Vec::new(),
+        };
+        let mut section = "";
+        let mut fence: Option<(String, &str, Vec<&str>)> = None;
+        for line in markdown.lines() {
+            let ticks: String = line.chars().take_while(|c| *c == '`').collect();
+            if let Some((open, language, content)) = &mut fence {
+                if line.trim_end() == open.as_str() {
+                    page.blocks.push((*language, content.join("\n")));
+                    fence = None;
+                } else {
+                    content.push(line);
+                }
+                continue;
+            }
+            if ticks.len() >= 3 {
+                let language = line[ticks.len()..].trim();
+                fence = Some((ticks, language, Vec::new()));
+                continue;
+            }
+            page.prose.push(line);
+            if let Some(heading) = line.strip_prefix("## ") {
+                section = heading.trim();
+                page.headings.push(section);
+                page.sections.entry(section).or_default();
+            } else if let Some(title) = line.strip_prefix("# ") {
+                page.titled |= !title.trim().is_empty() && title.trim() != "Untitled";
+            } else {
+                page.sections.entry(section).or_default().push(line);
+            }
+        }
+        if let Some((_, language, content)) = fence {
+            page.blocks.push((language, content.join("\n")));
+        }
+        let has = |field: Field| page.headings.contains(&field.heading());
+        page.kind = if has(Field::Outcome) {
+            Kind::Adr
+        } else if has(Field::Findings) {
+            Kind::Review
+        } else if has(Field::Changes) {
+            Kind::Refine
+        } else {
+            Kind::Spec
+        };
+        page
+    }
+
+    fn section(&self, field: Field) -> &[&'a str] {
+        self.sections.get(field.heading()).map_or(&[], Vec::as_slice)
+    }
+
+    /// The list items of a section.
+    fn items(&self, field: Field) -> impl Iterator<Item = &'a str> {
+        self.section(field).iter().filter_map(|line| line.strip_prefix("- "))
+    }
+
+    /// True when the section says something.
+    fn says(&self, field: Field) -> bool {
+        let said = self.section(field).iter().any(|line| {
+            let line = line.trim();
+            !line.is_empty()
+                && !line.starts_with("###")
+                && !matches!(line, "*None given.*" | "*No indexed passage speaks about this.*")
+        });
+        said || (field == Field::Diagrams && !self.blocks.is_empty())
+    }
+}
+
+fn check(name: &str, score: f64, detail: impl Into<String>) -> Check {
+    Check { name: name.to_owned(), score: score.clamp(0.0, 1.0), detail: detail.into() }
+}
+
+/// The share, or full marks where there is nothing to count.
+fn share(part: usize, whole: usize) -> f64 {
+    if whole == 0 { 1.0 } else { part as f64 / whole as f64 }
+}
+
+fn complete(page: &Page<'_>) -> Check {
+    // A record needs no picture.
+    let optional = |field: Field| page.kind == Kind::Adr && field == Field::Diagrams;
+    let wanted: Vec<Field> = page
+        .kind
+        .fields()
+        .iter()
+        .copied()
+        .filter(|field| *field != Field::Title && !optional(*field))
+        .collect();
+    let empty: Vec<&str> =
+        wanted.iter().filter(|field| !page.says(**field)).map(|field| field.heading()).collect();
+    let mut score = share(wanted.len() - empty.len(), wanted.len());
+    let mut detail = if empty.is_empty() {
+        format!("all {} sections say something", wanted.len())
+    } else {
+        format!("nothing in {}", empty.join(", "))
+    };
+    if !page.titled {
+        score -= 0.1;
+        detail.push_str("; no title");
+    }
+    check("complete", score, detail)
+}
+
+fn headings(page: &Page<'_>) -> Check {
+    let wanted: Vec<&str> = page
+        .kind
+        .fields()
+        .iter()
+        .filter(|field| **field != Field::Title)
+        .map(|field| field.heading())
+        .chain(["Sources"])
+        .collect();
+    let missing: Vec<&str> =
+        wanted.iter().copied().filter(|heading| !page.headings.contains(heading)).collect();
+    let foreign: Vec<&str> =
+        page.headings.iter().copied().filter(|heading| !wanted.contains(heading)).collect();
+    if page.headings == wanted {
+        return check("headings", 1.0, "the stable ones, in order");
+    }
+    let detail = match (missing.as_slice(), foreign.as_slice()) {
+        ([], []) => "in another order, or twice".to_owned(),
+        (missing, []) => format!("missing: {}", missing.join(", ")),
+        ([], foreign) => format!("unknown: {}", foreign.join(", ")),
+        (missing, foreign) => format!("missing: {}; unknown: {}", missing.join(", "), foreign.join(", ")),
+    };
+    let faults = missing.len() + foreign.len();
+    check("headings", (1.0 - share(faults.max(1), wanted.len())).min(0.9), detail)
+}
+
+/// Two alternatives, consequences and a reason for every decision; two options for a record.
+fn decisions(page: &Page<'_>) -> Check {
+    const NAME: &str = "decisions";
+    if page.kind == Kind::Review {
+        let findings = page.section(Field::Findings);
+        let count = findings.iter().filter(|line| line.starts_with("### ")).count();
+        let advised = findings.iter().filter(|line| line.starts_with("**Do:**")).count();
+        let detail = format!("{advised} of {count} findings say what to do");
+        return check(NAME, if count == 0 { 0.0 } else { share(advised.min(count), count) }, detail);
+    }
+    if page.kind == Kind::Adr {
+        let options = page.section(Field::Options).iter().filter(|line| line.starts_with("### ")).count();
+        let weighed = options >= 2 && page.says(Field::Outcome);
+        return check(NAME, if weighed { 1.0 } else { 0.0 }, format!("{options} options weighed"));
+    }
+    let (mut count, mut good) = (0, 0);
+    let mut current: Option<Weighing> = None;
+    for line in page.section(Field::Decisions).iter().chain([&"### "]) {
+        if line.starts_with("### ") {
+            if let Some(done) = current.replace(Weighing::default()) {
+                count += 1;
+                good += usize::from(done.alternatives >= 2 && done.consequences >= 1 && done.reason);
+            }
+            continue;
+        }
+        let Some(weighing) = &mut current else { continue };
+        match line.trim() {
+            "**Alternatives**" => weighing.list = List::Alternatives,
+            "**Consequences**" => weighing.list = List::Consequences,
+            line if line.starts_with("- ") => match weighing.list {
+                List::Alternatives => weighing.alternatives += 1,
+                List::Consequences => weighing.consequences += 1,
+                List::None => {}
+            },
+            line => weighing.reason |= line.contains("*Why:*"),
+        }
+    }
+    let detail = format!("{good} of {count} have a reason, two alternatives and consequences");
+    check(NAME, if count == 0 { 0.0 } else { share(good, count) }, detail)
+}
+
+#[derive(Default)]
+struct Weighing {
+    list: List,
+    alternatives: usize,
+    consequences: usize,
+    reason: bool,
+}
+
+#[derive(Default)]
+enum List {
+    #[default]
+    None,
+    Alternatives,
+    Consequences,
+}
+
+/// `[3]` outside code.
+fn markers(line: &str) -> Vec<u32> {
+    static MARKER: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"\[(\d{1,5})\]").ok());
+    let Some(marker) = &*MARKER else { return Vec::new() };
+    marker.captures_iter(line).filter_map(|found| found[1].parse().ok()).collect()
+}
+
+fn is_labelled(line: &str) -> bool {
+    line.contains("*(general knowledge)*") || line.contains("*(from the request)*")
+}
+
+fn components(page: &Page<'_>) -> Check {
+    const NAME: &str = "components";
+    if !page.kind.fields().contains(&Field::Components) {
+        return check(NAME, 1.0, "not part of this kind");
+    }
+    let all: Vec<&str> = page.items(Field::Components).collect();
+    let told = all.iter().filter(|line| !markers(line).is_empty() || is_labelled(line)).count();
+    let detail = format!("{told} of {} say where they come from", all.len());
+    check(NAME, if all.is_empty() { 0.0 } else { share(told, all.len()) }, detail)
+}
+
+fn citations(page: &Page<'_>) -> Check {
+    static SOURCE: LazyLock<Option<Regex>> =
+        LazyLock::new(|| Regex::new(r"^- \[(\d{1,5})\] `[^`]+:(\d+)-(\d+)`").ok());
+    let sources = page.sections.get("Sources").map_or(&[][..], Vec::as_slice);
+    let (mut listed, mut malformed) = (BTreeSet::new(), 0);
+    for line in sources.iter().filter(|line| line.starts_with("- ")) {
+        let found = SOURCE.as_ref().and_then(|source| source.captures(line));
+        let lines = found.as_ref().and_then(|found| {
+            Some((
+                found[1].parse::<u32>().ok()?,
+                found[2].parse::<u32>().ok()?,
+                found[3].parse::<u32>().ok()?,
+            ))
+        });
+        match lines {
+            Some((n, start, end)) if 1 <= start && start <= end => {
+                listed.insert(n);
+            }
+            _ => malformed += 1,
+        }
+    }
+    let cited: BTreeSet<u32> = page
+        .sections
+        .iter()
+        .filter(|(heading, _)| **heading != "Sources")
+        .flat_map(|(_, lines)| lines.iter().flat_map(|line| markers(line)))
+        .collect();
+    let unlisted = cited.difference(&listed).count();
+    let unused = listed.difference(&cited).count();
+    let weak = sources.iter().filter(|line| line.contains("*weak:")).count();
+    let faults = unlisted + unused + malformed + weak;
+    if faults == 0 {
+        return check("citations", 1.0, format!("{} sources, each cited, none missing", listed.len()));
+    }
+    let detail = format!("{unlisted} not listed, {unused} not cited, {malformed} without lines, {weak} weak");
+    check("citations", 1.0 - share(faults, listed.len() + unlisted + malformed), detail)
+}
+
+/// How much of what is said stands on a passage.
+fn grounding(page: &Page<'_>) -> Check {
+    let claims: Vec<&str> = page
+        .kind
+        .fields()
+        .iter()
+        .filter(|field| !matches!(field, Field::OpenQuestions | Field::Decisions | Field::Options))
+        .flat_map(|field| page.items(*field))
+        .filter(|line| !line.contains("*(from the request)*"))
+        .collect();
+    let cited = claims.iter().filter(|line| !markers(line).is_empty()).count();
+    let honest = claims.iter().filter(|line| !markers(line).is_empty() || is_labelled(line)).count();
+    let detail = format!(
+        "{cited} of {} statements cite a passage, {} are unmarked",
+        claims.len(),
+        claims.len() - honest
+    );
+    if claims.is_empty() {
+        return check("grounding", 0.0, "no statements");
+    }
+    check(
+        "grounding",
+        (share(cited, claims.len()) / WANTED_GROUNDING).min(1.0) * share(honest, claims.len()),
+        detail,
+    )
+}
+
+fn diagrams(page: &Page<'_>) -> Check {
+    let drawn: Vec<&String> =
+        page.blocks.iter().filter(|(language, _)| *language == "mermaid").map(|(_, source)| source).collect();
+    let good = drawn.iter().filter(|source| mermaid::check(source).is_ok()).count();
+    let shown_as_text = page
+        .section(Field::Diagrams)
+        .iter()
+        .filter(|line| line.contains("this diagram does not render"))
+        .count();
+    let all = drawn.len() + shown_as_text;
+    let optional = matches!(page.kind, Kind::Adr);
+    let detail = format!("{good} of {all} render");
+    check("diagrams", if all == 0 && !optional { 0.0 } else { share(good, all) }, detail)
+}
+
+fn length(page: &Page<'_>) -> Check {
+    let text: Vec<&str> = page.prose.iter().copied().filter(|line| !line.starts_with('#')).collect();
+    let words: usize = text.iter().map(|line| line.split_whitespace().count()).sum();
+    let sentences: usize = text
+        .iter()
+        .filter(|line| !line.trim().is_empty())
+        .map(|line| line.matches(['.', '!', '?']).count().max(1))
+        .sum();
+    let mean = words as f64 / sentences.max(1) as f64;
+    let mut score = 1.0;
+    if words < *WORDS.start() {
+        score = share(words, *WORDS.start());
+    } else if words > *WORDS.end() {
+        score = share(*WORDS.end(), words);
+    }
+    if mean > MAX_SENTENCE_WORDS {
+        score *= MAX_SENTENCE_WORDS / mean;
+    }
+    check("length", score, format!("{words} words, {mean:.0} a sentence"))
+}
+
+fn language(page: &Page<'_>) -> Check {
+    let text = page.prose.join("\n").to_lowercase();
+    let found: Vec<&str> = BANNED.iter().copied().filter(|phrase| text.contains(phrase)).collect();
+    if found.is_empty() {
+        return check("language", 1.0, "no banned phrase");
+    }
+    check("language", 1.0 - 0.25 * found.len() as f64, format!("says {}", found.join(", ")))
+}
+
+/// What must never be in a document, whoever wrote it.
+fn safety(page: &Page<'_>) -> Check {
+    static HTML: LazyLock<Option<Regex>> = LazyLock::new(|| {
+        Regex::new(r"(?i)<\s*/?\s*(?:script|img|iframe|svg|object|embed|style|link|form|a|div|span)\b|\]\(\s*(?:javascript|data|vbscript):").ok()
+    });
+    let all: Vec<&str> = page
+        .prose
+        .iter()
+        .copied()
+        .chain(page.blocks.iter().flat_map(|(_, source)| source.lines()))
+        .filter(|line| HTML.as_ref().is_some_and(|html| html.is_match(line)))
+        .collect();
+    if all.is_empty() {
+        check("safety", 1.0, "no HTML, no script links")
+    } else {
+        check("safety", 0.0, format!("{} lines with HTML or script links", all.len()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::{
+        super::{
+            draft::Draft,
+            offline,
+            testing::{adr, finished, good_spec, input, refine, review, says, task},
+        },
+        *,
+    };
+
+    fn document(answer: &Value, request: &str, kind: &str) -> String {
+        let mut input = input();
+        input.task = task(request, &json!({ "kind": kind }));
+        let mut draft = Draft::new(input);
+        draft.answered(&says(answer));
+        draft.cannot_call("test", "no repair");
+        finished(&mut draft).markdown
+    }
+
+    fn sloppy() -> Value {
+        let mut answer = good_spec();
+        answer["decisions"][0]["alternatives"] = json!([]);
+        answer["summary"] = json!("A robust and scalable, seamless, state-of-the-art solution.");
+        for field in ["deployment", "scaling", "security", "observability", "risks"] {
+            answer[field] = json!([]);
+        }
+        answer["components"][0]["citations"] = json!([]);
+        answer
+    }
+
+    fn broken() -> Value {
+        let mut answer = good_spec();
+        answer["diagrams"][0]["mermaid"] = json!("flowchart LR\n a[(] --> ");
+        answer["context"] = json!([{"text": "Penguins swim", "citations": [1, 7]}]);
+        answer["title"] = json!("");
+        answer
+    }
+
+    fn hostile() -> Value {
+        let mut answer = good_spec();
+        answer["summary"] =
+            json!("<script>alert(1)</script>\n\n## Approved\n\n[x](javascript:alert(1)) as a language model");
+        answer
+    }
+
+    #[test]
+    fn score_cards_of_good_sloppy_broken_and_hostile_answers() {
+        let request = "Design how workers share runs, so that no run is lost when a worker dies.";
+        let cards: Vec<String> = [
+            ("good spec", document(&good_spec(), request, "spec")),
+            ("good record", document(&adr(), request, "adr")),
+            ("good review", document(&review(), request, "review")),
+            ("good refinement", document(&refine(), request, "refine")),
+            ("sloppy", document(&sloppy(), request, "spec")),
+            ("broken", document(&broken(), request, "spec")),
+            ("hostile", document(&hostile(), request, "spec")),
+            ("offline", offline::draft(&input()).markdown),
+            ("not a document", "# Hello\n\nworld <script>".to_owned()),
+        ]
+        .into_iter()
+        .map(|(name, markdown)| format!("{name}: {}", judge(&markdown)))
+        .collect();
+        insta::assert_snapshot!(cards.join("\n"));
+    }
+
+    #[test]
+    fn the_kind_is_told_by_the_headings() {
+        let request = "x y z";
+        for (answer, kind) in
+            [(good_spec(), "spec"), (adr(), "adr"), (review(), "review"), (refine(), "refine")]
+        {
+            assert_eq!(judge(&document(&answer, request, kind)).kind.as_str(), kind);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_can_be_judged(text in "\\PC{0,200}", lines in "[#\\-`\\[\\]0-9a-z\n *]{0,200}") {
+            prop_assert!(judge(&text).score() <= 100);
+            prop_assert!(judge(&lines).score() <= 100);
+        }
+    }
+}
