@@ -3,8 +3,9 @@
 //! The service sees what `async-openai` hides: status, headers and raw body. A failure leaves it as a
 //! [`Failure`], finished: what to do, and what to book. Only successful answers reach the crate.
 //!
-//! What is booked: nothing when the request was refused (4xx) or never arrived (no connection);
-//! *unknown* when the server may have generated (5xx, timeout, a connection cut after sending).
+//! What is booked: nothing when the request was refused (4xx), never arrived (no connection), or the API
+//! itself failed (a 5xx in JSON); *unknown* when the server may have generated (timeout, a connection cut
+//! after sending, a 5xx of a proxy).
 
 use std::{
     fmt::Write as _,
