@@ -25,8 +25,15 @@ use crate::config::{ConfigError, ConfigErrors, LogConfig};
 
 /// Libraries that log on their own what we handle and report ourselves: each failure is logged once,
 /// where it is handled. (async-openai would log whole answers.) `LOG_LEVEL` may name them to get them back.
-const QUIET: &[&str] =
-    &["async_openai=off", "h2=warn", "hyper=warn", "hyper_util=warn", "rustls=warn", "tower=warn"];
+const QUIET: &[&str] = &[
+    "async_openai=off",
+    "h2=warn",
+    "hyper=warn",
+    "hyper_util=warn",
+    "qdrant_edge=error",
+    "rustls=warn",
+    "tower=warn",
+];
 
 /// Starts logging for this process. Safe to call again (several components in one process): the
 /// first call wins, later ones only check their filter.

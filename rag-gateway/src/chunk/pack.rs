@@ -25,6 +25,7 @@ pub(super) fn pack<'t>(
     for (start, end) in packer.sections() {
         packer.cut(start, end);
     }
+    packer.join_tiny_neighbours();
     packer.chunks()
 }
 
@@ -108,6 +109,24 @@ impl<'t> Packer<'_, 't> {
         if let Some((first, last)) = open {
             self.cut(first, last);
         }
+    }
+
+    /// What remains at the end of a cut, such as the first line of a long block, joins its neighbour
+    /// where both fit: a passage of two lines says little.
+    fn join_tiny_neighbours(&mut self) {
+        let mut joined: Vec<(usize, usize)> = Vec::with_capacity(self.ranges.len());
+        for &(start, end) in &self.ranges {
+            if let Some(last) = joined.last_mut()
+                && self.structure.levels[start] >= FIRST_BLOCK_LEVEL
+                && (self.is_tiny(last.0, last.1) || self.is_tiny(start, end))
+                && self.lines.tokens(last.0, end) <= self.max_tokens
+            {
+                last.1 = end;
+                continue;
+            }
+            joined.push((start, end));
+        }
+        self.ranges = joined;
     }
 
     fn without_blank_ends(&self, mut start: usize, mut end: usize) -> Option<(usize, usize)> {

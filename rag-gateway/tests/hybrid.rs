@@ -1,0 +1,233 @@
+//! Search with embeddings, against the simulator of the API: what is found, what is booked, and what
+//! happens when the API, the budget or the model is not what it should be.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::{sync::Arc, time::Duration};
+
+use atlas_openai_sim::{RunningSim, Sim, SimOptions};
+use atlas_rag_gateway::Gateway;
+use atlas_shared::ledger;
+use serde_json::{Value, json};
+use support::{Stand, config, sources};
+
+const FAST: [(&str, &str); 2] = [("RETRY_BASE_MILLISECONDS", "1"), ("RETRY_MAX_ATTEMPTS", "2")];
+
+async fn sim() -> (RunningSim, String) {
+    let sim = Sim::start(SimOptions::default()).await.expect("a simulator");
+    let url = sim.base_url();
+    (sim, url)
+}
+
+async fn stand(url: &str, more: &[(&str, &str)]) -> Stand {
+    stand_in(Arc::new(tempfile::tempdir().unwrap()), url, more).await
+}
+
+async fn stand_in(dir: Arc<tempfile::TempDir>, url: &str, more: &[(&str, &str)]) -> Stand {
+    let settings: Vec<_> =
+        [("OPENAI_BASE_URL", url)].into_iter().chain(FAST).chain(more.iter().copied()).collect();
+    Stand::start_in(dir, &settings).await
+}
+
+fn documents() -> Value {
+    json!([
+        {"source": "budget.md", "text": "Tokens are reserved before every call and settled after it.\n"},
+        {"source": "queue.md", "text": "Messages are pulled from the subscription and acknowledged.\n"},
+        {"source": "store.md", "text": "Runs and results are stored in Postgres.\n"},
+    ])
+}
+
+/// Tokens that the ledger holds as used and as reserved today.
+async fn booked(stand: &Stand) -> (u64, u64) {
+    let config = config(&stand.dir, &[]);
+    let state = ledger::open(&config).await.unwrap().budget(config.limits).await.unwrap();
+    (state.used.0, state.reserved.0)
+}
+
+#[tokio::test]
+async fn hybrid_search_gives_cosines_and_books_what_was_billed() {
+    let (sim, url) = sim().await;
+    let stand = stand(&url, &[]).await;
+    let put = stand.put(documents()).await.ok();
+    let billed = sim.meter().total_tokens();
+    assert!(billed > 0);
+    assert_eq!(put["tokens"], billed);
+    assert_eq!(booked(&stand).await, (billed, 0));
+
+    let reply = stand.query("how are tokens reserved and settled").await;
+    assert_eq!(reply.header("x-atlas-degraded"), None);
+    let passages = reply.ok();
+    assert_eq!(sources(&passages)[0], "budget.md");
+    for passage in passages.as_array().unwrap() {
+        let cosine = passage["similarity"].as_f64().expect("every passage has a cosine");
+        assert!((0.0..=1.0).contains(&cosine));
+    }
+    assert_eq!(booked(&stand).await, (sim.meter().total_tokens(), 0), "the query was booked too");
+
+    // A threshold above every cosine leaves nothing; one of zero leaves all.
+    let with = |threshold: f64| json!({"query": "tokens", "relevancy_threshold": threshold});
+    assert_eq!(stand.post("/v1/query_chat", with(1.0)).await.ok(), json!([]));
+    assert_eq!(sources(&stand.post("/v1/query_chat", with(0.0)).await.ok()).len(), 3);
+
+    let collections = stand.get("/v1/collections").await.ok();
+    assert_eq!(collections[0]["embedding_model"], "text-embedding-3-small");
+    assert!(collections[0]["embedding_size"].as_u64().unwrap() > 0);
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn unchanged_documents_and_repeated_queries_cost_nothing() {
+    let (sim, url) = sim().await;
+    let stand = stand(&url, &[]).await;
+    stand.put(documents()).await.ok();
+    stand.query("tokens").await.ok();
+    let billed = sim.meter().total_tokens();
+    let again = stand.put(documents()).await.ok();
+    assert_eq!(again["tokens"], 0);
+    stand.query("tokens").await.ok();
+    stand.post("/v1/query_chat", json!({"query": "tokens", "top_k": 1})).await.ok();
+    assert_eq!(sim.meter().total_tokens(), billed);
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_query_that_cannot_be_embedded_is_answered_lexically_and_only_until_the_api_is_back() {
+    let (sim, url) = sim().await;
+    let stand = stand(&url, &[]).await;
+    stand.put(documents()).await.ok();
+    sim.script(json!([{"kind": "embedding", "fault": "500"}])).unwrap();
+    let reply = stand.query("tokens reserved").await;
+    assert_eq!(reply.header("x-atlas-degraded"), Some("lexical"));
+    let passages = reply.ok();
+    assert_eq!(sources(&passages), ["budget.md"]);
+    assert_eq!(passages[0]["similarity"], Value::Null);
+    assert_eq!(stand.metric("rag_degraded_total{reason=\"lexical\"}").await, 1);
+    let reply = stand.query("tokens reserved").await;
+    assert_eq!(reply.header("x-atlas-degraded"), None, "the degraded answer was not kept");
+    let (used, reserved) = booked(&stand).await;
+    assert!(used >= sim.meter().total_tokens(), "a 500 may have been billed, so it is assumed to be");
+    assert_eq!(reserved, 0);
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_failed_embedding_is_tried_again_and_nothing_half_done_is_left() {
+    let (sim, url) = sim().await;
+    let stand = stand(&url, &[]).await;
+    sim.script(json!([{"kind": "embedding", "fault": "500"}])).unwrap();
+    assert_eq!(stand.put(documents()).await.ok()["results"][0]["outcome"], "indexed");
+    sim.script(json!([{"kind": "embedding", "fault": "500", "times": 9}])).unwrap();
+    let more = json!([{"source": "more.md", "text": "One more document about volcanoes.\n"}]);
+    let refused = stand.put(more.clone()).await;
+    refused.problem(503, "upstream_unavailable");
+    assert!(refused.header("retry-after").is_some());
+    sim.script(json!([])).unwrap();
+    assert!(!sources(&stand.query("volcanoes").await.ok()).contains(&"more.md"));
+    assert_eq!(stand.put(more).await.ok()["results"][0]["outcome"], "indexed");
+    assert_eq!(booked(&stand).await.1, 0, "no reservation is left open");
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn without_budget_indexing_waits_and_queries_go_on_lexically() {
+    let (sim, url) = sim().await;
+    let dir = Arc::new(tempfile::tempdir().unwrap());
+    let rich = stand_in(Arc::clone(&dir), &url, &[]).await;
+    rich.put(documents()).await.ok();
+    rich.gateway.shutdown().await;
+    let spent = sim.meter().total_tokens();
+
+    let poor = stand_in(dir, &url, &[("DAILY_TOKEN_BUDGET", "0")]).await;
+    let reply = poor.query("tokens reserved").await;
+    assert_eq!(reply.header("x-atlas-degraded"), Some("lexical"));
+    assert_eq!(sources(&reply.ok()), ["budget.md"]);
+    let more = json!([{"source": "more.md", "text": "One more document.\n"}]);
+    let refused = poor.put(more.clone()).await;
+    let detail = refused.problem(429, "budget_exhausted");
+    assert!(detail.contains("DAILY_TOKEN_BUDGET"), "{detail}");
+    assert!(refused.header("retry-after").is_some());
+    let id = poor.post("/v1/embed_batch", more).await.ok()["job_id"].as_str().unwrap().to_owned();
+    let status = tokio::time::timeout(Duration::from_secs(30), async {
+        loop {
+            let status = poor.get(&format!("/v1/jobs/{id}")).await.ok();
+            if status["note"].is_string() {
+                return status;
+            }
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .expect("the job says what it waits for");
+    assert_eq!(status["state"], "running");
+    assert!(status["note"].as_str().unwrap().contains("token budget"), "{status}");
+    assert_eq!(sim.meter().total_tokens(), spent, "nothing was called");
+    poor.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_collection_of_another_model_is_a_clear_error_and_turns_readiness_red() {
+    let (_sim, url) = sim().await;
+    let dir = Arc::new(tempfile::tempdir().unwrap());
+    let stand = stand_in(Arc::clone(&dir), &url, &[]).await;
+    stand.put(documents()).await.ok();
+    stand.gateway.shutdown().await;
+
+    let other =
+        stand_in(Arc::clone(&dir), &url, &[("OPENAI_EMBEDDING_MODEL", "text-embedding-3-large")]).await;
+    let detail = other.query("tokens").await.problem(409, "embedding_mismatch");
+    assert!(
+        detail.contains("OPENAI_EMBEDDING_MODEL") && detail.contains("text-embedding-3-small"),
+        "{detail}"
+    );
+    other.put(json!([{"source": "x.md", "text": "x"}])).await.problem(409, "embedding_mismatch");
+    let ready = other.get("/health/ready").await;
+    assert_eq!(ready.status.as_u16(), 503);
+    assert!(
+        ready.body["checks"]["collection"]["message"].as_str().unwrap().contains("OPENAI_EMBEDDING_MODEL")
+    );
+    // Another collection takes the new model.
+    let put = other.request(reqwest::Method::PUT, "/v1/documents");
+    other.send(put.json(&json!({"collection": "large", "documents": documents()}))).await.ok();
+    other.gateway.shutdown().await;
+
+    // Without any model the old collection is still searched, lexically; but nothing may be added.
+    let none = stand_in(dir, &url, &[("OPENAI_EMBEDDING_MODEL", "none")]).await;
+    let reply = none.query("tokens reserved").await;
+    assert_eq!(reply.header("x-atlas-degraded"), Some("lexical"));
+    assert_eq!(sources(&reply.ok()), ["budget.md"]);
+    none.put(json!([{"source": "x.md", "text": "x"}])).await.problem(409, "embedding_mismatch");
+    assert_eq!(none.get("/health/ready").await.status.as_u16(), 200);
+    none.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_lexical_collection_stays_lexical_and_says_so() {
+    let (sim, url) = sim().await;
+    let dir = Arc::new(tempfile::tempdir().unwrap());
+    let lexical = stand_in(Arc::clone(&dir), &url, &[("OPENAI_EMBEDDING_MODEL", "none")]).await;
+    lexical.put(documents()).await.ok();
+    lexical.gateway.shutdown().await;
+    let later = stand_in(dir, &url, &[]).await;
+    let reply = later.query("tokens reserved").await;
+    assert_eq!(reply.header("x-atlas-degraded"), Some("lexical"));
+    reply.ok();
+    later.put(json!([{"source": "x.md", "text": "x"}])).await.ok();
+    assert_eq!(sim.meter().total_tokens(), 0);
+    let ready = later.get("/health/ready").await.ok();
+    assert!(ready["checks"]["collection"]["message"].as_str().unwrap().contains("without embeddings"));
+    later.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn an_address_that_is_taken_is_told_with_its_variable() {
+    let stand = Stand::start(&[]).await;
+    let dir = tempfile::tempdir().unwrap();
+    let taken = stand.gateway.addr.to_string();
+    let config = config(&dir, &[("GATEWAY_LISTEN", taken.as_str())]);
+    let ledger = ledger::open(&config).await.unwrap();
+    let error = Gateway::start(&config, ledger).await.expect_err("the port is taken").to_string();
+    assert!(error.contains("GATEWAY_LISTEN"), "{error}");
+    stand.gateway.shutdown().await;
+}
