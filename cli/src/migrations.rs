@@ -675,7 +675,7 @@ mod tests {
         let mut files: Vec<String> = std::fs::read_dir(folder)
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .filter(|name| name.ends_with(".sql"))
+            .filter(|name| name.contains(".up.") || name.contains(".down."))
             .collect();
         files.sort();
         let mut embedded: Vec<String> = MIGRATIONS
