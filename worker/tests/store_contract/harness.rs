@@ -40,7 +40,7 @@ pub(crate) struct Harness {
 
 enum Backend {
     Sqlite { db: Database, _dir: TempDir },
-    Supabase { project: Supabase, sql: tokio_postgres::Client },
+    Supabase { project: Box<Supabase>, sql: tokio_postgres::Client },
 }
 
 /// A row of `token_days`: limit, reserved, used.
@@ -89,7 +89,7 @@ impl Harness {
         };
         let sql = project.database().await.unwrap();
         let store = Arc::new(supabase_store(&project.url, &project.service_role_key));
-        Some(Self::started(store, Backend::Supabase { project, sql }).await)
+        Some(Self::started(store, Backend::Supabase { project: Box::new(project), sql }).await)
     }
 
     async fn started(store: Arc<dyn RunStore>, backend: Backend) -> Self {

@@ -97,7 +97,7 @@ async fn act(h: &Harness, rng: &mut StdRng, world: &mut World) -> &'static str {
                     world.calls.push(Call { lease, reservation });
                 }
                 Ok(ReserveOutcome::Denied(denial)) => {
-                    assert!(denial.available < denial.requested, "{denial:?}")
+                    assert!(denial.available < denial.requested, "{denial:?}");
                 }
                 Err(LedgerError::Fenced { .. }) => {
                     world.leases.retain(|held| Some(held) != lease.as_ref());
@@ -272,7 +272,7 @@ async fn sixteen_clients_with_random_histories_keep_the_books(h: Harness) {
                                 Ok(ReserveOutcome::Granted(reservation)) => open.push((lease, reservation)),
                                 Ok(ReserveOutcome::Denied(_)) => {}
                                 Err(LedgerError::Fenced { .. }) => {
-                                    leases.retain(|held| Some(held) != lease.as_ref())
+                                    leases.retain(|held| Some(held) != lease.as_ref());
                                 }
                                 Err(other) => panic!("{other}"),
                             }
