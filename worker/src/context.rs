@@ -7,7 +7,6 @@ use std::sync::{
 
 use atlas_shared::{
     Config, Tokens, UpstreamError, WorkerId,
-    config::QueueConfig,
     gateway_client::GatewayClient,
     message::Answer,
     resilience::{CircuitBreaker, CircuitState, RetryPolicy},
@@ -20,9 +19,6 @@ use crate::{
     call::ModelCalls, gate::Gate, limiter::Limiter, metrics::Metrics, outbox::Outbox, queue::ResultPublisher,
     store::RunStore,
 };
-
-/// Topic names of the embedded queue, and the defaults of the real one.
-const TOPIC_OUT: &str = "architect_out";
 
 /// What every part of a worker shares. One a worker, behind an `Arc`.
 pub(crate) struct Context {
@@ -64,14 +60,6 @@ pub(crate) struct Context {
 pub(crate) const MAX_PROGRESS: usize = 256;
 
 impl Context {
-    /// The topic of answers, by configuration.
-    pub(crate) fn topic_out(config: &Config) -> String {
-        match &config.queue {
-            QueueConfig::PubSub(pubsub) => pubsub.topic_out.clone(),
-            QueueConfig::Embedded(_) => TOPIC_OUT.to_owned(),
-        }
-    }
-
     /// The limit a run in force: the fleet's, or the configured one.
     pub(crate) fn run_limit(&self) -> Tokens {
         Tokens(self.run_limit.load(Ordering::Relaxed))

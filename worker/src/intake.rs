@@ -98,7 +98,7 @@ async fn handle(
     let verdict = match message::parse(&data, &message_id, context.config.worker.max_message_bytes) {
         Ok(Inbound::Chat(task)) => {
             context.metrics.messages.with_label_values(&["chat"]).inc();
-            let requester = attribute(&attributes, "requester");
+            let requester = attribute(&attributes, "requester").map(|name| name.replace('\0', ""));
             chat(context, task, requester, trace, permit, kill).await
         }
         Ok(Inbound::Control(control)) => {
@@ -245,7 +245,7 @@ fn dead_letter(
         reason: reason.to_owned(),
         detail: message,
         raw_base64: BASE64.encode(data),
-        attributes,
+        attributes: storable(attributes),
         task_id: answer_to,
         fails_run: false,
         announce,
@@ -310,7 +310,7 @@ async fn escalate(context: &Context, source: &str, delivery: Delivery, kill: &Ca
         reason: "delivery_attempts_exhausted".to_owned(),
         detail: detail.to_owned(),
         raw_base64: BASE64.encode(&data),
-        attributes,
+        attributes: storable(attributes),
         task_id,
         fails_run: true,
         announce,
@@ -322,6 +322,11 @@ async fn escalate(context: &Context, source: &str, delivery: Delivery, kill: &Ca
     if let Err(error) = ended {
         tracing::warn!(message_id, error = %error, "the dead letter could not be ended");
     }
+}
+
+/// Attributes without NUL, which Postgres cannot store as text. The message itself is kept as base64.
+fn storable(attributes: Vec<(String, String)>) -> Vec<(String, String)> {
+    attributes.into_iter().map(|(name, value)| (name.replace('\0', ""), value.replace('\0', ""))).collect()
 }
 
 fn attribute(attributes: &[(String, String)], name: &str) -> Option<String> {

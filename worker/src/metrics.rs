@@ -8,7 +8,7 @@ use atlas_shared::{
 };
 use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 
-use crate::store::FleetState;
+use crate::{queue::Backlog, store::FleetState};
 
 /// Upper bounds of run and stage histograms, in seconds: from embedded to a slow model, to 300 s.
 const SECONDS: &[f64] =
@@ -52,6 +52,10 @@ pub(crate) struct Metrics {
     pub(crate) context_degraded: IntCounter,
     /// `atlas_reservation_overruns_total{model}`: answers that billed more than was reserved.
     pub(crate) overruns: IntCounterVec,
+    /// `pubsub_unacknowledged_messages{subscription}`, `pubsub_oldest_unacknowledged_seconds{subscription}`:
+    /// the whole subscription's where the queue can count it, else this process's own deliveries.
+    unacknowledged: IntGaugeVec,
+    oldest_unacknowledged: IntGaugeVec,
     /// `atlas_work_blocked{reason}`: 1 while this reason keeps the worker from working.
     pub(crate) work_blocked: IntGaugeVec,
 }
@@ -120,6 +124,17 @@ impl Metrics {
                 "Answers that billed more than was reserved.",
                 &["model"],
             )?,
+            unacknowledged: registry.gauges(
+                "pubsub_unacknowledged_messages",
+                "Messages that were not acked yet: the subscription's where the queue can count them, else \
+                 those this process holds.",
+                &["subscription"],
+            )?,
+            oldest_unacknowledged: registry.gauges(
+                "pubsub_oldest_unacknowledged_seconds",
+                "How long the oldest of them has waited.",
+                &["subscription"],
+            )?,
             work_blocked: registry.gauges(
                 "atlas_work_blocked",
                 "1 while this reason keeps the worker from working.",
@@ -132,6 +147,16 @@ impl Metrics {
     pub(crate) fn billed(&self, model: &str, usage: Usage) {
         self.tokens.with_label_values(&[model, "prompt"]).inc_by(usage.prompt.0);
         self.tokens.with_label_values(&[model, "completion"]).inc_by(usage.completion.0);
+    }
+
+    /// Shows a queue's backlog.
+    pub(crate) fn backlog(&self, backlog: &Backlog) {
+        let labels = [backlog.subscription.as_str()];
+        let gauge = |gauges: &IntGaugeVec, value: u64| {
+            gauges.with_label_values(&labels).set(i64::try_from(value).unwrap_or(i64::MAX));
+        };
+        gauge(&self.unacknowledged, backlog.unacknowledged);
+        gauge(&self.oldest_unacknowledged, backlog.oldest.unwrap_or_default().as_secs());
     }
 
     /// Shows the fleet's state.

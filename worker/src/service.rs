@@ -27,7 +27,7 @@ use crate::{
     limiter::Limiter,
     metrics::Metrics,
     outbox,
-    queue::{self, Queues, RequestQueue},
+    queue::{self, Queues, RequestQueue, Topics},
     store, sweep,
 };
 
@@ -171,7 +171,7 @@ impl Worker {
             }
         };
 
-        let topic_out = Context::topic_out(config);
+        let topic_out = Topics::of(config).answers;
         let (outbox, marker) =
             outbox::new(Arc::clone(&store), Arc::clone(&queues.publisher), topic_out.clone(), retry.clone());
         let context = Arc::new(Context {
@@ -249,7 +249,7 @@ impl RunningWorker {
             "prober",
             probe(
                 Arc::clone(&self.context),
-                Arc::clone(&self.queues.requests),
+                std::iter::once(&self.queues.requests).chain(&self.queues.dead_letters).cloned().collect(),
                 self.checks.clone(),
                 self.stop.clone(),
             ),
@@ -341,11 +341,22 @@ async fn serve(listener: TcpListener, checks: Checks, registry: Registry, close:
 }
 
 /// Looks at every dependency from time to time: readiness, and the way back from an open circuit.
-async fn probe(context: Arc<Context>, queue: Arc<dyn RequestQueue>, checks: Checks, stop: CancellationToken) {
+async fn probe(
+    context: Arc<Context>,
+    queues: Vec<Arc<dyn RequestQueue>>,
+    checks: Checks,
+    stop: CancellationToken,
+) {
     let interval = context.config.resilience.circuit_open;
     loop {
         checks.report(Dependency::Store, &context.store.check().await);
-        checks.report(Dependency::Queue, &queue.check().await);
+        for queue in &queues {
+            checks.report(Dependency::Queue, &queue.check().await);
+            match queue.backlog().await {
+                Ok(backlog) => context.metrics.backlog(&backlog),
+                Err(error) => tracing::debug!(error = %error, "the backlog could not be counted"),
+            }
+        }
         let gateway = context.gateway.ready().await;
         match (&gateway, context.config.rag.fail_open) {
             (Err(error), true) => checks.degraded(
