@@ -8,6 +8,7 @@
 use std::io::Write as _;
 
 pub mod emulator;
+pub mod fleet;
 pub mod guard;
 pub mod supabase;
 
