@@ -340,8 +340,14 @@ impl Run<'_> {
                 ..request.clone()
             })
         };
+        // Set once a whole day's limit is less than the call wants.
+        let mut too_large_for_any_day = None;
         loop {
             if let Err(does_not_fit) = draft.squeeze(available, count) {
+                if let Some(denial) = too_large_for_any_day {
+                    // It waits for a higher limit; nothing is lost because somebody set a low one.
+                    return Err(CallEnd::Denied(denial));
+                }
                 draft.cannot_call(
                     "run_budget_exhausted",
                     &format!(
@@ -364,6 +370,15 @@ impl Run<'_> {
             self.observe("generate", began.elapsed());
             let answered = match end {
                 CallEnd::Answered(answered) => answered,
+                CallEnd::Denied(denial)
+                    if denial.denied_by != DeniedBy::Run
+                        && denial.requested > denial.limit
+                        && denial.limit < available =>
+                {
+                    available = denial.limit;
+                    too_large_for_any_day = Some(denial);
+                    continue;
+                }
                 // Another count than ours (an earlier attempt's assumed tokens, a fleet limit): fit
                 // into what the store says is left. It must shrink, or this would never end.
                 CallEnd::Denied(Denial { denied_by: DeniedBy::Run, available: left, .. })
@@ -547,7 +562,8 @@ impl Run<'_> {
             answer.metadata.insert("resumes_at".to_owned(), json!(at));
         }
         let attributes = attributes(&answer, self.trace);
-        if denial.denied_by == DeniedBy::Day {
+        // A call that no day can fit says nothing about the others.
+        if denial.denied_by == DeniedBy::Day && denial.requested <= denial.limit {
             self.context.gate.out_of_budget(denial.requested);
         }
         let deferred = resilient::store(&self.context.retry, || {

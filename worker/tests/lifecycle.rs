@@ -356,28 +356,49 @@ async fn a_task_that_is_published_twice_is_done_once() {
 
 #[tokio::test]
 async fn an_exhausted_day_defers_and_a_raised_limit_resumes() {
-    let stack = Stack::simulated().await.with("DAILY_TOKEN_BUDGET", "50");
+    // Enough for one request, squeezed into what a day may bill, and not for a second one.
+    let stack = Stack::simulated().await.with("DAILY_TOKEN_BUDGET", "4000");
     let worker = stack.worker().await;
-    let task = TaskId::random();
-
-    stack.publish(request(task, "Design the event bus", json!({})).to_string()).await;
-    let deferred = stack.until(task, RunStatus::Deferred).await;
-    assert!(deferred.run.not_before.is_some());
-    assert_eq!(stack.books().await, (0, 0), "nothing was called, nothing is open");
-    assert!(worker.registry.render().unwrap().contains("atlas_work_blocked{reason=\"budget\"} 1"));
+    let first = stack.ask("Design the event bus", json!({})).await;
+    assert_eq!(first.msg_type, AnswerType::Spec, "{first:?}");
+    let before = stack.books().await;
 
     let second = TaskId::random();
     stack.publish(request(second, "Design a cache", json!({})).to_string()).await;
-    stack.until(second, RunStatus::Deferred).await;
+    let deferred = stack.until(second, RunStatus::Deferred).await;
+    assert!(deferred.run.not_before.is_some());
+    assert_eq!(stack.books().await, before, "nothing was called, nothing is open");
+    assert!(worker.registry.render().unwrap().contains("atlas_work_blocked{reason=\"budget\"} 1"));
+    let third = TaskId::random();
+    stack.publish(request(third, "Design a queue", json!({})).to_string()).await;
+    stack.until(third, RunStatus::Deferred).await;
 
     // The command that ends it comes through the same queue.
     let (command_id, message) = command(json!({"command": "set_budget", "daily": 1_000_000}));
     stack.ask_as(command_id, &message).await;
 
-    stack.until(task, RunStatus::Done).await;
     stack.until(second, RunStatus::Done).await;
+    stack.until(third, RunStatus::Done).await;
     let (ledger, meter) = stack.books().await;
     assert_eq!(ledger, meter);
+    worker.drain().await;
+}
+
+#[tokio::test]
+async fn a_limit_below_any_call_defers_and_holds_up_nobody_else() {
+    let stack = Stack::simulated().await.with("DAILY_TOKEN_BUDGET", "50");
+    let worker = stack.worker().await;
+    let task = TaskId::random();
+
+    stack.publish(request(task, "Design the event bus", json!({})).to_string()).await;
+    stack.until(task, RunStatus::Deferred).await;
+
+    assert_eq!(stack.books().await, (0, 0));
+    let metrics = worker.registry.render().unwrap();
+    assert!(!metrics.contains("atlas_work_blocked{reason=\"budget\"} 1"), "{metrics}");
+    let (command_id, message) = command(json!({"command": "set_budget", "daily": 1_000_000}));
+    stack.ask_as(command_id, &message).await;
+    stack.until(task, RunStatus::Done).await;
     worker.drain().await;
 }
 
