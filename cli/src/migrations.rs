@@ -854,4 +854,56 @@ mod tests {
         assert!(plain.contains("sslmode"), "{plain}");
         assert_eq!(error(&format!("{url}?sslmode=disable")).await, "");
     }
+
+    #[tokio::test]
+    async fn tls_is_spoken_and_checked_as_the_url_asks() {
+        let test = "tls_is_spoken_and_checked_as_the_url_asks";
+        let server = match Postgres::private().await {
+            Ok(server) => server,
+            Err(reason) => return skip(test, "Postgres", &reason),
+        };
+        let url = server.url("postgres");
+        let admin = connect(&url).await.unwrap();
+        let data: String = admin.query_one("show data_directory", &[]).await.unwrap().get(0);
+        let data = std::path::Path::new(&data);
+        let (key, certificate) = (data.join("server.key"), data.join("server.crt"));
+        let made = std::process::Command::new("openssl")
+            .args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"])
+            .args(["-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE"])
+            .arg("-keyout")
+            .arg(&key)
+            .arg("-out")
+            .arg(&certificate)
+            .output();
+        match made {
+            Ok(output) if output.status.success() => {}
+            other => return skip(test, "openssl", &format!("{other:?}")),
+        }
+        let owner = std::fs::metadata(data).unwrap();
+        let ids = (std::os::unix::fs::MetadataExt::uid(&owner), std::os::unix::fs::MetadataExt::gid(&owner));
+        std::os::unix::fs::chown(&key, Some(ids.0), Some(ids.1)).unwrap();
+        // TLS starts with a reload, for connections from then on.
+        admin.batch_execute("alter system set ssl = on").await.unwrap();
+        admin.execute("select pg_reload_conf()", &[]).await.unwrap();
+
+        let encrypted = async |query: String| -> Result<bool, MigrateError> {
+            let client = connect(&format!("{url}?{query}")).await?;
+            let sql = "select ssl from pg_stat_ssl where pid = pg_backend_pid()";
+            Ok(client.query_one(sql, &[]).await?.get(0))
+        };
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        while encrypted("sslmode=require".to_owned()).await.is_err() {
+            assert!(std::time::Instant::now() < deadline, "the server never came to speak TLS");
+            tokio::task::yield_now().await;
+        }
+        assert!(encrypted("sslmode=require".to_owned()).await.unwrap());
+        assert!(encrypted("sslmode=prefer".to_owned()).await.unwrap());
+        assert!(!encrypted("sslmode=disable".to_owned()).await.unwrap());
+        let unknown = encrypted("sslmode=verify-full".to_owned()).await.unwrap_err().to_string();
+        assert!(unknown.contains("certificate"), "{unknown}");
+        let trusted = format!("sslmode=verify-full&sslrootcert={}", certificate.display());
+        assert!(encrypted(trusted).await.unwrap());
+        let nothing = encrypted("sslmode=verify-full&sslrootcert=/nowhere.pem".to_owned()).await.unwrap_err();
+        assert!(nothing.to_string().contains("/nowhere.pem"), "{nothing}");
+    }
 }

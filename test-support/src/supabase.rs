@@ -49,6 +49,11 @@ impl Postgres {
             .map_err(Clone::clone)
     }
 
+    /// A server for one test that changes its settings.
+    pub async fn private() -> Result<Self, String> {
+        Self::start().await.map_err(|error| format!("{error:#}"))
+    }
+
     /// Starts a server. Needs Postgres 15 or newer installed (Debian package `postgresql`).
     async fn start() -> anyhow::Result<Self> {
         let binaries = binaries().context("Postgres is not installed (Debian package `postgresql`)")?;
