@@ -1,5 +1,7 @@
-//! Placeholder.
-#[allow(dead_code, reason = "the command comes with the CLI")]
-mod migrations;
+//! The `atlas` command. All of it is in the library, where tests reach it.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    atlas_cli::main()
+}

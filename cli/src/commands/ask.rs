@@ -1,0 +1,312 @@
+//! `atlas ask`: publishes a request, shows the stages as they happen, prints the spec.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use atlas_shared::{
+    Config, TaskId,
+    message::{Answer, AnswerStatus, AnswerType},
+};
+use atlas_worker::queue::{self, AnswerStream};
+use serde_json::{Map, Value, json};
+
+use crate::{
+    commands::publish::queue_config,
+    context::Context,
+    error::{CliError, Result},
+    request::{Request, read_text},
+    signals::Stop,
+    stack::{Parts, Stack, running_dev},
+    ui::{DIM, GREEN, Ui, paint, thousands},
+};
+
+/// How long a stack of our own may take to give a request back after Ctrl-C.
+const GIVE_BACK: Duration = Duration::from_secs(1);
+
+/// Ask for an architecture spec and wait for it
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  atlas ask \"Design a rate limiter for our public API\"
+  atlas ask \"Design a rate limiter\" --out rate-limiter.md
+  cat request.md | atlas ask -
+  atlas ask \"Use Redis instead\" --parent 67e55044-10b1-426f-9247-bb680e5fe0c8
+
+The spec goes to standard output, the stages to standard error. Citations come from what
+`atlas index` has indexed. With PUBSUB_PROJECT_ID the request goes to the fleet; else the running
+`atlas dev` serves it; else this command starts the embedded stack for this one question.
+Ctrl-C leaves the request in place: `atlas runs show ID` gives the answer later.")]
+pub(crate) struct Ask {
+    /// What to design, in words; - reads standard input
+    request: String,
+
+    /// Write the spec to FILE instead of standard output
+    #[arg(short, long, value_name = "FILE")]
+    out: Option<PathBuf>,
+
+    /// Collection to search [env: RAG_COLLECTION] [default: atlas]
+    #[arg(short, long, value_name = "NAME")]
+    collection: Option<String>,
+
+    /// Refine the spec of this earlier task
+    #[arg(long, value_name = "ID")]
+    parent: Option<TaskId>,
+
+    /// What kind of document: spec, adr, review, refine
+    #[arg(long, value_name = "KIND")]
+    kind: Option<String>,
+
+    /// Model to use instead of OPENAI_MODEL
+    #[arg(long, value_name = "NAME")]
+    model: Option<String>,
+
+    /// Give up waiting after this many seconds; the request stays
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    timeout: u64,
+
+    /// Print the whole answer message as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Ask {
+    pub(crate) async fn run(self, context: &Context) -> Result<()> {
+        let config = queue_config(context)?;
+        let content = read_text(Some(&self.request), None, config.worker.max_message_bytes)?;
+        if let Some(path) = &self.out {
+            check_writable(path)?;
+        }
+        let request = Request::chat(&content, self.metadata());
+        let mut stop = Stop::listen()?;
+        let stack = stop.unless_stopped(self.stack(context)).await?;
+        let answer = self.ask(&config, &request, context, &mut stop).await;
+        if let Some(stack) = stack {
+            stack.stop().await;
+        }
+        self.deliver(context.ui, &answer?)
+    }
+
+    /// A stack for this question, where nothing else serves it.
+    async fn stack(&self, context: &Context) -> Result<Option<Stack>> {
+        if context.is_set("PUBSUB_PROJECT_ID") || running_dev(context).await.is_some() {
+            return Ok(None);
+        }
+        context.ui.detail("Nothing runs here: starting the embedded stack for this question.");
+        let stack = own_stack(context).await?;
+        warn_if_nothing_is_indexed(context.ui, &stack, self.collection.as_deref()).await;
+        Ok(Some(stack))
+    }
+
+    async fn ask(
+        &self,
+        config: &Config,
+        request: &Request,
+        context: &Context,
+        stop: &mut Stop,
+    ) -> Result<Answer> {
+        let mut waiter = stop.unless_stopped(Waiter::publish(config, request, context.ui)).await?;
+        let answer = waiter.wait(stop, Duration::from_secs(self.timeout)).await;
+        waiter.close().await;
+        answer
+    }
+
+    fn metadata(&self) -> Map<String, Value> {
+        let mut metadata = Map::new();
+        let parent = self.parent.map(|parent| parent.to_string());
+        for (name, value) in [
+            ("collection", self.collection.as_ref()),
+            ("parent_id", parent.as_ref()),
+            ("kind", self.kind.as_ref()),
+            ("model", self.model.as_ref()),
+        ] {
+            if let Some(value) = value {
+                metadata.insert(name.to_owned(), json!(value));
+            }
+        }
+        metadata
+    }
+
+    fn deliver(&self, ui: Ui, answer: &Answer) -> Result<()> {
+        let text = if self.json {
+            serde_json::to_string_pretty(answer)
+                .map_err(|error| CliError::failure("cannot write the answer as JSON").because(error))?
+        } else {
+            spec_text(answer).trim_end().to_owned()
+        };
+        match &self.out {
+            Some(path) => {
+                fs::write(path, format!("{text}\n")).map_err(|error| {
+                    CliError::failure(format!("cannot write {}", path.display()))
+                        .because(error)
+                        .fix(format!("the spec is stored: atlas runs show {} --spec", answer.task_id))
+                })?;
+                ui.note(format_args!("Written to {}", path.display()));
+            }
+            None => ui.out(text),
+        }
+        summarise(ui, answer);
+        Ok(())
+    }
+}
+
+/// A stack in this process for one question. It must not hold the user up after Ctrl-C.
+async fn own_stack(context: &Context) -> Result<Stack> {
+    let mut config = context.embedded_config(&[])?;
+    config.gateway.listen = ([127, 0, 0, 1], 0).into();
+    config.worker.listen = ([127, 0, 0, 1], 0).into();
+    config.worker.drain_timeout = config.worker.drain_timeout.min(GIVE_BACK);
+    Box::pin(Stack::start(config, Parts::All, "ask", context.ui)).await
+}
+
+/// The text of an answer.
+pub(crate) fn spec_text(answer: &Answer) -> &str {
+    answer.content.as_str().unwrap_or_default()
+}
+
+/// A spec without passages is worth less: say so before it is written.
+async fn warn_if_nothing_is_indexed(ui: Ui, stack: &Stack, collection: Option<&str>) {
+    let Ok(client) = stack.client() else { return };
+    let name = collection.unwrap_or(&stack.config.rag.collection);
+    if let Ok(collections) = client.collections().await
+        && !collections.iter().any(|info| info.name == name && info.chunks > 0)
+    {
+        ui.note(format_args!(
+            "Nothing is indexed in collection {name}: the spec will have no citations. First: atlas index ."
+        ));
+    }
+}
+
+fn check_writable(path: &Path) -> Result<()> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    if folder.is_dir() && !path.is_dir() {
+        return Ok(());
+    }
+    Err(CliError::usage(format!("cannot write to {}", path.display()))
+        .because(if path.is_dir() { "it is a folder" } else { "its folder does not exist" })
+        .fix("name a file in a folder that exists"))
+}
+
+/// Waits for the answer to one published request and shows what happens meanwhile.
+pub(crate) struct Waiter {
+    task_id: TaskId,
+    answers: Box<dyn AnswerStream>,
+    started: Instant,
+    ui: Ui,
+}
+
+impl Waiter {
+    /// Watches, then publishes: no answer can be missed.
+    pub(crate) async fn publish(config: &Config, request: &Request, ui: Ui) -> Result<Self> {
+        let Some(task_id) = request.task_id else {
+            return Err(CliError::usage("the request names no task, so its answer cannot be recognised"));
+        };
+        let answers = Box::pin(queue::watch_answers(config, task_id)).await?;
+        let started = Instant::now();
+        let waiter = Self { task_id, answers, started, ui };
+        if let Err(error) = Box::pin(request.publish(config)).await {
+            waiter.close().await;
+            return Err(error);
+        }
+        waiter.stage(&format!("published as {task_id}"));
+        Ok(waiter)
+    }
+
+    /// The spec, or why there is none (yet).
+    pub(crate) async fn wait(&mut self, stop: &mut Stop, bound: Duration) -> Result<Answer> {
+        let later = format!("get it later: atlas runs show {}", self.task_id);
+        let deadline = tokio::time::sleep(bound);
+        tokio::pin!(deadline);
+        loop {
+            let answer = tokio::select! {
+                answer = self.answers.next() => {
+                    answer.map_err(|error| CliError::from(error).fix(&later))?
+                }
+                () = stop.requested() => {
+                    return Err(CliError::interrupted("stopped waiting; the request stays in the queue")
+                        .fix(later)
+                        .fix("if no fleet serves the queue, `atlas dev` does"));
+                }
+                () = &mut deadline => {
+                    return Err(CliError::failure(format!("no spec after {} s; the request stays in the queue", bound.as_secs()))
+                        .because("the work takes longer, or no worker pulls (`atlas doctor` says)")
+                        .fix(later));
+                }
+            };
+            match (answer.msg_type, status(&answer)) {
+                (AnswerType::Spec, _) => return Ok(answer),
+                (AnswerType::Error, _) => {
+                    let code = answer.metadata.get("error_code").and_then(Value::as_str).unwrap_or("error");
+                    return Err(CliError::failure(format!("the request failed ({code})"))
+                        .because(spec_text(&answer))
+                        .fix(format!("the whole story: atlas runs show {}", self.task_id)));
+                }
+                (AnswerType::Progress, Some(AnswerStatus::Deferred)) => {
+                    return Err(CliError::failure(
+                        "today's token budget is used up; the request waits for more",
+                    )
+                    .because(spec_text(&answer))
+                    .fix("see it: atlas budget show")
+                    .fix(later));
+                }
+                (AnswerType::Progress | AnswerType::Control, _) => self.stage(spec_text(&answer)),
+            }
+        }
+    }
+
+    /// Stops watching.
+    pub(crate) async fn close(self) {
+        self.answers.close().await;
+    }
+
+    fn stage(&self, text: &str) {
+        let at = format!("{:>6.1} s", self.started.elapsed().as_secs_f64());
+        self.ui.note(format_args!("{}  {text}", paint(DIM, at)));
+    }
+}
+
+fn status(answer: &Answer) -> Option<AnswerStatus> {
+    serde_json::from_value(answer.metadata.get("status")?.clone()).ok()
+}
+
+/// One line about what it cost and how far it can be trusted.
+pub(crate) fn summarise(ui: Ui, answer: &Answer) {
+    let metadata = &answer.metadata;
+    let mut facts = Vec::new();
+    if let Some(model) = metadata.get("model").and_then(Value::as_str) {
+        facts.push(model.to_owned());
+    }
+    if let Some(tokens) = metadata.get("tokens").and_then(Value::as_u64) {
+        facts.push(format!("{} tokens", thousands(tokens)));
+    }
+    if let Some(citations) = metadata.get("citations").and_then(Value::as_array) {
+        facts.push(format!("{} citations", citations.len()));
+    }
+    ui.note(format_args!("{} {}  ({})", paint(GREEN, "done"), answer.task_id, facts.join(", ")));
+    match metadata.get("context_degraded") {
+        None | Some(Value::Null | Value::Bool(false)) => {}
+        Some(Value::String(why)) => ui.warn(format_args!("The passages are less than they could be: {why}")),
+        Some(_) => ui.warn("The gateway did not answer: the spec was written without passages."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use super::*;
+
+    #[test]
+    fn a_file_that_cannot_be_written_is_found_before_the_question_is_asked() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(check_writable(&dir.path().join("spec.md")).is_ok());
+        assert!(check_writable(Path::new("spec.md")).is_ok());
+        assert!(check_writable(dir.path()).unwrap_err().to_string().contains("it is a folder"));
+        let missing = check_writable(&dir.path().join("no/spec.md")).unwrap_err();
+        assert!(missing.to_string().contains("does not exist"));
+    }
+}

@@ -1,0 +1,13 @@
+//! The commands: one file each, a struct that is its arguments and its help, one `run`.
+
+pub(crate) mod ask;
+pub(crate) mod budget;
+pub(crate) mod config;
+pub(crate) mod demo;
+pub(crate) mod dev;
+pub(crate) mod doctor;
+pub(crate) mod index;
+pub(crate) mod migrate;
+pub(crate) mod publish;
+pub(crate) mod runs;
+pub(crate) mod search;

@@ -1,0 +1,133 @@
+//! `atlas search`: what the worker would find, as it would find it.
+
+use atlas_shared::{
+    gateway_api::{Passage, QueryChatRequest, QueryFilter},
+    gateway_client::QueryAnswer,
+};
+
+use crate::{
+    context::Context,
+    error::{CliError, Result},
+    stack::GatewayAccess,
+    ui::{BOLD, DIM, paint},
+};
+
+/// Lines of a passage that are shown without `--full`.
+const PREVIEW_LINES: usize = 6;
+
+/// Find passages in the index: what the worker would be given
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  atlas search \"how are retries configured\"
+  atlas search \"token budget\" --top-k 3 --full
+  atlas search timeouts --filter 'docs/**' --lang markdown
+  atlas search timeouts --json | jq -r '.[] | \"\\(.source):\\(.start_line)\"'
+
+Asks the gateway at RAG_URL, else the running `atlas dev`, else opens the embedded index itself.")]
+pub(crate) struct Search {
+    /// What to look for, in words
+    query: String,
+
+    /// How many passages at most
+    #[arg(short = 'k', long, value_name = "N", default_value_t = 5)]
+    top_k: usize,
+
+    /// Collection to search [env: RAG_COLLECTION] [default: atlas]
+    #[arg(short, long, value_name = "NAME")]
+    collection: Option<String>,
+
+    /// Only files whose path matches this glob
+    #[arg(short, long, value_name = "GLOB")]
+    filter: Option<String>,
+
+    /// Only this language, such as rust or markdown
+    #[arg(long, value_name = "LANG")]
+    lang: Option<String>,
+
+    /// Only this repository, by the name it was indexed with
+    #[arg(long, value_name = "NAME")]
+    repo: Option<String>,
+
+    /// At most one passage a file
+    #[arg(long)]
+    one_per_file: bool,
+
+    /// Show whole passages
+    #[arg(long)]
+    full: bool,
+
+    /// Print the gateway's answer as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Search {
+    pub(crate) async fn run(self, context: &Context) -> Result<()> {
+        if self.query.trim().is_empty() {
+            return Err(CliError::usage("there is nothing to look for").fix("atlas search \"some words\""));
+        }
+        let access = GatewayAccess::open(context, "search").await?;
+        let found = self.search(context, &access).await;
+        access.close().await;
+        found
+    }
+
+    async fn search(&self, context: &Context, access: &GatewayAccess) -> Result<()> {
+        let collection = self.collection.clone().unwrap_or_else(|| access.config.rag.collection.clone());
+        let filter = QueryFilter {
+            path: self.filter.clone(),
+            lang: self.lang.clone(),
+            repo: self.repo.clone(),
+            tenant: None,
+        };
+        let request = QueryChatRequest {
+            query: self.query.clone(),
+            top_k: Some(self.top_k),
+            collection: Some(collection.clone()),
+            relevancy_threshold: access.config.rag.relevancy_threshold,
+            collapse_by_file: self.one_per_file.then_some(true),
+            filter: (filter != QueryFilter::default()).then_some(filter),
+        };
+        let QueryAnswer { passages, degraded } = access.client.query_chat(&request).await?;
+        if let Some(how) = degraded {
+            context.ui.detail(format_args!("The gateway says its answer is {how}."));
+        }
+        if self.json {
+            return context.ui.json(&passages);
+        }
+        if passages.is_empty() {
+            context.ui.note(format_args!("Nothing found in collection {collection} ({}).", access.place));
+            context.ui.note("Is it indexed? `atlas index PATH` does it; a second run costs nothing.");
+            return Ok(());
+        }
+        for (at, passage) in passages.iter().enumerate() {
+            if at > 0 {
+                context.ui.out("");
+            }
+            self.show(context, passage);
+        }
+        Ok(())
+    }
+
+    fn show(&self, context: &Context, passage: &Passage) {
+        let Passage { source, start_line, end_line, .. } = passage;
+        let mut place = paint(BOLD, format_args!("{source}:{start_line}-{end_line}"));
+        if let Some(heading) = passage.heading.as_deref().filter(|heading| !heading.is_empty()) {
+            place = format!("{place}  {heading}");
+        }
+        let similarity =
+            passage.similarity.map_or_else(String::new, |cosine| format!(", similarity {cosine:.2}"));
+        context.ui.out(format_args!(
+            "{place}  {}",
+            paint(DIM, format_args!("score {:.4}{similarity}", passage.score))
+        ));
+        let limit = if self.full { usize::MAX } else { PREVIEW_LINES };
+        for line in passage.text.lines().take(limit) {
+            context.ui.out(format_args!("  {line}"));
+        }
+        let more = passage.text.lines().count().saturating_sub(limit);
+        if more > 0 {
+            context.ui.out(paint(DIM, format_args!("  … {more} more (--full shows them)")));
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! Builds and publishes request messages (DESIGN section 4).
+
+use std::{io::Read as _, path::Path, sync::Arc};
+
+use atlas_shared::{
+    Config, TaskId,
+    message::{ROLE, SCHEMA_VERSION},
+};
+use atlas_worker::queue::{self, ResultPublisher, Topics};
+use bytes::Bytes;
+use serde_json::{Map, Value, json};
+
+use crate::error::{CliError, Result};
+
+/// A message that is about to be published.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Request {
+    /// The task, where the message names one.
+    pub(crate) task_id: Option<TaskId>,
+    /// The message, byte for byte.
+    pub(crate) data: Bytes,
+}
+
+impl Request {
+    /// A chat message with a new task id.
+    pub(crate) fn chat(content: &str, mut metadata: Map<String, Value>) -> Self {
+        let task_id = TaskId::random();
+        metadata.insert("schema_ver".to_owned(), json!(SCHEMA_VERSION));
+        let message = json!({
+            "task_id": task_id,
+            "role": ROLE,
+            "msg_type": "chat",
+            "content": content,
+            "metadata": metadata,
+        });
+        Self { task_id: Some(task_id), data: Bytes::from(message.to_string()) }
+    }
+
+    /// Bytes as they are.
+    pub(crate) fn raw(data: impl Into<Bytes>) -> Self {
+        let data = data.into();
+        let task_id = serde_json::from_slice::<Value>(&data)
+            .ok()
+            .and_then(|message| message.get("task_id")?.as_str()?.parse().ok());
+        Self { task_id, data }
+    }
+
+    /// Publishes it and returns the task it will be served as.
+    pub(crate) async fn publish(&self, config: &Config) -> Result<TaskId> {
+        let publisher: Arc<dyn ResultPublisher> = queue::open_publisher(config).await?;
+        let mut attributes =
+            vec![("role".to_owned(), ROLE.to_owned()), ("requester".to_owned(), "atlas-cli".to_owned())];
+        if let Some(task_id) = self.task_id {
+            attributes.push(("task_id".to_owned(), task_id.to_string()));
+        }
+        let message_id =
+            publisher.publish(&Topics::of(config).requests, self.data.clone(), attributes).await?;
+        Ok(self.task_id.unwrap_or_else(|| TaskId::from_message_id(&message_id)))
+    }
+}
+
+/// The request text of a command: an argument, `-` for standard input, or a file. Bounded by
+/// `MAX_MESSAGE_BYTES`, because no worker takes more.
+pub(crate) fn read_text(text: Option<&str>, file: Option<&Path>, max_bytes: usize) -> Result<String> {
+    let read = |what: String, input: &mut dyn std::io::Read| {
+        let mut bytes = Vec::new();
+        input
+            .take(max_bytes as u64 + 1)
+            .read_to_end(&mut bytes)
+            .map_err(|error| CliError::usage(format!("cannot read {what}")).because(error))?;
+        if bytes.len() > max_bytes {
+            return Err(CliError::usage(format!("{what} has more than {max_bytes} bytes"))
+                .because("no worker takes a larger message (MAX_MESSAGE_BYTES)")
+                .fix("index long documents (`atlas index`) and ask about them"));
+        }
+        String::from_utf8(bytes)
+            .map_err(|error| CliError::usage(format!("{what} is not UTF-8")).because(error))
+    };
+    let text = match (text, file) {
+        (_, Some(path)) => {
+            let what = path.display().to_string();
+            let mut file = std::fs::File::open(path)
+                .map_err(|error| CliError::usage(format!("cannot read {what}")).because(error))?;
+            read(what, &mut file)?
+        }
+        (Some("-"), None) => read("standard input".to_owned(), &mut std::io::stdin().lock())?,
+        (Some(text), None) => text.to_owned(),
+        (None, None) => String::new(),
+    };
+    if text.trim().is_empty() {
+        return Err(CliError::usage("the request is empty").fix("say what to design, in a sentence or more"));
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
+    use atlas_shared::message::{self, Inbound};
+
+    use super::*;
+
+    #[test]
+    fn a_chat_request_fits_the_contract() {
+        let metadata = Map::from_iter([("collection".to_owned(), json!("docs"))]);
+        let request = Request::chat("Design a cache", metadata);
+        let Inbound::Chat(task) = message::parse(&request.data, "1", 1 << 20).unwrap() else {
+            panic!("not a chat");
+        };
+        assert_eq!(Some(task.task_id), request.task_id);
+        assert_eq!(task.content, "Design a cache");
+        assert_eq!(task.options.collection.as_deref(), Some("docs"));
+    }
+
+    #[test]
+    fn a_raw_message_keeps_its_bytes_and_its_task() {
+        let request = Request::raw(r#"{"task_id":"67e55044-10b1-426f-9247-bb680e5fe0c8",  "role":"chef"}"#);
+        assert_eq!(request.task_id.unwrap().to_string(), "67e55044-10b1-426f-9247-bb680e5fe0c8");
+        assert_eq!(Request::raw("not json").task_id, None);
+    }
+
+    #[test]
+    fn text_is_bounded_and_not_empty() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "x".repeat(2000)).unwrap();
+        assert!(read_text(None, Some(file.path()), 1024).unwrap_err().to_string().contains("more than 1024"));
+        assert_eq!(read_text(None, Some(file.path()), 4096).unwrap().len(), 2000);
+        assert!(read_text(Some("  \n"), None, 1024).is_err());
+        assert_eq!(read_text(Some("hello"), None, 1024).unwrap(), "hello");
+    }
+}

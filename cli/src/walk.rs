@@ -1,0 +1,607 @@
+//! Which files of a folder are worth indexing, and why the others are not.
+//!
+//! `.gitignore` and `.atlasignore` are obeyed (also outside a git repository); what they hide is not
+//! even reported. Everything else that is left out is reported with a [`Skip`]. Files that look like
+//! secrets never leave this module: neither their text nor the secret is in any result.
+
+use std::{
+    fs::File,
+    io::Read as _,
+    path::{Path, PathBuf},
+    sync::LazyLock,
+};
+
+use atlas_shared::gateway_api::content_hash;
+use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
+use ignore::WalkBuilder;
+use regex::Regex;
+
+use crate::error::{CliError, Result};
+
+/// Larger files are data, not prose or code.
+pub(crate) const DEFAULT_MAX_FILE_BYTES: u64 = 1024 * 1024;
+
+/// Lines longer than this on average are written by machines.
+const MINIFIED_AVERAGE_LINE: usize = 400;
+
+/// The source of a [`Skipped`] whose name is not known: a folder could not be listed.
+pub(crate) const UNKNOWN: &str = "?";
+
+/// A file to index.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Candidate {
+    /// Where it is.
+    pub(crate) path: PathBuf,
+    /// Its name in the index: the path below the root, with `/`.
+    pub(crate) source: String,
+    /// [`content_hash`] of its text.
+    pub(crate) hash: String,
+    /// Its size.
+    pub(crate) bytes: u64,
+}
+
+/// A file that is left out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Skipped {
+    /// Its name, as for [`Candidate::source`].
+    pub(crate) source: String,
+    /// Why.
+    pub(crate) reason: Skip,
+    /// More about it, for `--verbose`; never the secret itself.
+    pub(crate) detail: Option<String>,
+}
+
+/// Why a file is left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Skip {
+    /// It looks like a secret, or holds one.
+    Secret,
+    /// Not text.
+    Binary,
+    /// Versions of dependencies, written by a package manager.
+    LockFile,
+    /// Minified code, source maps.
+    Minified,
+    /// Says that a program wrote it.
+    Generated,
+    /// Larger than the limit.
+    TooLarge,
+    /// Nothing in it.
+    Empty,
+    /// A symbolic link: its target is indexed where it is.
+    Link,
+    /// The system did not let us read it.
+    Unreadable,
+}
+
+impl Skip {
+    /// For the summary.
+    pub(crate) fn describe(self) -> &'static str {
+        match self {
+            Self::Secret => "looks like a secret",
+            Self::Binary => "binary",
+            Self::LockFile => "lock file",
+            Self::Minified => "minified",
+            Self::Generated => "generated",
+            Self::TooLarge => "too large",
+            Self::Empty => "empty",
+            Self::Link => "symbolic link",
+            Self::Unreadable => "not readable",
+        }
+    }
+}
+
+/// What to look at.
+#[derive(Clone, Debug)]
+pub(crate) struct WalkOptions {
+    /// Sources are named relative to this folder.
+    pub(crate) root: PathBuf,
+    /// The folder or file to look at: the root, or below it.
+    pub(crate) start: PathBuf,
+    /// Only sources that match; empty: all.
+    pub(crate) include: GlobSet,
+    /// Not sources that match.
+    pub(crate) exclude: GlobSet,
+    /// Sources that are indexed although they look like secrets.
+    pub(crate) not_secret: GlobSet,
+    /// Larger files are skipped.
+    pub(crate) max_file_bytes: u64,
+    /// A folder that is never looked into: our own data.
+    pub(crate) data_dir: Option<PathBuf>,
+}
+
+impl WalkOptions {
+    /// Everything below `root`.
+    #[cfg(test)]
+    pub(crate) fn of(root: &Path) -> Self {
+        Self {
+            root: root.to_owned(),
+            start: root.to_owned(),
+            include: GlobSet::empty(),
+            exclude: GlobSet::empty(),
+            not_secret: GlobSet::empty(),
+            max_file_bytes: DEFAULT_MAX_FILE_BYTES,
+            data_dir: None,
+        }
+    }
+
+    /// True for sources that `--include` and `--exclude` leave in.
+    pub(crate) fn selects(&self, source: &str) -> bool {
+        (self.include.is_empty() || self.include.is_match(source)) && !self.exclude.is_match(source)
+    }
+}
+
+/// The globs of a flag. `*.md` means Markdown files at any depth, as in `.gitignore`.
+pub(crate) fn globs(flag: &str, patterns: &[String]) -> Result<GlobSet> {
+    let mut set = GlobSetBuilder::new();
+    for pattern in patterns {
+        let anywhere = if pattern.contains('/') {
+            pattern.trim_start_matches("./").to_owned()
+        } else {
+            format!("**/{pattern}")
+        };
+        // `docs/` means all below it.
+        let anywhere = if anywhere.ends_with('/') { format!("{anywhere}**") } else { anywhere };
+        let glob = GlobBuilder::new(&anywhere).literal_separator(true).build().map_err(|error| {
+            CliError::usage(format!("{flag} {pattern:?} is not a glob"))
+                .because(error.kind())
+                .fix("quote it for the shell and write it like '*.md' or 'docs/**'")
+        })?;
+        set.add(glob);
+    }
+    set.build().map_err(|error| CliError::usage(format!("the globs of {flag} cannot be used")).because(error))
+}
+
+/// What a walk found.
+#[derive(Debug, Default)]
+pub(crate) struct Walked {
+    /// To index, by source.
+    pub(crate) files: Vec<Candidate>,
+    /// Left out, by source.
+    pub(crate) skipped: Vec<Skipped>,
+}
+
+/// Reads the folder. Blocking. `seen` is told the number of files so far.
+pub(crate) fn walk(options: &WalkOptions, mut seen: impl FnMut(usize)) -> Walked {
+    let mut walked = Walked::default();
+    let data_dir = options.data_dir.as_deref().and_then(|dir| dir.canonicalize().ok());
+    let entries = WalkBuilder::new(&options.start)
+        // `.github/` and the like are worth reading; what must not be read is skipped by name.
+        .hidden(false)
+        .require_git(false)
+        .add_custom_ignore_filename(".atlasignore")
+        .filter_entry(move |entry| {
+            let name = entry.file_name();
+            let folder = entry.file_type().is_some_and(|kind| kind.is_dir());
+            // `.git` is a file in a worktree.
+            if name == ".git" || (folder && (name == ".hg" || name == ".svn" || name == ".atlas")) {
+                return false;
+            }
+            !(folder
+                && data_dir.as_deref().is_some_and(|dir| {
+                    Some(name) == dir.file_name() && entry.path().canonicalize().is_ok_and(|path| path == dir)
+                }))
+        })
+        .build();
+    for entry in entries {
+        let entry = match entry {
+            Ok(entry) => entry,
+            Err(error) => {
+                walked.skipped.push(Skipped {
+                    source: UNKNOWN.to_owned(),
+                    reason: Skip::Unreadable,
+                    detail: Some(error.to_string()),
+                });
+                continue;
+            }
+        };
+        let Some(kind) = entry.file_type() else { continue };
+        if kind.is_dir() {
+            continue;
+        }
+        let Some(source) = source_name(&options.root, entry.path()) else {
+            walked.skipped.push(Skipped {
+                source: entry.path().display().to_string(),
+                reason: Skip::Unreadable,
+                detail: Some("its name is not UTF-8".to_owned()),
+            });
+            continue;
+        };
+        if !options.selects(&source) {
+            continue;
+        }
+        if kind.is_symlink() {
+            walked.skipped.push(Skipped { source, reason: Skip::Link, detail: None });
+            continue;
+        }
+        if !kind.is_file() {
+            // Sockets, pipes, devices: reading one could block for ever.
+            continue;
+        }
+        let verdict = read(entry.path(), &source, options);
+        match verdict {
+            Ok(text) => walked.files.push(Candidate {
+                path: entry.path().to_owned(),
+                source,
+                hash: content_hash(&text),
+                bytes: text.len() as u64,
+            }),
+            Err((reason, detail)) => walked.skipped.push(Skipped { source, reason, detail }),
+        }
+        seen(walked.files.len() + walked.skipped.len());
+    }
+    walked.files.sort_by(|a, b| a.source.cmp(&b.source));
+    walked.skipped.sort_by(|a, b| a.source.cmp(&b.source));
+    walked
+}
+
+/// The name of a file in the index; `None` where it is not UTF-8.
+pub(crate) fn source_name(root: &Path, path: &Path) -> Option<String> {
+    let below = path.strip_prefix(root).unwrap_or(path);
+    let parts: Option<Vec<&str>> = below.components().map(|part| part.as_os_str().to_str()).collect();
+    parts.map(|parts| parts.join("/"))
+}
+
+/// Reads one file and decides. The text that comes out is what is indexed, byte for byte.
+pub(crate) fn read(
+    path: &Path,
+    source: &str,
+    options: &WalkOptions,
+) -> std::result::Result<String, (Skip, Option<String>)> {
+    let name = source.rsplit('/').next().unwrap_or(source);
+    let may_be_secret = !options.not_secret.is_match(source);
+    if may_be_secret && is_secret_name(name) {
+        return Err((Skip::Secret, Some("by its name".to_owned())));
+    }
+    if is_lock_file(name) {
+        return Err((Skip::LockFile, None));
+    }
+    if is_minified_name(name) {
+        return Err((Skip::Minified, None));
+    }
+    let unreadable = |error: std::io::Error| (Skip::Unreadable, Some(error.to_string()));
+    let file = File::open(path).map_err(unreadable)?;
+    let size = file.metadata().map_err(unreadable)?.len();
+    if size > options.max_file_bytes {
+        return Err((Skip::TooLarge, Some(crate::ui::bytes(size))));
+    }
+    // Bounded even when the file grows while it is read.
+    let mut data = Vec::with_capacity(usize::try_from(size).unwrap_or_default());
+    file.take(options.max_file_bytes + 1).read_to_end(&mut data).map_err(unreadable)?;
+    if data.len() as u64 > options.max_file_bytes {
+        return Err((Skip::TooLarge, Some("it grows".to_owned())));
+    }
+    if data.contains(&0) {
+        return Err((Skip::Binary, None));
+    }
+    let text = String::from_utf8(data).map_err(|_| (Skip::Binary, Some("not UTF-8".to_owned())))?;
+    if text.trim().is_empty() {
+        return Err((Skip::Empty, None));
+    }
+    if may_be_secret && let Some((what, line)) = find_secret(&text) {
+        return Err((Skip::Secret, Some(format!("{what} in line {line}"))));
+    }
+    if says_it_is_generated(&text) {
+        return Err((Skip::Generated, None));
+    }
+    if is_minified_text(name, &text) {
+        return Err((Skip::Minified, None));
+    }
+    Ok(text)
+}
+
+fn is_secret_name(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    let template =
+        [".example", ".sample", ".template", ".dist", ".tmpl"].iter().any(|end| name.ends_with(end));
+    let env = name == ".env" || name.starts_with(".env.") || has_extension(&name, &["env"]);
+    (env && !template)
+        || matches!(
+            name.as_str(),
+            ".netrc"
+                | "_netrc"
+                | ".pgpass"
+                | ".my.cnf"
+                | ".pypirc"
+                | ".git-credentials"
+                | ".htpasswd"
+                | ".dockercfg"
+                | ".npmrc"
+                | ".vault-token"
+                | "credentials"
+                | "credentials.json"
+                | "client_secret.json"
+                | "application_default_credentials.json"
+                | "kubeconfig"
+                | "terraform.tfstate"
+                | "terraform.tfstate.backup"
+        )
+        || ["id_rsa", "id_dsa", "id_ecdsa", "id_ed25519"].contains(&name.as_str())
+        || (name.starts_with("service-account") || name.starts_with("service_account"))
+            && has_extension(&name, &["json"])
+        || has_extension(
+            &name,
+            &[
+                "pem", "key", "p12", "pfx", "p8", "jks", "keystore", "kdbx", "ppk", "tfvars", "tfstate",
+                "ovpn", "agekey",
+            ],
+        )
+}
+
+fn has_extension(name: &str, extensions: &[&str]) -> bool {
+    name.rsplit_once('.').is_some_and(|(_, end)| extensions.contains(&end))
+}
+
+fn is_lock_file(name: &str) -> bool {
+    matches!(
+        name,
+        "Cargo.lock"
+            | "package-lock.json"
+            | "npm-shrinkwrap.json"
+            | "yarn.lock"
+            | "pnpm-lock.yaml"
+            | "bun.lock"
+            | "bun.lockb"
+            | "deno.lock"
+            | "poetry.lock"
+            | "Pipfile.lock"
+            | "pdm.lock"
+            | "uv.lock"
+            | "Gemfile.lock"
+            | "composer.lock"
+            | "go.sum"
+            | "go.work.sum"
+            | "flake.lock"
+            | "mix.lock"
+            | "pubspec.lock"
+            | "Podfile.lock"
+            | "Package.resolved"
+            | "packages.lock.json"
+            | "gradle.lockfile"
+            | "conan.lock"
+            | "MODULE.bazel.lock"
+            | ".terraform.lock.hcl"
+    )
+}
+
+fn is_minified_name(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    [".min.js", ".min.css", ".min.mjs", ".js.map", ".css.map", ".mjs.map", ".bundle.js", ".chunk.js"]
+        .iter()
+        .any(|end| name.ends_with(end))
+}
+
+/// Code whose lines no person would write. Prose is exempt: a paragraph may be one long line.
+fn is_minified_text(name: &str, text: &str) -> bool {
+    let code = has_extension(
+        &name.to_ascii_lowercase(),
+        &["js", "mjs", "cjs", "css", "html", "htm", "svg", "json", "xml", "ts", "jsonl"],
+    );
+    code && text.len() > 4096 && text.len() / text.lines().count().max(1) > MINIFIED_AVERAGE_LINE
+}
+
+/// The usual marks, in a comment at the very top (golang.org/s/generatedcode, `@generated` of
+/// Phabricator). A document that only talks about them further down is left alone.
+fn says_it_is_generated(text: &str) -> bool {
+    text.lines().take(5).any(|line| {
+        let line = line.trim_start();
+        let comment = ["//", "#", "/*", "*", "--", "<!--", ";", "%", "\"\"\""]
+            .iter()
+            .any(|mark| line.starts_with(mark));
+        comment
+            && (line.contains("@generated")
+                || (line.contains("DO NOT EDIT") && line.to_ascii_lowercase().contains("generated")))
+    })
+}
+
+/// What real credentials look like. Each needs its issuer's prefix and length, so that the word
+/// "password" in a document is no reason to leave it out.
+static SECRETS: LazyLock<Vec<(&str, Regex)>> = LazyLock::new(|| {
+    [
+        (
+            "a private key",
+            r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----\s*\r?\n?[A-Za-z0-9+/=:\-]{16}",
+        ),
+        ("an AWS access key", r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
+        ("a GitHub token", r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{60,})"),
+        ("a GitLab token", r"\bglpat-[A-Za-z0-9_\-]{20,}"),
+        ("an OpenAI key", r"\bsk-(?:proj-|svcacct-|admin-)?[A-Za-z0-9]{20}[A-Za-z0-9_\-]{12,}"),
+        ("an Anthropic key", r"\bsk-ant-[A-Za-z0-9]{2,8}-[A-Za-z0-9_\-]{40,}"),
+        ("a Google API key", r"\bAIza[0-9A-Za-z_\-]{35}\b"),
+        ("a Slack token", r"\bxox[abprs]-[0-9]{8,}-[A-Za-z0-9\-]{10,}"),
+        ("a Stripe key", r"\b[rs]k_live_[0-9A-Za-z]{20,}"),
+        ("an npm token", r"\bnpm_[A-Za-z0-9]{36}\b"),
+        ("a PyPI token", r"\bpypi-AgEIcHlwaS5vcmc[A-Za-z0-9_\-]{40,}"),
+        ("a Hugging Face token", r"\bhf_[A-Za-z0-9]{34,}\b"),
+        ("a Supabase key", r"\bsbp_[a-f0-9]{40}\b"),
+    ]
+    .into_iter()
+    .filter_map(|(what, pattern)| match Regex::new(pattern) {
+        Ok(regex) => Some((what, regex)),
+        // Patterns are literals; a test compiles them all.
+        Err(_) => None,
+    })
+    .collect()
+});
+
+/// The kind of the first secret in a text, and its line counted from 1.
+fn find_secret(text: &str) -> Option<(&'static str, usize)> {
+    SECRETS.iter().find_map(|(what, regex)| {
+        let at = regex.find(text)?.start();
+        Some((*what, text[..at].bytes().filter(|byte| *byte == b'\n').count() + 1))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use std::fs;
+
+    use super::*;
+
+    /// A folder with files, deleted at the end.
+    struct Tree(tempfile::TempDir);
+
+    impl Tree {
+        fn with(files: &[(&str, &str)]) -> Self {
+            let tree = Self(tempfile::tempdir().unwrap());
+            for (name, text) in files {
+                let path = tree.0.path().join(name);
+                fs::create_dir_all(path.parent().unwrap()).unwrap();
+                fs::write(path, text).unwrap();
+            }
+            tree
+        }
+
+        fn walk(&self) -> Walked {
+            walk(&WalkOptions::of(self.0.path()), |_| {})
+        }
+    }
+
+    fn sources(walked: &Walked) -> Vec<&str> {
+        walked.files.iter().map(|file| file.source.as_str()).collect()
+    }
+
+    fn skipped(walked: &Walked) -> Vec<(&str, Skip)> {
+        walked.skipped.iter().map(|skipped| (skipped.source.as_str(), skipped.reason)).collect()
+    }
+
+    #[test]
+    fn ignore_files_are_obeyed_without_git_and_hidden_folders_are_read() {
+        let tree = Tree::with(&[
+            (".gitignore", "target/\n"),
+            (".atlasignore", "notes/\n"),
+            ("target/out.txt", "built"),
+            ("notes/private.md", "mine"),
+            (".github/workflows/ci.yml", "on: push"),
+            (".git/config", "[core]"),
+            (".atlas/dev.lock", "{}"),
+            ("src/main.rs", "fn main() {}"),
+        ]);
+        let walked = tree.walk();
+        assert_eq!(
+            sources(&walked),
+            [".atlasignore", ".github/workflows/ci.yml", ".gitignore", "src/main.rs"]
+        );
+        assert_eq!(walked.skipped, []);
+    }
+
+    #[test]
+    fn what_is_not_worth_reading_is_skipped_with_its_reason() {
+        let minified = "a=1;".repeat(3000);
+        let tree = Tree::with(&[
+            ("Cargo.lock", "[[package]]"),
+            ("app.min.js", "x"),
+            ("bundle/app.js", &minified),
+            ("prose.md", &"a long paragraph ".repeat(1000)),
+            ("empty.txt", " \n\n"),
+            ("image.png", "\u{0}PNG"),
+            ("api.pb.go", "// Code generated by protoc-gen-go. DO NOT EDIT.\npackage api"),
+            ("about.md", "We mark files with `@generated`.\n"),
+        ]);
+        let walked = tree.walk();
+        assert_eq!(sources(&walked), ["about.md", "prose.md"]);
+        assert_eq!(
+            skipped(&walked),
+            [
+                ("Cargo.lock", Skip::LockFile),
+                ("api.pb.go", Skip::Generated),
+                ("app.min.js", Skip::Minified),
+                ("bundle/app.js", Skip::Minified),
+                ("empty.txt", Skip::Empty),
+                ("image.png", Skip::Binary),
+            ]
+        );
+    }
+
+    #[test]
+    fn secrets_are_skipped_by_name_and_by_content_and_never_quoted() {
+        // Put together here, so that this file is not one that it warns of.
+        let aws = format!("AKIA{}", "ABCDEFGHIJKLMNOP");
+        let openai = format!("sk-{}", "a1b2c3d4e5".repeat(4));
+        let key = format!("-----BEGIN RSA {}-----\nMIIEowIBAAKCAQEA1234567890\n", "PRIVATE KEY");
+        let tree = Tree::with(&[
+            (".env", "OPENAI_API_KEY=x"),
+            (".env.production", "A=b"),
+            (".env.example", "OPENAI_API_KEY="),
+            ("deploy/tls.key", "x"),
+            ("id_ed25519", "x"),
+            ("notes.md", &format!("one\ntwo {aws}\n")),
+            ("config.py", &format!("KEY = '{openai}'\n")),
+            ("README.md", "Keep your password and `sk-...` key secret. -----BEGIN PRIVATE KEY-----"),
+            ("server.txt", &key),
+        ]);
+        let walked = tree.walk();
+        assert_eq!(sources(&walked), [".env.example", "README.md"]);
+        let details: Vec<_> =
+            walked.skipped.iter().map(|s| (s.source.as_str(), s.detail.as_deref().unwrap())).collect();
+        assert!(walked.skipped.iter().all(|skipped| skipped.reason == Skip::Secret), "{details:?}");
+        assert_eq!(
+            details,
+            [
+                (".env", "by its name"),
+                (".env.production", "by its name"),
+                ("config.py", "an OpenAI key in line 1"),
+                ("deploy/tls.key", "by its name"),
+                ("id_ed25519", "by its name"),
+                ("notes.md", "an AWS access key in line 2"),
+                ("server.txt", "a private key in line 1"),
+            ]
+        );
+    }
+
+    #[test]
+    fn every_secret_pattern_compiles() {
+        assert_eq!(SECRETS.len(), 13);
+    }
+
+    #[test]
+    fn globs_choose_and_a_false_alarm_can_be_overruled() {
+        let tree = Tree::with(&[
+            ("docs/a.md", "a"),
+            ("docs/deep/b.md", "b"),
+            ("src/c.rs", "c"),
+            ("src/d.md", "d"),
+            ("fixtures/test.key", "not a key"),
+        ]);
+        let mut options = WalkOptions::of(tree.0.path());
+        options.include = globs("--include", &["*.md".to_owned(), "fixtures/".to_owned()]).unwrap();
+        options.exclude = globs("--exclude", &["./docs/deep/**".to_owned()]).unwrap();
+        options.not_secret = globs("--not-secret", &["fixtures/**".to_owned()]).unwrap();
+        let walked = walk(&options, |_| {});
+        assert_eq!(sources(&walked), ["docs/a.md", "fixtures/test.key", "src/d.md"]);
+        assert!(globs("--include", &["[".to_owned()]).unwrap_err().to_string().contains("--include \"[\""));
+    }
+
+    #[test]
+    fn sources_are_named_from_the_root_even_when_a_part_is_walked() {
+        let tree = Tree::with(&[("docs/a.md", "a"), ("src/b.rs", "b")]);
+        let mut options = WalkOptions::of(tree.0.path());
+        options.start = tree.0.path().join("docs");
+        assert_eq!(sources(&walk(&options, |_| {})), ["docs/a.md"]);
+        options.start = tree.0.path().join("src/b.rs");
+        assert_eq!(sources(&walk(&options, |_| {})), ["src/b.rs"]);
+    }
+
+    #[test]
+    fn links_and_pipes_are_not_read() {
+        let tree = Tree::with(&[("a.md", "a")]);
+        std::os::unix::fs::symlink("a.md", tree.0.path().join("link.md")).unwrap();
+        let made = std::process::Command::new("mkfifo").arg(tree.0.path().join("pipe.md")).status().unwrap();
+        assert!(made.success());
+        let walked = tree.walk();
+        assert_eq!(sources(&walked), ["a.md"]);
+        assert_eq!(skipped(&walked), [("link.md", Skip::Link)]);
+    }
+
+    #[test]
+    fn large_files_are_skipped_with_their_size() {
+        let tree = Tree::with(&[("big.txt", &"x".repeat(3000))]);
+        let mut options = WalkOptions::of(tree.0.path());
+        options.max_file_bytes = 2048;
+        let walked = walk(&options, |_| {});
+        assert_eq!(walked.skipped[0].reason, Skip::TooLarge);
+        assert_eq!(walked.skipped[0].detail.as_deref(), Some("2.9 KiB"));
+    }
+}

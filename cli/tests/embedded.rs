@@ -1,0 +1,160 @@
+//! The whole way on a laptop: everything embedded, no key, no network.
+
+#![cfg(feature = "embedded")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::fs;
+
+use serde_json::Value;
+use support::{Sandbox, assert_citations_hold, wait};
+
+const RETRIES: &str = "# Retries\n\nA call that fails with a timeout is retried three times.\n\
+    The delay doubles with every attempt, and jitter keeps clients apart.\n\n\
+    ## Circuit breaker\n\nAfter five failures in a row the circuit opens for 15 seconds.\n";
+const QUEUE: &str = "# Queue\n\nRequests wait in a queue until a worker pulls them.\n\
+    A worker acknowledges a request once its result is stored.\n";
+const CODE: &str = "/// Retries a call with exponential backoff.\npub fn retry(attempts: u32) {\n    \
+    for attempt in 0..attempts {\n        wait(backoff(attempt));\n    }\n}\n";
+
+fn project() -> Sandbox {
+    Sandbox::new(&[("docs/retries.md", RETRIES), ("docs/queue.md", QUEUE), ("src/retry.rs", CODE)])
+}
+
+#[test]
+fn a_folder_is_indexed_searched_and_asked_about_and_every_citation_holds() {
+    let sandbox = project();
+    let first = sandbox.atlas(&["index", "."]).ok();
+    assert!(first.stdout.starts_with("Indexed 3 files"), "{}", first.stdout);
+    let second = sandbox.atlas(&["index", "."]).ok();
+    assert_eq!(second.stdout, "Nothing to do: all 3 files are indexed already.\n");
+
+    let found = sandbox.atlas(&["search", "how often is a call retried", "--json"]).ok().json();
+    let best = &found[0];
+    assert!(best["source"].as_str().unwrap().contains("retr"), "{found}");
+    let shown = sandbox.atlas(&["search", "circuit breaker"]).ok();
+    assert!(shown.stdout.contains("docs/retries.md:"), "{}", shown.stdout);
+
+    let asked = sandbox.atlas(&["ask", "Design the retry policy of our clients", "--json"]).ok();
+    let answer = asked.json();
+    assert_eq!(answer["msg_type"], "spec");
+    assert_eq!(answer["metadata"]["model"], "offline-extractive");
+    assert!(assert_citations_hold(&sandbox.path(), &answer) > 0, "{answer:#}");
+    assert!(asked.stderr.contains("published as"), "{}", asked.stderr);
+
+    let id = answer["task_id"].as_str().unwrap();
+    let runs = sandbox.atlas(&["runs", "list", "--json"]).ok().json();
+    assert_eq!(runs.as_array().unwrap().len(), 1);
+    assert_eq!(runs[0]["task_id"], id);
+    assert_eq!(runs[0]["status"], "done");
+    assert!(sandbox.atlas(&["runs", "list"]).ok().stdout.contains(id));
+    let shown = sandbox.atlas(&["runs", "show", id]).ok();
+    assert!(shown.stdout.contains("Design the retry policy of our clients"), "{}", shown.stdout);
+    let spec = sandbox.atlas(&["runs", "show", id, "--spec"]).ok();
+    assert_eq!(spec.stdout.trim_end(), answer["content"].as_str().unwrap().trim_end());
+
+    let unknown = sandbox.atlas(&["runs", "show", "67e55044-10b1-426f-9247-bb680e5fe0c8"]);
+    assert_eq!(unknown.code, Some(1));
+    assert!(unknown.stderr.contains("there is no run"), "{}", unknown.stderr);
+
+    let budget = sandbox.atlas(&["budget", "show", "--json"]).ok().json();
+    assert_eq!(budget["budget"]["used"], 0);
+    sandbox.atlas(&["doctor"]).ok();
+}
+
+#[test]
+fn a_spec_goes_into_a_file_and_can_be_refined() {
+    let sandbox = project();
+    sandbox.atlas(&["index", ".", "-q"]).ok();
+    let asked = sandbox.atlas(&["ask", "Design the queue", "--out", "spec.md"]).ok();
+    assert_eq!(asked.stdout, "");
+    let spec = fs::read_to_string(sandbox.path().join("spec.md")).unwrap();
+    assert!(spec.starts_with('#') || spec.starts_with('>'), "{spec}");
+    let runs = sandbox.atlas(&["runs", "list", "--json"]).ok().json();
+    let parent = runs[0]["task_id"].as_str().unwrap();
+    let refined = sandbox.atlas(&["ask", "Now with two queues", "--parent", parent, "--json"]).ok().json();
+    assert_eq!(refined["metadata"]["parent_id"], parent);
+}
+
+#[test]
+fn dev_serves_the_other_commands_and_drains() {
+    let sandbox = project();
+    // Published before anything runs: it waits.
+    let early = sandbox.atlas(&["publish", "Design the circuit breaker"]).ok();
+    let early_id = early.stdout.trim().to_owned();
+    assert!(early.stderr.contains("atlas dev"), "{}", early.stderr);
+
+    let dev = sandbox.start("dev", &["dev", "--port", "0", "--worker-port", "0"]);
+    dev.wait_for("Ctrl-C stops it.");
+    let lock: Value =
+        serde_json::from_str(&fs::read_to_string(sandbox.path().join(".atlas/dev.lock")).unwrap()).unwrap();
+    assert!(lock["gateway"].as_str().unwrap().starts_with("http://127.0.0.1:"), "{lock}");
+
+    let second = sandbox.atlas(&["dev", "--port", "0", "--worker-port", "0"]);
+    assert_eq!(second.code, Some(1));
+    assert!(second.stderr.contains("is in use") && second.stderr.contains("atlas dev"), "{}", second.stderr);
+
+    let indexed = sandbox.atlas(&["index", "docs", "--exclude", ".dev.*"]).ok();
+    assert!(indexed.stderr.contains("the gateway at http://127.0.0.1:"), "{}", indexed.stderr);
+    let answer = sandbox.atlas(&["ask", "Design the retry policy", "--json"]).ok().json();
+    assert!(assert_citations_hold(&sandbox.path().join("docs"), &answer) > 0);
+
+    let status = || {
+        let ran = sandbox.atlas(&["runs", "show", &early_id, "--json"]);
+        (ran.code == Some(0) && ran.json()["run"]["status"] == "done").then_some(())
+    };
+    wait("the early request to be served", status);
+
+    let doctor = sandbox.atlas(&["doctor"]).ok();
+    assert!(doctor.stdout.contains("ready at http://127.0.0.1:"), "{}", doctor.stdout);
+
+    dev.signal("TERM");
+    assert_eq!(dev.exit_code(), 0, "{}", dev.log());
+    assert!(dev.log().contains("Stopped."), "{}", dev.log());
+    // The folder is free again, and nothing was lost.
+    let runs = sandbox.atlas(&["runs", "list", "--json"]).ok().json();
+    assert_eq!(runs.as_array().unwrap().len(), 2);
+    sandbox.atlas(&["search", "retries"]).ok();
+}
+
+#[test]
+fn a_port_in_use_is_said_with_the_way_out() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let ran = Sandbox::new(&[]).atlas(&["dev", "--port", &port, "--worker-port", "0"]);
+    assert_eq!(ran.code, Some(1));
+    assert!(ran.stderr.contains(&format!("cannot listen on 127.0.0.1:{port}")), "{}", ran.stderr);
+    assert!(ran.stderr.contains("--port (0 picks a free one)"), "{}", ran.stderr);
+}
+
+#[test]
+fn the_demo_verifies_what_it_shows() {
+    let sandbox = project();
+    let ran = sandbox.atlas(&["demo", "--question", "How are calls retried?"]).ok();
+    for expected in
+        ["offline drafter", "Indexed 3 files", "Every", "hold.", "atlas_tokens_total", "atlas_run_seconds"]
+    {
+        let expected = if expected == "Every" { "does every one name" } else { expected };
+        assert!(ran.stdout.contains(expected), "{expected:?} is missing:\n{}", ran.stdout);
+    }
+    assert!(!sandbox.path().join(".atlas").exists(), "the demo leaves nothing behind");
+}
+
+#[test]
+fn an_interrupted_index_run_leaves_a_usable_index() {
+    let files: Vec<(String, String)> = (0..300)
+        .map(|n| (format!("f{n:03}.md"), format!("# File {n}\n\nIt is about subject{n}.\n")))
+        .collect();
+    let files: Vec<(&str, &str)> = files.iter().map(|(name, text)| (name.as_str(), text.as_str())).collect();
+    let sandbox = Sandbox::new(&files);
+    let index = sandbox.start("index", &["index", ".", "--exclude", ".index.*"]);
+    index.wait_for("into collection");
+    index.signal("KILL");
+    assert_eq!(index.exit_code(), 137);
+    sandbox.atlas(&["index", ".", "--exclude", ".index.*"]).ok();
+    let again = sandbox.atlas(&["index", ".", "--exclude", ".index.*"]).ok();
+    assert_eq!(again.stdout, "Nothing to do: all 300 files are indexed already.\n");
+    let found = sandbox.atlas(&["search", "subject217", "--json", "-k", "1"]).ok().json();
+    assert_eq!(found[0]["source"], "f217.md");
+}

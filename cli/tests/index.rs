@@ -1,0 +1,225 @@
+//! `atlas index` against a gateway that remembers what it was told, so that it can be stopped at a
+//! chosen moment.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+};
+
+use atlas_shared::gateway_api::{
+    DeleteDocuments, DeleteDocumentsResult, Document, DocumentList, DocumentOutcome, DocumentResult,
+    IndexedDocument, PutDocuments, PutDocumentsResult, content_hash,
+};
+use axum::{Json, Router, extract::State, http::StatusCode, response::IntoResponse as _, routing::get};
+use support::Sandbox;
+use tokio::sync::{Notify, Semaphore};
+
+/// A gateway in memory.
+#[derive(Default)]
+struct FakeGateway {
+    documents: Mutex<BTreeMap<String, Document>>,
+    /// Documents that were sent, again and again.
+    sent: Mutex<Vec<String>>,
+    deleted: Mutex<Vec<String>>,
+    /// Told when a request with documents has come.
+    came: Notify,
+    /// A request with documents waits for a permit when this is set.
+    gate: Option<Semaphore>,
+    /// Sources that are refused, with their whole request.
+    poison: Option<&'static str>,
+}
+
+impl FakeGateway {
+    /// Listens on a port of its own, on a runtime of its own.
+    fn listen(self) -> (Arc<Self>, String, tokio::runtime::Runtime) {
+        let gateway = Arc::new(self);
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let router = Router::new()
+            .route("/v1/documents", get(list).put(put).delete(delete))
+            .with_state(Arc::clone(&gateway));
+        runtime.spawn(async move { axum::serve(listener, router).await });
+        (gateway, url, runtime)
+    }
+
+    fn sources(&self) -> Vec<String> {
+        self.documents.lock().unwrap().keys().cloned().collect()
+    }
+
+    fn take_sent(&self) -> Vec<String> {
+        let mut sent = std::mem::take(&mut *self.sent.lock().unwrap());
+        sent.sort();
+        sent
+    }
+}
+
+async fn list(State(gateway): State<Arc<FakeGateway>>) -> axum::response::Response {
+    let documents = gateway.documents.lock().unwrap();
+    if documents.is_empty() {
+        return (
+            StatusCode::NOT_FOUND,
+            [("content-type", "application/problem+json")],
+            r#"{"type":"unknown_collection","title":"x","status":404,"detail":"no such collection"}"#,
+        )
+            .into_response();
+    }
+    Json(DocumentList {
+        documents: documents
+            .values()
+            .map(|document| IndexedDocument {
+                source: document.source.clone(),
+                content_hash: content_hash(&document.text),
+                chunks: 1,
+            })
+            .collect(),
+    })
+    .into_response()
+}
+
+async fn put(
+    State(gateway): State<Arc<FakeGateway>>,
+    Json(request): Json<PutDocuments>,
+) -> axum::response::Response {
+    gateway.came.notify_one();
+    if let Some(gate) = &gateway.gate {
+        gate.acquire().await.unwrap().forget();
+    }
+    if let Some(poison) = gateway.poison
+        && request.documents.iter().any(|document| document.source == poison)
+    {
+        return (StatusCode::UNPROCESSABLE_ENTITY, "poison").into_response();
+    }
+    let mut documents = gateway.documents.lock().unwrap();
+    let mut results = Vec::new();
+    for document in request.documents {
+        gateway.sent.lock().unwrap().push(document.source.clone());
+        results.push(DocumentResult {
+            source: document.source.clone(),
+            outcome: DocumentOutcome::Indexed,
+            chunks: 1,
+            error: None,
+        });
+        documents.insert(document.source.clone(), document);
+    }
+    Json(PutDocumentsResult { results, tokens: 0 }).into_response()
+}
+
+async fn delete(
+    State(gateway): State<Arc<FakeGateway>>,
+    Json(request): Json<DeleteDocuments>,
+) -> Json<DeleteDocumentsResult> {
+    let mut documents = gateway.documents.lock().unwrap();
+    for source in &request.sources {
+        documents.remove(source);
+    }
+    let deleted = request.sources.len();
+    gateway.deleted.lock().unwrap().extend(request.sources);
+    Json(DeleteDocumentsResult { deleted })
+}
+
+#[test]
+fn a_second_run_sends_nothing_a_change_sends_one_file_and_what_vanished_is_deleted() {
+    let (gateway, url, _runtime) = FakeGateway::default().listen();
+    let files = [(".git/HEAD", ""), ("a.md", "# A\n"), ("docs/b.md", "# B\n"), ("c.rs", "fn c() {}\n")];
+    let sandbox = Sandbox::new(&files).with_env("RAG_URL", &url);
+
+    let first = sandbox.atlas(&["index", "."]).ok();
+    assert!(first.stdout.starts_with("Indexed 3 files (3 chunks)"), "{}", first.stdout);
+    assert_eq!(gateway.take_sent(), ["a.md", "c.rs", "docs/b.md"]);
+
+    let second = sandbox.atlas(&["index", "."]).ok();
+    assert_eq!(second.stdout, "Nothing to do: all 3 files are indexed already.\n");
+    assert_eq!(gateway.take_sent(), [] as [&str; 0]);
+
+    sandbox.write("a.md", "# A changed\n");
+    sandbox.remove("c.rs");
+    // A part of the folder is no reason to delete the rest.
+    sandbox.atlas(&["index", "docs"]).ok();
+    sandbox.atlas(&["index", ".", "--include", "docs/**"]).ok();
+    assert_eq!(gateway.sources(), ["a.md", "c.rs", "docs/b.md"]);
+
+    let dry = sandbox.atlas(&["index", ".", "--dry-run"]).ok();
+    assert_eq!(dry.stdout, "index  a.md\ndelete c.rs\n");
+    assert_eq!(gateway.take_sent(), [] as [&str; 0]);
+
+    let third = sandbox.atlas(&["index", "."]).ok();
+    assert!(third.stdout.contains("1 unchanged, 1 deleted"), "{}", third.stdout);
+    assert_eq!(gateway.take_sent(), ["a.md"]);
+    assert_eq!(*gateway.deleted.lock().unwrap(), ["c.rs"]);
+}
+
+#[test]
+fn ctrl_c_stops_between_batches_and_the_next_run_goes_on() {
+    let files: Vec<(String, String)> =
+        (0..60).map(|n| (format!("f{n:02}.md"), format!("# File {n}\n"))).collect();
+    let files: Vec<(&str, &str)> = files.iter().map(|(name, text)| (name.as_str(), text.as_str())).collect();
+    let (gateway, url, runtime) =
+        FakeGateway { gate: Some(Semaphore::new(0)), ..FakeGateway::default() }.listen();
+    let sandbox = Sandbox::new(&files).with_env("RAG_URL", &url);
+
+    let index = sandbox.start("index", &["index", ".", "--exclude", ".index.*"]);
+    // Both senders wait inside the gateway: nothing is indexed yet.
+    runtime.block_on(async {
+        gateway.came.notified().await;
+    });
+    index.signal("INT");
+    index.wait_for("Stopping");
+    let gate = gateway.gate.as_ref().unwrap();
+    gate.add_permits(1000);
+    assert_eq!(index.exit_code(), 130, "{}", index.log());
+    assert!(index.log().contains("run the same command again"), "{}", index.log());
+    let first = gateway.take_sent();
+    assert!(!first.is_empty() && first.len() < 60, "{} files were sent", first.len());
+
+    let resumed = sandbox.atlas(&["index", ".", "--exclude", ".index.*"]).ok();
+    assert!(resumed.stdout.contains(&format!("{} unchanged", first.len())), "{}", resumed.stdout);
+    let second = gateway.take_sent();
+    assert_eq!(first.len() + second.len(), 60, "no file was sent twice");
+    assert_eq!(gateway.sources().len(), 60);
+}
+
+#[test]
+fn one_document_that_is_refused_does_not_hold_up_the_others() {
+    let files: Vec<(String, String)> =
+        (0..20).map(|n| (format!("f{n:02}.md"), format!("# File {n}\n"))).collect();
+    let files: Vec<(&str, &str)> = files.iter().map(|(name, text)| (name.as_str(), text.as_str())).collect();
+    let (gateway, url, _runtime) = FakeGateway { poison: Some("f07.md"), ..FakeGateway::default() }.listen();
+    let sandbox = Sandbox::new(&files).with_env("RAG_URL", &url);
+    let ran = sandbox.atlas(&["index", "."]);
+    assert_eq!(ran.code, Some(1));
+    assert!(ran.stderr.contains("f07.md"), "{}", ran.stderr);
+    assert_eq!(gateway.sources().len(), 19);
+}
+
+#[test]
+fn secrets_never_leave_the_machine_and_the_user_is_told() {
+    let key = format!("sk-{}", "a1b2c3d4e5".repeat(4));
+    let (gateway, url, _runtime) = FakeGateway::default().listen();
+    let sandbox = Sandbox::new(&[
+        ("README.md", "# Shop\n"),
+        (".env", "OPENAI_API_KEY=x\n"),
+        ("deploy/tls.pem", "x\n"),
+        ("notes.md", &format!("my key is {key}\n")),
+    ])
+    .with_env("RAG_URL", &url);
+    let ran = sandbox.atlas(&["index", ".", "-v"]).ok();
+    assert_eq!(gateway.sources(), ["README.md"]);
+    assert!(ran.stderr.contains("3 looks like a secret"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("notes.md (looks like a secret: an OpenAI key in line 1)"), "{}", ran.stderr);
+    assert!(!format!("{}{}", ran.stdout, ran.stderr).contains(&key));
+}
+
+#[test]
+fn a_gateway_that_does_not_answer_is_said_clearly() {
+    let sandbox = Sandbox::new(&[("a.md", "# A\n")]).with_env("RAG_URL", "http://127.0.0.1:9/");
+    let ran = sandbox.atlas(&["index", "."]);
+    assert_eq!(ran.code, Some(1));
+    assert!(ran.stderr.contains("error: gateway does not answer"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("why:") && ran.stderr.contains("fix:"), "{}", ran.stderr);
+}
