@@ -1,12 +1,13 @@
 //! The gateway's HTTP contract (DESIGN section 7): the types of requests and answers.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// Response header that says how an answer is less than it could be (`lexical`, `stale`).
 pub const DEGRADED_HEADER: &str = "x-atlas-degraded";
 
 /// `POST /v1/query_chat`.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct QueryChatRequest {
     /// What to look for, in words.
@@ -29,7 +30,7 @@ pub struct QueryChatRequest {
 }
 
 /// Which passages may be found.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct QueryFilter {
     /// A glob over `source`, such as `docs/**/*.md`.
@@ -47,7 +48,7 @@ pub struct QueryFilter {
 }
 
 /// One passage of an answer.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Passage {
     /// The passage, exactly the lines it names.
     pub text: String,
@@ -77,7 +78,7 @@ pub struct Passage {
 }
 
 /// A document to index. A bare string in `/v1/embed_batch` is a document named by its hash.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Document {
     /// Path of the file inside its repository, or any stable name.
     pub source: String,
@@ -98,7 +99,7 @@ pub struct Document {
 }
 
 /// `POST /v1/embed_batch?collection=…`: an array of these.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(untagged)]
 pub enum EmbedItem {
     /// A text without a name.
@@ -108,14 +109,14 @@ pub enum EmbedItem {
 }
 
 /// The answer to `POST /v1/embed_batch`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct JobCreated {
     /// For `GET /v1/jobs/{id}`.
     pub job_id: String,
 }
 
 /// Where an index job is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum JobState {
     /// Waiting.
@@ -129,7 +130,7 @@ pub enum JobState {
 }
 
 /// `GET /v1/jobs/{id}`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct JobStatus {
     /// Its id.
     pub job_id: String,
@@ -151,7 +152,7 @@ pub struct JobStatus {
 }
 
 /// `PUT /v1/documents`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PutDocuments {
     /// Which collection; the gateway's default when missing. Created when it does not exist.
@@ -162,7 +163,7 @@ pub struct PutDocuments {
 }
 
 /// What happened to one document.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DocumentOutcome {
     /// Same content as indexed: nothing was written, nothing was embedded.
@@ -174,7 +175,7 @@ pub enum DocumentOutcome {
 }
 
 /// One line of the answer to `PUT /v1/documents`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct DocumentResult {
     /// Which document.
     pub source: String,
@@ -188,7 +189,7 @@ pub struct DocumentResult {
 }
 
 /// The answer to `PUT /v1/documents`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PutDocumentsResult {
     /// One a document, in order.
     pub results: Vec<DocumentResult>,
@@ -197,7 +198,7 @@ pub struct PutDocumentsResult {
 }
 
 /// `DELETE /v1/documents`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DeleteDocuments {
     /// Which collection; the gateway's default when missing.
@@ -211,21 +212,21 @@ pub struct DeleteDocuments {
 }
 
 /// The answer to `DELETE /v1/documents`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct DeleteDocumentsResult {
     /// How many of the sources were there.
     pub deleted: usize,
 }
 
 /// `GET /v1/documents?collection=…&repo=…`: what is indexed, so that a client sends only what changed.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct DocumentList {
     /// One a document, by source.
     pub documents: Vec<IndexedDocument>,
 }
 
 /// One indexed document.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct IndexedDocument {
     /// Its name.
     pub source: String,
@@ -255,7 +256,7 @@ pub fn quote_hash(text: &str) -> String {
 }
 
 /// One line of `GET /v1/collections`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct CollectionInfo {
     /// Its name.
     pub name: String,
@@ -268,7 +269,7 @@ pub struct CollectionInfo {
 }
 
 /// An `application/problem+json` error (RFC 9457).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Problem {
     /// A stable code in snake case.
     #[serde(rename = "type")]
