@@ -127,7 +127,7 @@ impl Indexer {
         let lock = self.lock_of(collection);
         let _writing = lock.lock().await;
         let mut all = PutDocumentsResult { results: Vec::with_capacity(documents.len()), tokens: 0 };
-        let mut changed = false;
+        let mut change = Change { versions: &self.versions, collection, happened: false };
         let rev = self.next_rev();
         let mut groups = stream::iter(groups(documents))
             .map(|group| self.prepare(collection, group, rev))
@@ -135,17 +135,8 @@ impl Indexer {
             .boxed();
         while let Some(group) = groups.next().await {
             let (mut results, prepared) = group?;
-            let written = match self.write(collection, prepared, rev, &mut results).await {
-                Ok(written) => written,
-                Err(error) => {
-                    drop(groups);
-                    if changed {
-                        self.versions.changed(collection);
-                    }
-                    return Err(error);
-                }
-            };
-            changed |= written.changed;
+            change.happened |= !prepared.is_empty();
+            let tokens = self.write(collection, prepared, rev, &mut results).await?;
             for result in &results {
                 let outcome = match result.outcome {
                     DocumentOutcome::Unchanged => "unchanged",
@@ -154,13 +145,11 @@ impl Indexer {
                 };
                 self.metrics.index_documents.with_label_values(&[outcome]).inc();
             }
-            progress(&results, written.tokens);
-            all.tokens += written.tokens;
+            progress(&results, tokens);
+            all.tokens += tokens;
             all.results.extend(results);
         }
-        drop(groups);
-        if changed {
-            self.versions.changed(collection);
+        if change.happened {
             self.keep_weights(collection).await?;
         }
         Ok(all)
@@ -174,7 +163,7 @@ impl Indexer {
     ) -> Result<DeleteDocumentsResult, GatewayError> {
         let lock = self.lock_of(collection);
         let _writing = lock.lock().await;
-        if self.index.info(collection).await?.is_none() {
+        if self.index.meta(collection).await?.is_none() {
             return Err(GatewayError::UnknownCollection(collection.to_owned()));
         }
         let repo = request.repo.as_deref().unwrap_or_default();
@@ -185,13 +174,13 @@ impl Indexer {
             .collect::<HashSet<_>>()
             .into_iter()
             .collect();
+        let _change = Change { versions: &self.versions, collection, happened: true };
         let mut deleted = 0;
         for docs in docs.chunks(PAGE) {
             deleted += self.stored(collection, docs).await?.len();
             let selection = Selection { docs: Some(docs.to_vec()), ..Selection::default() };
             self.index.delete(collection, selection).await?;
         }
-        self.versions.changed(collection);
         Ok(DeleteDocumentsResult { deleted })
     }
 
@@ -237,19 +226,19 @@ impl Indexer {
             })
     }
 
-    /// Embeds and writes one group.
+    /// Embeds and writes one group; returns the tokens that were billed.
     async fn write(
         &self,
         collection: &str,
         prepared: Vec<Prepared>,
         rev: i64,
         results: &mut [DocumentResult],
-    ) -> Result<Written, GatewayError> {
+    ) -> Result<u64, GatewayError> {
         if prepared.is_empty() {
-            return Ok(Written::default());
+            return Ok(0);
         }
-        let state = self.index.info(collection).await?;
-        let embedder = self.embedder_for(collection, state.as_ref().map(|state| &state.meta))?;
+        let meta = self.index.meta(collection).await?;
+        let embedder = self.embedder_for(collection, meta.as_ref())?;
         let mut embedded = crate::embed::Embedded::default();
         if let Some(embedder) = &embedder {
             // Each tenant pays for its own.
@@ -270,10 +259,9 @@ impl Indexer {
         let size = embedded.vectors.first().map(Vec::len);
         let has_chunks = prepared.iter().any(|document| !document.records.is_empty());
         if has_chunks {
-            self.ensure(collection, state.map(|state| state.meta), embedder.as_deref(), size, &prepared)
-                .await?;
-        } else if state.is_none() {
-            return Ok(Written::default());
+            self.ensure(collection, meta, embedder.as_deref(), size, &prepared).await?;
+        } else if meta.is_none() {
+            return Ok(0);
         }
         let docs = prepared.iter().map(|document| document.doc.clone()).collect();
         let obsolete = Selection { docs: Some(docs), rev_below: Some(rev), ..Selection::default() };
@@ -289,7 +277,7 @@ impl Indexer {
         }
         self.metrics.index_chunks.inc_by(chunks.len() as u64);
         self.index.upsert(collection, chunks, Some(obsolete)).await?;
-        Ok(Written { changed: true, tokens: embedded.tokens })
+        Ok(embedded.tokens)
     }
 
     /// The embedder that a collection needs: none for a lexical one, its own for another.
@@ -420,11 +408,19 @@ impl Indexer {
     }
 }
 
-/// What writing a group came to.
-#[derive(Default)]
-struct Written {
-    changed: bool,
-    tokens: u64,
+/// Tells the caches when this ends, however it ends, that the collection may have changed.
+struct Change<'a> {
+    versions: &'a Versions,
+    collection: &'a str,
+    happened: bool,
+}
+
+impl Drop for Change<'_> {
+    fn drop(&mut self) {
+        if self.happened {
+            self.versions.changed(self.collection);
+        }
+    }
 }
 
 /// Why a collection cannot be used with a model; `None`: it can.

@@ -189,19 +189,17 @@ impl Searcher {
     /// The pipeline. The flag says whether the answer may be cached: one that is degraded because
     /// something failed must not outlive the failure.
     async fn search(&self, query: &Query) -> Result<(Answer, bool), GatewayError> {
-        let Some(state) = self.index.info(&query.collection).await? else {
+        let Some(meta) = self.index.meta(&query.collection).await? else {
             if query.collection == self.config.default_collection {
                 // Nothing was indexed yet: nothing is found, and asking is no mistake.
                 return Ok((Answer { passages: Arc::default(), degraded: None }, false));
             }
             return Err(GatewayError::UnknownCollection(query.collection.clone()));
         };
-        if let Some(error) =
-            mismatch(&query.collection, &state.meta, self.embedder.as_ref().map(|e| e.model()))
-        {
+        if let Some(error) = mismatch(&query.collection, &meta, self.embedder.as_ref().map(|e| e.model())) {
             return Err(error);
         }
-        let (vector, degraded, lasting) = match (&state.meta.embedding_model, &self.embedder) {
+        let (vector, degraded, lasting) = match (&meta.embedding_model, &self.embedder) {
             (Some(_), Some(embedder)) => match self.embed(embedder, query).await {
                 Ok(vector) => (Some(vector), None, true),
                 Err(error) => {
@@ -211,12 +209,12 @@ impl Searcher {
             },
             _ => (None, Some("lexical"), true),
         };
-        if let (Some(vector), Some(size)) = (&vector, state.meta.embedding_size)
+        if let (Some(vector), Some(size)) = (&vector, meta.embedding_size)
             && vector.len() != size
         {
             return Err(GatewayError::EmbeddingMismatch {
                 collection: query.collection.clone(),
-                built_with: format!("{} ({size} dimensions)", state.meta.embedding_model.unwrap_or_default()),
+                built_with: format!("{} ({size} dimensions)", meta.embedding_model.unwrap_or_default()),
                 configured: format!("the server gives vectors of {} dimensions", vector.len()),
             });
         }

@@ -353,3 +353,40 @@ async fn a_request_id_is_kept_and_nonsense_is_replaced() {
     assert_ne!(replaced.header("x-request-id"), Some("with spaces"));
     stand.gateway.shutdown().await;
 }
+
+/// While a file is replaced again and again, every answer holds passages of one revision of it only,
+/// and never none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_never_sees_two_revisions_of_a_file_and_never_none() {
+    let stand =
+        Stand::start(&[("CHUNK_TOKENS", "32"), ("CHUNK_OVERLAP_TOKENS", "0"), ("CACHE_TTL", "0")]).await;
+    let revision = |number: u32| {
+        let text =
+            format!("An apple of revision{number}, which is one of many apples in this file.\n\n").repeat(8);
+        json!([{"source": "apples.md", "text": text}])
+    };
+    stand.put(revision(0)).await.ok();
+    let writing = async {
+        for number in 1..15 {
+            stand.put(revision(number)).await.ok();
+        }
+    };
+    let reading = async {
+        for _ in 0..40 {
+            let passages = stand.query("apple").await.ok();
+            let revisions: std::collections::BTreeSet<String> = passages
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|passage| {
+                    let text = passage["text"].as_str().unwrap();
+                    let from = text.find("revision").unwrap();
+                    text[from..].chars().take_while(char::is_ascii_alphanumeric).collect()
+                })
+                .collect();
+            assert_eq!(revisions.len(), 1, "{revisions:?}");
+        }
+    };
+    tokio::join!(writing, reading);
+    stand.gateway.shutdown().await;
+}

@@ -151,8 +151,7 @@ pub(super) fn panicked(cause: Box<dyn Any + Send>) -> Response {
         .or_else(|| cause.downcast_ref::<String>().cloned())
         .unwrap_or_default();
     tracing::error!(error_code = "panic", cause = text, "a handler panicked");
-    let detail = "The gateway made a mistake. It is in its log, under the request id of this answer.";
-    Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", detail).into_response()
+    Problem::internal().into_response()
 }
 
 pub(super) async fn no_such_route(uri: Uri) -> Response {

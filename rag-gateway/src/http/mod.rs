@@ -22,14 +22,12 @@ mod auth;
 mod body;
 mod handlers;
 mod layers;
+mod openapi;
 mod problem;
 
 use auth::Keys;
 use layers::RateLimit;
 use problem::Problem;
-
-/// The API document, committed as `docs/openapi.json`.
-const OPENAPI: &str = include_str!("../../../docs/openapi.json");
 
 /// What handlers and layers share.
 pub(crate) struct App {
@@ -42,6 +40,9 @@ pub(crate) struct App {
     keys: Keys,
     rate_limit: RateLimit,
     slots: Semaphore,
+    /// Writes that clients wait for; like jobs, at most `MAX_INDEX_JOBS`.
+    write_slots: Arc<Semaphore>,
+    max_writes: usize,
     timeout: Duration,
     max_body_bytes: usize,
 }
@@ -66,6 +67,8 @@ impl App {
             keys: Keys::new(&config.api_keys),
             rate_limit: RateLimit::new(config.rate_limit_requests, config.rate_limit_window),
             slots: Semaphore::new(config.max_concurrency),
+            write_slots: Arc::new(Semaphore::new(config.max_index_jobs)),
+            max_writes: config.max_index_jobs,
             timeout: config.timeout,
             max_body_bytes: config.max_body_bytes,
         }
@@ -93,7 +96,7 @@ pub(crate) fn router(app: Arc<App>, checks: ops::Checks) -> Router {
         .layer(DefaultBodyLimit::disable())
         .with_state(Arc::clone(&app));
     api.merge(ops::router(checks, registry))
-        .route("/openapi.json", get(|| async { ([("content-type", "application/json")], OPENAPI) }))
+        .route("/openapi.json", get(openapi::document))
         .fallback(layers::no_such_route)
         .method_not_allowed_fallback(layers::no_such_method)
         .layer(CatchPanicLayer::custom(layers::panicked))

@@ -29,6 +29,12 @@ impl Problem {
         Self { status, kind: kind.to_owned(), detail: detail.into(), retry_after: None }
     }
 
+    /// A mistake of ours.
+    pub(super) fn internal() -> Self {
+        let detail = "The gateway made a mistake. It is in its log, under the request id of this answer.";
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", detail)
+    }
+
     /// Says when to come back.
     pub(super) fn retry_after(mut self, wait: Duration) -> Self {
         self.retry_after = Some(wait);

@@ -81,6 +81,7 @@ async fn run(index: &dyn VectorIndex) {
 async fn a_collection_keeps_the_meta_it_was_made_with(index: &dyn VectorIndex) {
     let name = fresh("meta");
     assert_eq!(index.info(&name).await.unwrap(), None);
+    assert_eq!(index.meta(&name).await.unwrap(), None);
     assert_eq!(index.ensure(&name, &meta(Some(3))).await.unwrap(), meta(Some(3)));
     assert_eq!(
         index.ensure(&name, &meta(None)).await.unwrap(),
@@ -88,6 +89,7 @@ async fn a_collection_keeps_the_meta_it_was_made_with(index: &dyn VectorIndex) {
         "an existing one keeps its meta"
     );
     assert_eq!(index.info(&name).await.unwrap(), Some(CollectionState { meta: meta(Some(3)), chunks: 0 }));
+    assert_eq!(index.meta(&name).await.unwrap(), Some(meta(Some(3))));
     assert!(index.collections().await.unwrap().iter().any(|(listed, _)| *listed == name));
     assert!(index.drop_collection(&name).await.unwrap());
     assert!(!index.drop_collection(&name).await.unwrap());

@@ -132,6 +132,10 @@ impl VectorIndex for EdgeIndex {
         Ok(meta)
     }
 
+    async fn meta(&self, name: &str) -> Result<Option<CollectionMeta>, UpstreamError> {
+        Ok(self.get(name).map(|collection| collection.meta()))
+    }
+
     async fn info(&self, name: &str) -> Result<Option<CollectionState>, UpstreamError> {
         let Some(collection) = self.get(name) else { return Ok(None) };
         blocking(move || collection.state()).await.map(Some)

@@ -172,7 +172,11 @@ pub(crate) trait VectorIndex: Send + Sync {
     /// Makes the collection unless it exists. Returns what it is: an existing one keeps its meta.
     async fn ensure(&self, collection: &str, meta: &CollectionMeta) -> Result<CollectionMeta, UpstreamError>;
 
-    /// The collection; `None` when there is none of that name.
+    /// What the collection was made with; `None` when there is none of that name. Cheap: asked for
+    /// before every search, and may be some seconds old.
+    async fn meta(&self, collection: &str) -> Result<Option<CollectionMeta>, UpstreamError>;
+
+    /// The collection as it is now; `None` when there is none of that name.
     async fn info(&self, collection: &str) -> Result<Option<CollectionState>, UpstreamError>;
 
     /// All collections, by name.

@@ -20,6 +20,7 @@ use ::qdrant_client::{
 };
 use async_trait::async_trait;
 use atlas_shared::{Dependency, Secret, UpstreamError};
+use moka::future::Cache;
 use url::Url;
 use uuid::Uuid;
 
@@ -40,12 +41,20 @@ const OLDEST: (u64, u64) = (1, 16);
 /// Points in one request.
 const BATCH: usize = 256;
 
+/// How old a collection's meta may be when it is searched: another replica may have dropped it and made it anew.
+const META_TTL: Duration = Duration::from_secs(5);
+
+/// Collections whose meta is remembered.
+const MAX_METAS: u64 = 1000;
+
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// All collections of one server.
 pub(super) struct QdrantIndex {
     client: Qdrant,
     url: Url,
+    /// Of collections that were searched lately: what matters of it never changes.
+    metas: Cache<String, CollectionMeta>,
 }
 
 impl QdrantIndex {
@@ -66,7 +75,8 @@ impl QdrantIndex {
             .skip_compatibility_check()
             .build()
             .map_err(|error| misconfigured(url, &error.to_string()))?;
-        Ok(Self { client, url: address })
+        let metas = Cache::builder().max_capacity(MAX_METAS).time_to_live(META_TTL).build();
+        Ok(Self { client, url: address, metas })
     }
 
     /// `Ok(None)` where the server says that there is no such collection.
@@ -155,6 +165,17 @@ impl VectorIndex for QdrantIndex {
             self.client.create_field_index(request).await.map_err(|error| self.upstream(error))?;
         }
         Ok(meta.clone())
+    }
+
+    async fn meta(&self, name: &str) -> Result<Option<CollectionMeta>, UpstreamError> {
+        if let Some(meta) = self.metas.get(name).await {
+            return Ok(Some(meta));
+        }
+        let meta = self.state(name).await?.map(|state| state.meta);
+        if let Some(meta) = &meta {
+            self.metas.insert(name.to_owned(), meta.clone()).await;
+        }
+        Ok(meta)
     }
 
     async fn info(&self, name: &str) -> Result<Option<CollectionState>, UpstreamError> {
@@ -314,6 +335,7 @@ impl VectorIndex for QdrantIndex {
     }
 
     async fn drop_collection(&self, name: &str) -> Result<bool, UpstreamError> {
+        self.metas.invalidate(name).await;
         let answer = self.client.delete_collection(name).await.map_err(|error| self.upstream(error))?;
         Ok(answer.result)
     }
