@@ -225,6 +225,10 @@ pub(crate) trait VectorIndex: Send + Sync {
 }
 
 /// Opens the index that the configuration names.
+#[cfg_attr(
+    not(feature = "embedded"),
+    expect(clippy::unused_async, reason = "the embedded engine is opened off-thread")
+)]
 pub(crate) async fn open(config: &GatewayConfig) -> Result<Arc<dyn VectorIndex>, UpstreamError> {
     match &config.index {
         IndexConfig::Qdrant { url, api_key } => {
