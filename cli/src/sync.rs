@@ -22,7 +22,7 @@ use futures::future::join_all;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    error::Result,
+    error::{CliError, Result},
     walk::{self, Candidate, WalkOptions},
 };
 
@@ -260,7 +260,7 @@ pub(crate) async fn run(
         shared.state.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     outcome.left = queue.len();
     if let Some(error) = fatal {
-        return (outcome, Err(error.into()));
+        return (outcome, Err(explain(error)));
     }
     if stopped {
         return (outcome, Ok(()));
@@ -277,6 +277,22 @@ pub(crate) async fn run(
         outcome.deleted += sources.len();
     }
     (outcome, Ok(()))
+}
+
+/// A server that wants to be left alone for hours is not broken: the day's tokens are used up.
+fn explain(error: UpstreamError) -> CliError {
+    match error {
+        UpstreamError::Transient { message, retry_after: Some(after), .. } if after > LONGEST_WAIT => {
+            let minutes = after.as_secs().div_ceil(60);
+            CliError::failure(format!(
+                "the gateway asks to come back in {} h {} min",
+                minutes / 60,
+                minutes % 60
+            ))
+            .because(message)
+        }
+        other => other.into(),
+    }
 }
 
 /// One sender: takes batches until there are none, or until the run is stopped.
@@ -464,6 +480,8 @@ mod tests {
         assert_eq!(next_step(&wait(5), 8, 1), Next::Retry(Duration::from_secs(5)));
         assert_eq!(next_step(&wait(36_000), 8, 1), Next::GiveUp);
         assert_eq!(next_step(&wait(5), 8, MAX_FAILURES), Next::GiveUp);
+        let explained = explain(wait(36_000)).to_string();
+        assert_eq!(explained, "the gateway asks to come back in 10 h 0 min\n  why: later");
         let key = UpstreamError::misconfigured(Dependency::Gateway, "RAG_API_KEY", "401", "set it");
         assert_eq!(next_step(&key, 8, 1), Next::GiveUp);
     }

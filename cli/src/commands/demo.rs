@@ -40,6 +40,7 @@ const ANSWER_BOUND: Duration = Duration::from_mins(10);
   OPENAI_API_KEY=sk-… atlas demo              with a model
 
 Without a key the offline drafter writes: real passages, no language model, 0 tokens. It says so.
+With one, only the answers are billed: search is lexical unless OPENAI_EMBEDDING_MODEL is set.
 Everything happens in a fresh temporary folder; nothing of yours is changed. Exits with 1 if a
 citation does not name a file and lines that hold the passage.")]
 pub(crate) struct Demo {
@@ -69,8 +70,21 @@ impl Demo {
         config.gateway.listen = ([127, 0, 0, 1], 0).into();
         config.worker.listen = ([127, 0, 0, 1], 0).into();
         config.worker.drain_timeout = Duration::from_secs(1);
+        if !context.is_set("OPENAI_EMBEDDING_MODEL")
+            && let Some(openai) = &mut config.openai
+        {
+            // Embedding a whole repository for two questions would cost more than the answers.
+            openai.embedding_model = None;
+        }
         match &config.openai {
-            Some(openai) => ui.out(format_args!("Model: {} at {}", openai.models.join(", "), openai.base_url)),
+            Some(openai) => {
+                ui.out(format_args!("Model: {} at {}", openai.models.join(", "), openai.base_url));
+                let search = openai.embedding_model.as_deref().map_or_else(
+                    || "lexical, so that indexing bills nothing (OPENAI_EMBEDDING_MODEL changes that)".to_owned(),
+                    |model| format!("lexical and {model}; every file is embedded, which bills tokens"),
+                );
+                ui.out(format_args!("Search: {search}"));
+            }
             None => ui.out(
                 "Model: none. The offline drafter writes, from real passages and without a language model.\n       \
                  Set OPENAI_API_KEY (or OPENAI_BASE_URL) to see a model's work.",
