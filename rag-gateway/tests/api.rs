@@ -390,3 +390,30 @@ async fn a_reader_never_sees_two_revisions_of_a_file_and_never_none() {
     tokio::join!(writing, reading);
     stand.gateway.shutdown().await;
 }
+
+#[tokio::test]
+async fn without_its_engine_the_gateway_starts_and_says_what_is_missing() {
+    let stand = Stand::start(&[("QDRANT_URL", "http://127.0.0.1:9"), ("RETRY_MAX_ATTEMPTS", "1")]).await;
+    let ready = stand.get("/health/ready").await;
+    assert_eq!(ready.status.as_u16(), 503);
+    assert!(ready.body["checks"]["vector_index"]["message"].as_str().unwrap().contains("QDRANT_URL"));
+    assert_eq!(stand.get("/health/live").await.status.as_u16(), 200);
+    let refused = stand.query("anything").await;
+    refused.problem(503, "upstream_unavailable");
+    assert!(refused.header("retry-after").is_some());
+    stand.put(documents()).await.problem(503, "upstream_unavailable");
+    let id = stand.post("/v1/embed_batch", json!(["text"])).await.ok()["job_id"].as_str().unwrap().to_owned();
+    let status = tokio::time::timeout(std::time::Duration::from_secs(30), async {
+        loop {
+            let status = stand.get(&format!("/v1/jobs/{id}")).await.ok();
+            if status["state"] == "failed" {
+                return status;
+            }
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .expect("the job fails");
+    assert!(!status["errors"].as_array().unwrap().is_empty());
+    stand.gateway.shutdown().await;
+}

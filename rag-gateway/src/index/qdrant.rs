@@ -10,12 +10,13 @@ use std::{collections::HashMap, time::Duration};
 use ::qdrant_client::{
     Payload, Qdrant, QdrantError,
     qdrant::{
-        Condition, CreateCollectionBuilder, CreateFieldIndexCollectionBuilder, DeletePointsBuilder, Distance,
-        Document, FieldType, Filter, KeywordIndexParamsBuilder, Modifier, NamedVectors,
-        PayloadExcludeSelector, PointId, PointStruct, PointVectors, Query, QueryBatchPointsBuilder,
-        QueryPoints, QueryPointsBuilder, Range, ScoredPoint, ScrollPointsBuilder, SparseVectorParamsBuilder,
-        SparseVectorsConfigBuilder, UpdateCollectionBuilder, UpdatePointVectorsBuilder, UpsertPointsBuilder,
-        Value, VectorParamsBuilder, VectorsConfigBuilder, point_id::PointIdOptions,
+        Condition, CountPointsBuilder, CreateCollectionBuilder, CreateFieldIndexCollectionBuilder,
+        DeletePointsBuilder, Distance, Document, FieldType, Filter, KeywordIndexParamsBuilder, Modifier,
+        NamedVectors, PayloadExcludeSelector, PointId, PointStruct, PointVectors, Query,
+        QueryBatchPointsBuilder, QueryPoints, QueryPointsBuilder, Range, ScoredPoint, ScrollPointsBuilder,
+        SparseVectorParamsBuilder, SparseVectorsConfigBuilder, UpdateCollectionBuilder,
+        UpdatePointVectorsBuilder, UpsertPointsBuilder, Value, VectorParamsBuilder, VectorsConfigBuilder,
+        point_id::PointIdOptions,
     },
 };
 use async_trait::async_trait;
@@ -27,6 +28,7 @@ use uuid::Uuid;
 use super::{
     ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS, Lists,
     NewChunk, Page, SPARSE, Search, Selection, VectorIndex, failed, lexical_text, payload, record,
+    term_count,
 };
 
 /// The server's BM25.
@@ -179,7 +181,11 @@ impl VectorIndex for QdrantIndex {
     }
 
     async fn info(&self, name: &str) -> Result<Option<CollectionState>, UpstreamError> {
-        self.state(name).await
+        let Some(state) = self.state(name).await? else { return Ok(None) };
+        // The count in the collection's info is an estimate.
+        let count = self.client.count(CountPointsBuilder::new(name).exact(true)).await;
+        let Some(count) = self.found(count)? else { return Ok(None) };
+        Ok(Some(CollectionState { chunks: count.result.map_or(0, |result| result.count), ..state }))
     }
 
     async fn collections(&self) -> Result<Vec<(String, CollectionState)>, UpstreamError> {
@@ -258,9 +264,10 @@ impl VectorIndex for QdrantIndex {
         let has_dense = search.dense.is_some();
         let mut queries = Vec::new();
         queries.extend(search.dense.map(|dense| query(Query::new_nearest(dense), DENSE)));
-        queries.extend(
-            search.lexical.map(|text| query(Query::new_nearest(Document::new(text, BM25_MODEL)), SPARSE)),
-        );
+        // Without terms there is no sparse vector, and nothing to find.
+        let lexical = search.lexical.filter(|text| term_count(text) > 0);
+        queries
+            .extend(lexical.map(|text| query(Query::new_nearest(Document::new(text, BM25_MODEL)), SPARSE)));
         if queries.is_empty() {
             return Ok(Lists::default());
         }
