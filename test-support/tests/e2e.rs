@@ -95,6 +95,19 @@ async fn two_hundred_requests_are_each_answered_once_and_the_ledger_equals_the_m
         let ledger: i64 = row.get(0);
         assert_eq!(Some(ledger), meter["by_task"][task.to_string()]["total_tokens"].as_i64(), "task {task}");
     }
+
+    // What an operator runs against the same services.
+    for (args, wanted) in [
+        (&["doctor"][..], "ok"),
+        (&["runs", "list"], "done"),
+        (&["budget", "show"], "100,000,000"),
+        (&["ask", "Design the cache of the gateway"], "## Sources"),
+    ] {
+        let output = fleet.atlas(args).unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.contains(wanted), "atlas {args:?}: {said}\n{errors}");
+    }
     println!(
         "{REQUESTS} published, {} stored, {} answered ({} messages), {billed} tokens billed and booked",
         stored.len(),
