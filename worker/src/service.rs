@@ -350,13 +350,16 @@ async fn probe(
     let interval = context.config.resilience.circuit_open;
     loop {
         checks.report(Dependency::Store, &context.store.check().await);
+        let mut checked = Ok(());
         for queue in &queues {
-            checks.report(Dependency::Queue, &queue.check().await);
+            // One line for all: a healthy dead-letter queue must not hide a broken request queue.
+            checked = checked.and(queue.check().await);
             match queue.backlog().await {
                 Ok(backlog) => context.metrics.backlog(&backlog),
                 Err(error) => tracing::debug!(error = %error, "the backlog could not be counted"),
             }
         }
+        checks.report(Dependency::Queue, &checked);
         let gateway = context.gateway.ready().await;
         match (&gateway, context.config.rag.fail_open) {
             (Err(error), true) => checks.degraded(
