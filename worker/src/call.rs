@@ -193,7 +193,7 @@ impl ModelCalls {
                 reason = caller.stop.stopped() => {
                     // It was in flight: nobody can know what it billed.
                     *waited += began.elapsed();
-                    self.metrics.tokens.with_label_values(&[request.model.as_str(), "assumed"]).inc_by(reservation.tokens.0);
+                    self.metrics.assumed(&request.model, reservation.tokens);
                     return self.end(Some(reservation), Closing::Assumed, CallEnd::Stopped(reason)).await;
                 }
             };
@@ -292,10 +292,7 @@ impl ModelCalls {
         let closing = match billed {
             Billed::Nothing => return Ok(Some(reservation)),
             Billed::Unknown => {
-                self.metrics
-                    .tokens
-                    .with_label_values(&[request.model.as_str(), "assumed"])
-                    .inc_by(reservation.tokens.0);
+                self.metrics.assumed(&request.model, reservation.tokens);
                 Closing::Assumed
             }
             Billed::Known(usage) => {
@@ -326,10 +323,7 @@ impl ModelCalls {
             }
             // A server that does not say what it billed: the upper bound is what we book.
             None => {
-                self.metrics
-                    .tokens
-                    .with_label_values(&[request.model.as_str(), "assumed"])
-                    .inc_by(reservation.tokens.0);
+                self.metrics.assumed(&request.model, reservation.tokens);
                 (Closing::Assumed, Usage { prompt: reservation.tokens, completion: Tokens(0) })
             }
         };

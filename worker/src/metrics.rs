@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use atlas_shared::{
-    ledger::Usage,
+    ledger::{Tokens, Usage},
     metrics::{MetricsError, Registry},
 };
 use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
@@ -141,6 +141,11 @@ impl Metrics {
                 &["reason"],
             )?,
         }))
+    }
+
+    /// Counts a reservation that is booked as spent because nobody can know what was billed.
+    pub(crate) fn assumed(&self, model: &str, tokens: Tokens) {
+        self.tokens.with_label_values(&[model, "assumed"]).inc_by(tokens.0);
     }
 
     /// Books what a call billed.

@@ -24,7 +24,7 @@ use std::{
 use atlas_shared::{
     Dependency, Tokens, UpstreamError,
     gateway_api::{Passage, QueryChatRequest, QueryFilter},
-    ledger::{Closing, Denial, DeniedBy, LedgerError},
+    ledger::{Denial, DeniedBy, LedgerError},
     message::{Answer, AnswerStatus, AnswerType, Task},
     resilience,
     trace_context::TraceParent,
@@ -426,10 +426,7 @@ impl Run<'_> {
             step: step.to_owned(),
             input_hash: input_hash.to_owned(),
             output: draft.checkpoint(),
-            usage: match settlement.closing {
-                Closing::Settled { usage } => usage,
-                Closing::Assumed | Closing::Released => usage,
-            },
+            usage,
         };
         Unsettled { settlement, checkpoint }
     }
