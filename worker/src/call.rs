@@ -24,6 +24,7 @@ use atlas_shared::{
 use uuid::Uuid;
 
 use crate::{
+    crash::crash_point,
     gate::{Gate, Reason},
     metrics::Metrics,
     resilient,
@@ -187,6 +188,7 @@ impl ModelCalls {
                     Err(error) => return ModelEnd::End(CallEnd::Store(error)),
                 },
             };
+            crash_point!("reserved");
             let began = Instant::now();
             let result = tokio::select! {
                 result = self.model.complete(request) => result,
@@ -200,6 +202,7 @@ impl ModelCalls {
             *waited += began.elapsed();
             let ModelError { error, billed } = match result {
                 Ok(answer) => {
+                    crash_point!("answered");
                     permit.succeeded();
                     self.gate.set(Reason::Dependency(Dependency::Model), false);
                     return ModelEnd::End(CallEnd::Answered(self.settle(request, answer, &reservation)));
@@ -216,6 +219,7 @@ impl ModelCalls {
                 self.gate.set(Reason::Dependency(Dependency::Model), true);
             }
             *throttled |= is_throttle(&error);
+            crash_point!("call_failed");
             match self.book_failure(request, reservation, billed).await {
                 Ok(kept) => open = kept,
                 Err(error) => return ModelEnd::End(CallEnd::Store(error)),

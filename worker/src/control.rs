@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     context::Context,
+    crash::crash_point,
     resilient,
     store::{FleetChange, FleetState},
 };
@@ -20,6 +21,7 @@ pub(crate) async fn obey(
     control: &Control,
     trace: TraceParent,
 ) -> Result<(), LedgerError> {
+    crash_point!("before_command");
     let (name, content) = match &control.command {
         Command::Heartbeat => ("heartbeat", fleet(change(context, FleetChange::default()).await?)),
         Command::FlushCache => (
@@ -57,6 +59,7 @@ pub(crate) async fn obey(
             ("cancel", json!({ "cancelled": stopped, "cancelled_task_id": task_id }))
         }
     };
+    crash_point!("command_stored");
     tracing::info!(command = name, task_id = %control.task_id, "command carried out");
     context.sweep_now.notify_one();
 

@@ -20,6 +20,7 @@ use uuid::Uuid;
 use crate::{
     context::Context,
     control,
+    crash::crash_point,
     gate::Reason,
     limiter::Permit,
     queue::{Delivery, RequestQueue},
@@ -95,6 +96,7 @@ async fn handle(
     let Delivery { message_id, data, attributes, delivery_attempt, handle } = delivery;
     let trace =
         TraceParent::from_attributes(attributes.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+    crash_point!("pulled");
     let verdict = match message::parse(&data, &message_id, context.config.worker.max_message_bytes) {
         Ok(Inbound::Chat(task)) => {
             context.metrics.messages.with_label_values(&["chat"]).inc();
@@ -119,10 +121,12 @@ async fn handle(
             put_aside(context, letter, kill).await
         }
     };
+    crash_point!("before_ack");
     let ended = match verdict {
         Verdict::Ack => handle.ack().await,
         Verdict::Nack => handle.nack().await,
     };
+    crash_point!("acked");
     if let Err(error) = ended {
         // It will be delivered again, and found finished.
         tracing::warn!(message_id, delivery_attempt, error = %error, "the delivery could not be ended");
@@ -158,15 +162,18 @@ async fn chat(
         }
     };
     match claim {
-        Claim::Claimed(claimed) => match run::execute(context, claimed, trace, permit, kill).await {
-            // The lease was given back with the store's knowledge; the nack only makes it quicker.
-            Ending::Drained => Verdict::Nack,
-            // Also when the store was lost on the way: the run is in it since the claim, its lease
-            // will expire, and a sweep takes it.
-            Ending::Final | Ending::Deferred | Ending::Released | Ending::Fenced | Ending::StoreLost => {
-                Verdict::Ack
+        Claim::Claimed(claimed) => {
+            crash_point!("claimed");
+            match run::execute(context, claimed, trace, permit, kill).await {
+                // The lease was given back with the store's knowledge; the nack only makes it quicker.
+                Ending::Drained => Verdict::Nack,
+                // Also when the store was lost on the way: the run is in it since the claim, its lease
+                // will expire, and a sweep takes it.
+                Ending::Final | Ending::Deferred | Ending::Released | Ending::Fenced | Ending::StoreLost => {
+                    Verdict::Ack
+                }
             }
-        },
+        }
         Claim::Finished { unsent } => {
             context.metrics.messages.with_label_values(&["duplicate"]).inc();
             if unsent {
@@ -197,8 +204,10 @@ async fn held(context: &Context, error: LedgerError, kill: &CancellationToken) -
 /// Stores a bad message, however long it takes.
 async fn put_aside(context: &Context, letter: DeadLetter, kill: &CancellationToken) -> Verdict {
     loop {
+        crash_point!("before_dead_letter");
         match resilient::store(&context.retry, || context.store.record_dead_letter(&letter)).await {
             Ok(new) => {
+                crash_point!("dead_letter_recorded");
                 if new {
                     context.metrics.dead_letters.with_label_values(&[letter.reason.as_str()]).inc();
                     tracing::warn!(
@@ -319,6 +328,7 @@ async fn escalate(context: &Context, source: &str, delivery: Delivery, kill: &Ca
         Verdict::Ack => handle.ack().await,
         Verdict::Nack => handle.nack().await,
     };
+    crash_point!("dead_letter_acked");
     if let Err(error) = ended {
         tracing::warn!(message_id, error = %error, "the dead letter could not be ended");
     }

@@ -15,6 +15,7 @@ pub mod store;
 mod call;
 mod context;
 mod control;
+mod crash;
 mod gate;
 mod intake;
 mod limiter;

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use crate::{
+    crash::crash_point,
     queue::ResultPublisher,
     resilient,
     store::{OutboxRow, RunStore},
@@ -68,6 +69,7 @@ impl Outbox {
             }
             Err(error) => return Err(error),
         }
+        crash_point!("published");
         // The marker lives as long as the worker; without it the row is sent twice, never lost.
         let _ = self.marks.send(row.id).await;
         Ok(())
@@ -90,7 +92,9 @@ impl Marker {
                     },
                 }
             }
+            crash_point!("before_mark");
             let result = resilient::store(&self.retry, || self.store.outbox_mark_sent(&batch)).await;
+            crash_point!("marked");
             if let Err(error) = result {
                 tracing::warn!(rows = batch.len(), error = %error, "rows could not be marked as sent; they will be sent again");
             }

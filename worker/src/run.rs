@@ -36,6 +36,7 @@ use crate::{
     agent::{AgentOptions, Draft, DraftInput, Finished, Next, offline},
     call::{Answered, CallEnd, Caller},
     context::{Context, attributes},
+    crash::crash_point,
     limiter::Permit,
     resilient,
     stop::{Stop, StopReason},
@@ -191,6 +192,7 @@ impl Run<'_> {
                     Err(Interrupted::Stop(reason)) => return self.stopped(reason, deferrals).await,
                     Err(Interrupted::Upstream(error)) => return self.try_later(&error, deferrals).await,
                 };
+                crash_point!("retrieved");
                 self.progress("writing", &format!("{} passages found, writing.", passages.len()));
                 let input = DraftInput {
                     task: self.task.clone(),
@@ -246,10 +248,11 @@ impl Run<'_> {
                 Next::Finished(finished) => return self.finish(*finished, unsettled).await,
                 Next::Failed(failure) => return self.fail(&failure.code, &failure.message, unsettled).await,
                 Next::Call(_) | Next::Search(_) => {
-                    if let Some(unsettled) = unsettled
-                        && let Err(error) = self.settle(&unsettled).await
-                    {
-                        return self.lost(&error);
+                    if let Some(unsettled) = unsettled {
+                        if let Err(error) = self.settle(&unsettled).await {
+                            return self.lost(&error);
+                        }
+                        crash_point!("settled");
                     }
                 }
             }
@@ -510,6 +513,7 @@ impl Run<'_> {
 
     /// Finish and publish.
     async fn seal(&mut self, finish: Finish) -> Ending {
+        crash_point!("before_finish");
         let began = Instant::now();
         let stored = resilient::store(&self.context.retry, || {
             self.context.store.finish_run(self.lease.again(), &finish)
@@ -520,6 +524,7 @@ impl Run<'_> {
             Ok(published) => published,
             Err(error) => return self.lost(&error),
         };
+        crash_point!("finished");
         let status = match finish.status {
             FinalStatus::Done => "done",
             FinalStatus::Failed => "failed",
@@ -563,6 +568,7 @@ impl Run<'_> {
         if denial.denied_by == DeniedBy::Day && denial.requested <= denial.limit {
             self.context.gate.out_of_budget(denial.requested);
         }
+        crash_point!("before_defer");
         let deferred = resilient::store(&self.context.retry, || {
             self.context.store.defer_run(
                 self.lease.again(),
@@ -575,6 +581,7 @@ impl Run<'_> {
         .await;
         match deferred {
             Ok(Published { outbox }) => {
+                crash_point!("deferred");
                 self.publish(&outbox).await;
                 Ending::Deferred
             }
@@ -692,8 +699,10 @@ fn restore(task: &Task, steps: Vec<Checkpoint>) -> Option<Draft> {
 
 /// Gives the run back.
 async fn release(context: &Context, lease: &Lease, retry_in: Duration, ending: Ending) -> Ending {
+    crash_point!("before_release");
     let released =
         resilient::store(&context.retry, || context.store.release_run(lease.again(), retry_in)).await;
+    crash_point!("released");
     match released {
         Ok(()) => ending,
         Err(LedgerError::Fenced { .. }) => Ending::Fenced,

@@ -22,6 +22,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     call::ModelCalls,
     context::{Context, MAX_PROGRESS},
+    crash::crash_point,
     gate::{Gate, Reason},
     intake,
     limiter::Limiter,
@@ -282,6 +283,7 @@ impl RunningWorker {
         if let Some(dead_letters) = &self.queues.dead_letters {
             dead_letters.drain().await;
         }
+        crash_point!("draining");
         self.tasks.close();
         if tokio::time::timeout(config.drain_timeout, self.tasks.wait()).await.is_err() {
             tracing::warn!(
@@ -293,6 +295,7 @@ impl RunningWorker {
         }
         self.loops.close();
         let _ = tokio::time::timeout(FLUSH_BOUND, self.loops.wait()).await;
+        crash_point!("drained");
         for queue in std::iter::once(&self.queues.requests).chain(&self.queues.dead_letters) {
             if let Err(error) = queue.flush(FLUSH_BOUND).await {
                 tracing::warn!(error = %error, "acks were not flushed; those messages will come again");

@@ -11,7 +11,7 @@ use atlas_shared::{Dependency, trace_context::TraceParent};
 use rand::Rng as _;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{context::Context, gate::Reason, resilient, run, store::StoreError};
+use crate::{context::Context, crash::crash_point, gate::Reason, resilient, run, store::StoreError};
 
 /// Outbox rows taken at once.
 const OUTBOX_BATCH: usize = 50;
@@ -75,6 +75,7 @@ async fn send_outbox(context: &Context) -> Result<(), StoreError> {
         let rows =
             resilient::store(&context.retry, || context.store.outbox_take(OUTBOX_BATCH, OUTBOX_HOLD)).await?;
         for row in &rows {
+            crash_point!("outbox_taken");
             if let Err(error) = context.outbox.send(row).await {
                 tracing::warn!(task_id = %row.task_id, error = %error, "an answer could not be sent; it stays in the outbox");
                 return Ok(());
@@ -109,6 +110,7 @@ async fn take_due(
         .claim_due(&context.worker, permits.len(), context.config.worker.lease, context.config.limits)
         .await?;
     for (run, permit) in claimed.into_iter().zip(permits) {
+        crash_point!("due_claimed");
         tracing::info!(task_id = %run.lease.task_id, attempt = run.lease.attempt, taken_over = run.taken_over, "run taken up");
         let context = Arc::clone(context);
         let kill = kill.clone();

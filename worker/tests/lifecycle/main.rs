@@ -9,195 +9,18 @@
     reason = "tests"
 )]
 
-use std::{future::Future, net::SocketAddr, time::Duration};
+mod crash_points;
+mod stack;
 
-use atlas_openai_sim::{RunningSim, Sim, SimOptions};
-use atlas_shared::{
-    Config, Env, TaskId, Tokens, WorkerId,
-    config::Process,
-    gateway_api::{Passage, QueryChatRequest},
-    message::{Answer, AnswerType},
-};
-use atlas_worker::{
-    RunningWorker, StartError, Worker,
-    queue::{self, Queues},
-    store::{self, ClaimRequest, RunDetail, RunStatus, RunStore},
-};
-use axum::{Json, Router, http::StatusCode, routing::post};
-use bytes::Bytes;
+use std::time::Duration;
+
+use atlas_openai_sim::{Sim, SimOptions};
+use atlas_shared::{TaskId, message::AnswerType};
+use atlas_worker::{StartError, Worker, store::RunStatus};
+use axum::http::StatusCode;
 use serde_json::{Value, json};
-use uuid::Uuid;
 
-/// Nothing here takes this long; a test that does has failed.
-const BOUND: Duration = Duration::from_secs(60);
-
-/// One folder, one gateway, and optionally a simulator: all that workers of one test share.
-struct Stack {
-    _dir: tempfile::TempDir,
-    env: Env,
-    sim: Option<RunningSim>,
-}
-
-impl Stack {
-    /// Without a model: the offline drafter writes.
-    async fn offline() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let gateway = gateway().await;
-        let env = Env::default()
-            .with("ATLAS_DATA_DIR", dir.path().display().to_string())
-            .with("WORKER_LISTEN", "127.0.0.1:0")
-            .with("RAG_URL", format!("http://{gateway}"))
-            .with("SWEEP_INTERVAL_SECONDS", "1")
-            .with("RETRY_BASE_MILLISECONDS", "1")
-            .with("CIRCUIT_OPEN_SECONDS", "1")
-            .with("LOG_LEVEL", "warn");
-        Self { _dir: dir, env, sim: None }
-    }
-
-    /// With the simulator as the model API.
-    async fn simulated() -> Self {
-        let mut stack = Self::offline().await;
-        let sim = Sim::start(SimOptions::default()).await.unwrap();
-        stack.env = stack.env.with("OPENAI_BASE_URL", sim.base_url()).with("OPENAI_API_KEY", "sk-test-key");
-        stack.sim = Some(sim);
-        stack
-    }
-
-    fn with(mut self, name: &str, value: &str) -> Self {
-        self.env = self.env.with(name, value);
-        self
-    }
-
-    fn config(&self) -> Config {
-        Config::load(&self.env, Process::Worker).unwrap()
-    }
-
-    async fn worker(&self) -> RunningWorker {
-        Worker::start(&self.config()).await.unwrap()
-    }
-
-    async fn store(&self) -> std::sync::Arc<dyn RunStore> {
-        store::open(&self.config()).await.unwrap()
-    }
-
-    async fn queues(&self) -> Queues {
-        queue::open(&self.config()).await.unwrap()
-    }
-
-    async fn publish(&self, message: impl Into<Bytes>) {
-        self.queues().await.publisher.publish("architect_in", message.into(), Vec::new()).await.unwrap();
-    }
-
-    /// Publishes a request and waits for its last answer.
-    async fn ask(&self, content: &str, metadata: Value) -> Answer {
-        let task = TaskId::random();
-        self.ask_as(task, &request(task, content, metadata)).await
-    }
-
-    async fn ask_as(&self, task: TaskId, message: &Value) -> Answer {
-        let config = self.config();
-        let mut answers = queue::watch_answers(&config, task).await.unwrap();
-        self.publish(message.to_string()).await;
-        bounded("an answer", async {
-            loop {
-                let answer = answers.next().await.unwrap();
-                if matches!(answer.msg_type, AnswerType::Spec | AnswerType::Error | AnswerType::Control) {
-                    return answer;
-                }
-            }
-        })
-        .await
-    }
-
-    async fn run(&self, task: TaskId) -> Option<RunDetail> {
-        self.store().await.get_run(task).await.unwrap()
-    }
-
-    /// Waits until the run is in this state.
-    async fn until(&self, task: TaskId, status: RunStatus) -> RunDetail {
-        let store = self.store().await;
-        eventually(&format!("run {task} is {}", status.as_str()), || async {
-            store.get_run(task).await.unwrap().filter(|detail| detail.run.status == status)
-        })
-        .await
-    }
-
-    /// What the ledger says was used today, and what the simulator billed.
-    async fn books(&self) -> (u64, u64) {
-        let budget = self.store().await.budget(self.config().limits).await.unwrap();
-        assert_eq!(budget.reserved, Tokens(0), "nothing may be left open");
-        (budget.used.0, self.sim.as_ref().unwrap().meter().total_tokens())
-    }
-}
-
-fn request(task: TaskId, content: &str, metadata: Value) -> Value {
-    json!({"task_id": task, "role": "architect", "msg_type": "chat", "content": content, "metadata": metadata})
-}
-
-fn command(content: Value) -> (TaskId, Value) {
-    let task = TaskId::random();
-    (task, json!({"task_id": task, "role": "architect", "msg_type": "control", "content": content}))
-}
-
-/// A gateway that finds the same two passages whatever is asked.
-async fn gateway() -> SocketAddr {
-    async fn query(Json(request): Json<QueryChatRequest>) -> Json<Vec<Passage>> {
-        let passage = |source: &str, start_line, text: &str| Passage {
-            text: text.to_owned(),
-            similarity: None,
-            source: source.to_owned(),
-            start_line,
-            end_line: start_line + 1,
-            heading: None,
-            score: 0.03,
-            collection: request.collection.clone().unwrap_or_default(),
-            lang: None,
-            repo: None,
-            commit: None,
-        };
-        Json(vec![
-            passage(
-                "docs/queue.md",
-                3,
-                "The event bus is Google Pub/Sub.\nEvery topic has a dead-letter topic.",
-            ),
-            passage("docs/store.md", 10, "Results are stored in Postgres.\nWrites go through SQL functions."),
-        ])
-    }
-    let app = Router::new()
-        .route("/v1/query_chat", post(query))
-        .route("/health/ready", axum::routing::get(|| async { Json(json!({"status": "ready"})) }));
-    serve(app).await
-}
-
-async fn serve(app: Router) -> SocketAddr {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let addr = listener.local_addr().unwrap();
-    tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
-    addr
-}
-
-async fn bounded<T>(what: &str, work: impl Future<Output = T>) -> T {
-    tokio::time::timeout(BOUND, work).await.unwrap_or_else(|_| panic!("waited {BOUND:?} for {what}"))
-}
-
-/// Looks until there is something to see.
-async fn eventually<T, F, Fut>(what: &str, mut look: F) -> T
-where
-    F: FnMut() -> Fut,
-    Fut: Future<Output = Option<T>>,
-{
-    bounded(what, async {
-        let mut ticks = tokio::time::interval(Duration::from_millis(20));
-        loop {
-            ticks.tick().await;
-            if let Some(seen) = look().await {
-                return seen;
-            }
-        }
-    })
-    .await
-}
+use stack::{Stack, bounded, command, eventually, request};
 
 #[tokio::test]
 async fn without_a_model_the_offline_drafter_answers_and_says_so() {
@@ -477,19 +300,9 @@ async fn a_dead_gateway_is_said_in_the_spec() {
 #[tokio::test]
 async fn a_dead_workers_run_is_taken_up_by_the_sweep() {
     let stack = Stack::simulated().await;
-    let store = stack.store().await;
     let task = TaskId::random();
-    // A worker that claims, reserves, and is never heard of again.
-    let claim = ClaimRequest {
-        task_id: task,
-        claim_id: Uuid::now_v7(),
-        message: request(task, "Design the event bus", json!({})),
-        tenant: None,
-        requester: None,
-        worker: WorkerId("dead".to_owned()),
-        lease: Duration::ZERO,
-    };
-    assert!(matches!(store.claim_run(&claim).await.unwrap(), store::Claim::Claimed(_)));
+    // A worker that claims and is never heard of again.
+    stack.claimed(task, Duration::ZERO).await;
 
     let worker = stack.worker().await;
     let detail = stack.until(task, RunStatus::Done).await;
