@@ -51,6 +51,10 @@ check-deploy: ## Scripts, Compose, Prometheus, Alertmanager, Grafana and Kuberne
 ci: ## What CI runs; installs the tools it lacks
 	@bash .ci/run
 
+.PHONY: bench
+bench: ## Measure throughput, overhead, memory and search on release builds (about half an hour with the build)
+	@scripts/bench.sh
+
 ##@ The real services, in containers
 
 .PHONY: atlas-dev

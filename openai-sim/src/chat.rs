@@ -1,6 +1,6 @@
 //! `POST /v1/chat/completions`.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, sync::Arc};
 
 use axum::{
     body::Body,
@@ -12,7 +12,9 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use crate::{
-    Fault, Shared, generate,
+    Fault, Shared,
+    fault::hash,
+    generate,
     prompt::Prompt,
     script::{Kind, ScriptedCall},
     server::{self, Admitted, Sim, bad_request},
@@ -33,7 +35,39 @@ struct Answer {
     completion_tokens: u64,
 }
 
+/// Request bodies whose answers are kept; later ones are made anew.
+const REMEMBERED: usize = 1024;
+
+/// An answer that is repeated to every request with the same body.
+#[derive(Debug)]
+pub(crate) struct Remembered {
+    model: String,
+    /// Prompt and cap.
+    total: u64,
+    prompt_tokens: u64,
+    completion_tokens: u64,
+    body: String,
+}
+
+impl Remembered {
+    async fn repeat(&self, sim: &Shared, headers: &HeaderMap) -> Response {
+        let admitted = match server::admit(sim, headers, Kind::Chat, &self.model, "", self.total) {
+            Ok(admitted) => admitted,
+            Err(refused) => return refused,
+        };
+        let (prompt, completion) = (self.prompt_tokens, self.completion_tokens);
+        sim.books().meter.bill("chat", &self.model, &admitted.request_id, prompt, completion);
+        admitted.take_time(sim, completion).await;
+        ([(header::CONTENT_TYPE, "application/json")], self.body.clone()).into_response()
+    }
+}
+
 pub(crate) async fn complete(State(sim): State<Sim>, headers: HeaderMap, body: Bytes) -> Response {
+    let key = sim.options.remember_answers.then(|| hash(&body));
+    let remembered = key.and_then(|key| sim.books().remembered.get(&key).cloned());
+    if let Some(remembered) = remembered {
+        return remembered.repeat(&sim, &headers).await;
+    }
     let request: Value = match serde_json::from_slice(&body) {
         Ok(request) => request,
         Err(why) => return bad_request("invalid_json", &format!("The body is not JSON: {why}")),
@@ -77,6 +111,22 @@ pub(crate) async fn complete(State(sim): State<Sim>, headers: HeaderMap, body: B
         answer.completion_tokens,
     );
     admitted.take_time(&sim, answer.completion_tokens).await;
+    if let Some(key) = key
+        && request["stream"] != true
+        && admitted.fault.is_none()
+    {
+        let mut books = sim.books();
+        if books.remembered.len() < REMEMBERED {
+            let remembered = Remembered {
+                model: model.to_owned(),
+                total,
+                prompt_tokens: answer.prompt_tokens,
+                completion_tokens: answer.completion_tokens,
+                body: whole_body(&admitted, model, &answer).to_string(),
+            };
+            books.remembered.insert(key, Arc::new(remembered));
+        }
+    }
     let mut response = if request["stream"] == true {
         stream(&admitted, &request, model, &answer)
     } else {
@@ -268,6 +318,10 @@ fn usage(answer: &Answer) -> Value {
 }
 
 fn whole(admitted: &Admitted, model: &str, answer: &Answer) -> Response {
+    server::send(admitted, &whole_body(admitted, model, answer))
+}
+
+fn whole_body(admitted: &Admitted, model: &str, answer: &Answer) -> Value {
     let mut message = json!({"role": "assistant", "content": answer.content, "refusal": answer.refusal});
     if !answer.tool_calls.is_empty() {
         message["tool_calls"] = json!(answer.tool_calls);
@@ -282,7 +336,7 @@ fn whole(admitted: &Admitted, model: &str, answer: &Answer) -> Response {
     if !admitted.is(Fault::NoUsage) {
         body["usage"] = usage(answer);
     }
-    server::send(admitted, &body)
+    body
 }
 
 /// Server-sent events: the role, the words, the reason it stopped, the usage, `[DONE]`.

@@ -34,6 +34,7 @@ mod server;
 mod tokens;
 
 use std::{
+    collections::HashMap,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -73,6 +74,9 @@ pub struct SimOptions {
     pub requests_per_minute: Option<u64>,
     /// Tokens in a minute and model, above which 429 is answered; `None`: no limit.
     pub tokens_per_minute: Option<u64>,
+    /// Make the answer to each request body only once: a benchmark's simulator must cost little. Faults
+    /// and scripts then strike only the first call of each body.
+    pub remember_answers: bool,
 }
 
 impl Default for SimOptions {
@@ -90,6 +94,7 @@ impl Default for SimOptions {
             context_tokens: 128_000,
             requests_per_minute: None,
             tokens_per_minute: None,
+            remember_answers: false,
         }
     }
 }
@@ -197,6 +202,7 @@ struct Books {
     script: Script,
     seen: fault::Seen,
     windows: server::Windows,
+    remembered: HashMap<u64, Arc<chat::Remembered>>,
 }
 
 impl Shared {

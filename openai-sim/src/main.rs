@@ -64,6 +64,9 @@ struct Arguments {
     /// Tokens in a minute and model; more get 429.
     #[arg(long, value_name = "N")]
     tpm: Option<u64>,
+    /// Make the answer to each request body only once and repeat it: for benchmarks.
+    #[arg(long, conflicts_with_all = ["faults", "script"])]
+    remember_answers: bool,
 }
 
 #[tokio::main]
@@ -90,6 +93,7 @@ async fn main() -> anyhow::Result<()> {
         context_tokens: arguments.context_tokens,
         requests_per_minute: arguments.rpm,
         tokens_per_minute: arguments.tpm,
+        remember_answers: arguments.remember_answers,
     })
     .await?;
     println!(

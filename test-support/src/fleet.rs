@@ -335,12 +335,14 @@ pub fn workspace() -> PathBuf {
     here.parent().unwrap_or(here).to_owned()
 }
 
-/// A binary of this workspace, beside the running test's own: `scripts/test.sh` builds all of them first.
+/// A binary of this workspace, of the same profile as the running program: beside it, or, when that is a
+/// test, in the folder above. `scripts/test.sh` builds all of them first.
 fn binary(name: &str) -> anyhow::Result<PathBuf> {
-    let test = std::env::current_exe()?;
-    let path = test.parent().and_then(Path::parent).context("the test's folder")?.join(name);
-    ensure!(path.exists(), "{name} is not built; run `make e2e`, or `cargo build --workspace --bins` first");
-    Ok(path)
+    let own = std::env::current_exe()?;
+    let found = own.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.is_file());
+    found.with_context(|| {
+        format!("{name} is not built; run `make e2e`, or `cargo build --workspace --bins` first")
+    })
 }
 
 fn atlas(env: &BTreeMap<String, String>, args: &[&str]) -> anyhow::Result<Output> {

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Builds everything in release mode and runs all benchmarks, or the one that is named:
+#   scripts/bench.sh                                   all of them, as docs/BENCHMARKS.md has them
+#   scripts/bench.sh worker --in-flight 1000 --runs 10000 --latency-ms 2000
+# Prints Markdown. Nothing else should run on the machine meanwhile.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+cargo=${CARGO:-cargo}
+"$cargo" build --locked --release --workspace --bins
+bench=${CARGO_TARGET_DIR:-target}/release/atlas-bench
+
+if (($#)); then
+    exec "$bench" "$@"
+fi
+
+"$bench" worker --runs 2000 --in-flight 64
+"$bench" worker --runs 10000 --in-flight 1000 --latency-ms 2000
+if ! "$bench" worker --services real --runs 1000 --in-flight 64; then
+    echo "The benchmark on the real services did not run; the line above says why." >&2
+    exit 1
+fi
