@@ -62,8 +62,27 @@ impl Remembered {
     }
 }
 
+/// The body without the codes by which Atlas fences its data (`data-`, ten digits), which are different
+/// for each task: apart from them, prompts are the same again and again.
+fn without_fences(body: &[u8]) -> Vec<u8> {
+    const MARK: &[u8] = b"data-";
+    const DIGITS: usize = 10;
+    let mut kept = Vec::with_capacity(body.len());
+    let mut rest = body;
+    while let Some((first, after)) = rest.split_first() {
+        let digits = rest.strip_prefix(MARK).and_then(|rest| rest.get(..DIGITS));
+        if digits.is_some_and(|digits| digits.iter().all(u8::is_ascii_hexdigit)) {
+            rest = &rest[MARK.len() + DIGITS..];
+        } else {
+            kept.push(*first);
+            rest = after;
+        }
+    }
+    kept
+}
+
 pub(crate) async fn complete(State(sim): State<Sim>, headers: HeaderMap, body: Bytes) -> Response {
-    let key = sim.options.remember_answers.then(|| hash(&body));
+    let key = sim.options.remember_answers.then(|| hash(&without_fences(&body)));
     let remembered = key.and_then(|key| sim.books().remembered.get(&key).cloned());
     if let Some(remembered) = remembered {
         return remembered.repeat(&sim, &headers).await;

@@ -4,10 +4,24 @@
 //! an upper bound, because no byte-level tokenizer makes more tokens than there are bytes.
 //!
 //! The encoders are built on first use (about 100 ms each) and live as long as the process.
+//!
+//! A prompt is counted several times while it is fitted into a budget, and most of it (instructions,
+//! schema, passages) is in other prompts too. So a text is counted in segments, and the counts of
+//! segments are remembered. Segments end where every encoding ends a token, so that the sum is exact.
 
-use std::collections::HashSet;
+use std::{
+    collections::HashSet,
+    hash::{BuildHasher as _, RandomState},
+    sync::LazyLock,
+};
 
+use moka::sync::Cache;
 use tiktoken_rs::{CoreBPE, tokenizer::Tokenizer};
+
+/// Segments whose counts are remembered, about 100 bytes each.
+const REMEMBERED_SEGMENTS: u64 = 32_768;
+/// Shorter segments are counted sooner than they are looked up.
+const WORTH_REMEMBERING: usize = 64;
 
 /// The number of tokens of a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +34,7 @@ pub struct Count {
 
 /// Counts `text` as `model` would.
 pub fn count(model: &str, text: &str) -> Count {
-    encoder(model).and_then(|encoder| count_with(encoder, text)).unwrap_or_else(|| bytes(text))
+    family(model).and_then(|family| count_segments(family, text)).unwrap_or_else(|| bytes(text))
 }
 
 /// Counts in tokens of `cl100k_base`: the unit of chunk sizes, whatever the model.
@@ -40,7 +54,7 @@ pub fn warm_up(model: &str) {
 }
 
 /// The encodings of the models that are still served.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, Hash)]
 enum Family {
     Harmony,
     O200k,
@@ -59,12 +73,70 @@ fn family(model: &str) -> Option<Family> {
     }
 }
 
-fn encoder(model: &str) -> Option<&'static CoreBPE> {
-    family(model).map(|family| match family {
-        Family::Harmony => tiktoken_rs::o200k_harmony_singleton(),
-        Family::O200k => tiktoken_rs::o200k_base_singleton(),
-        Family::Cl100k => tiktoken_rs::cl100k_base_singleton(),
+impl Family {
+    fn encoder(self) -> &'static CoreBPE {
+        match self {
+            Self::Harmony => tiktoken_rs::o200k_harmony_singleton(),
+            Self::O200k => tiktoken_rs::o200k_base_singleton(),
+            Self::Cl100k => tiktoken_rs::cl100k_base_singleton(),
+        }
+    }
+}
+
+/// Counts segment by segment, remembering each.
+fn count_segments(family: Family, text: &str) -> Option<Count> {
+    static COUNTS: LazyLock<Cache<(u64, usize), u64>> =
+        LazyLock::new(|| Cache::builder().max_capacity(REMEMBERED_SEGMENTS).build());
+    // Keyed anew in each process: nobody can write two segments that are taken for each other.
+    static HASHER: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+    let mut tokens = 0;
+    for segment in segments(text) {
+        if segment.len() < WORTH_REMEMBERING {
+            tokens += count_with(family.encoder(), segment)?.tokens;
+            continue;
+        }
+        let key = (HASHER.hash_one((family, segment)), segment.len());
+        tokens += match COUNTS.get(&key) {
+            Some(known) => known,
+            None => {
+                let counted = count_with(family.encoder(), segment)?.tokens;
+                COUNTS.insert(key, counted);
+                counted
+            }
+        };
+    }
+    Some(Count { tokens, exact: true })
+}
+
+/// The text in pieces that are likely to come again: paragraphs, and the fences around them, which
+/// are different in every prompt.
+fn segments(text: &str) -> impl Iterator<Item = &str> {
+    let is_fence = |line: &str| line.contains("<<<") || line.contains(">>>");
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let mut end = 0;
+        let mut lines = rest.split_inclusive('\n').peekable();
+        while let Some(line) = lines.next() {
+            end += line.len();
+            let Some(next) = lines.peek() else { break };
+            let wanted = line.trim_ascii().is_empty() || is_fence(line) || is_fence(next);
+            if wanted && starts_a_token(next) {
+                break;
+            }
+        }
+        let (segment, after) = rest.split_at(end);
+        rest = after;
+        Some(segment)
     })
+}
+
+/// Does every encoding begin a new token here, after a line's end? The patterns by which they split
+/// a text let a token go on after `\n` only with white space or, in `o200k`, with `/`.
+fn starts_a_token(line: &str) -> bool {
+    line.chars().next().is_some_and(|first| !first.is_whitespace() && first != '/')
 }
 
 /// `None` where the encoder's regex gives up (it backtracks, with a limit): then bytes must do.
@@ -103,6 +175,48 @@ mod tests {
             assert_eq!(count(model, "hällo"), Count { tokens: 6, exact: false }, "{model}");
             assert!(!is_known(model));
         }
+    }
+
+    proptest! {
+        /// Segments are worth nothing if their sum is off by one token.
+        #[test]
+        fn counting_in_segments_is_exact(
+            lines in prop::collection::vec(
+                prop_oneof![
+                    Just(String::new()),
+                    Just("  ".to_owned()),
+                    Just("<<<data-0123456789 [3] docs/a.md:1-20".to_owned()),
+                    Just("data-0123456789>>>".to_owned()),
+                    "[ \\t/.,;!a-zA-Z0-9'é漢😀\u{a0}\u{2028}-]{0,80}",
+                    "\\PC{0,60}",
+                ],
+                0..30,
+            ),
+            end in prop_oneof![Just("\n"), Just("\r\n"), Just("\n\n"), Just("\n \n")],
+        ) {
+            let text = lines.join(end);
+            prop_assert_eq!(segments(&text).collect::<String>(), text.clone());
+            for family in [Family::Harmony, Family::O200k, Family::Cl100k] {
+                let whole = count_with(family.encoder(), &text).unwrap().tokens;
+                // Twice: counted, then remembered.
+                prop_assert_eq!(count_segments(family, &text).unwrap().tokens, whole, "{:?}", family);
+                prop_assert_eq!(count_segments(family, &text).unwrap().tokens, whole, "{:?}", family);
+            }
+        }
+    }
+
+    #[test]
+    fn paragraphs_and_fences_are_segments() {
+        let text = "<<<x [1] a.md:1-2\n\nOne.\nStill one.\n\n  indented\n\nTwo.\nx>>>\n<<<x [2]\n\nThree.";
+        let expected = [
+            "<<<x [1] a.md:1-2\n\n",
+            "One.\nStill one.\n\n  indented\n\n",
+            "Two.\n",
+            "x>>>\n",
+            "<<<x [2]\n\n",
+            "Three.",
+        ];
+        assert_eq!(segments(text).collect::<Vec<_>>(), expected);
     }
 
     #[test]
