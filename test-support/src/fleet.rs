@@ -263,6 +263,24 @@ impl Fleet {
         logs
     }
 
+    /// One more worker, with settings of its own over the fleet's. Not started.
+    pub fn add_worker(&mut self, settings: &[(&str, &str)]) -> anyhow::Result<&mut Process> {
+        let (name, port) = (format!("worker-{}", self.workers.len() + 1), free_port()?);
+        let mut env = self.env.clone();
+        env.insert("WORKER_LISTEN".to_owned(), format!("127.0.0.1:{port}"));
+        env.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        self.workers.push(Process {
+            log: self.dir.path().join(format!("{name}.log")),
+            name,
+            binary: "atlas-worker",
+            args: Vec::new(),
+            env,
+            ready_url: format!("http://127.0.0.1:{port}/health/ready"),
+            running: None,
+        });
+        self.workers.last_mut().context("just added")
+    }
+
     /// Where logs and data are.
     pub fn dir(&self) -> &Path {
         self.dir.path()
@@ -304,8 +322,13 @@ impl Process {
         self.running.is_some()
     }
 
+    /// Everything it wrote so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
     fn log_tail(&self) -> String {
-        let text = std::fs::read_to_string(&self.log).unwrap_or_default();
+        let text = self.log();
         let lines: Vec<&str> = text.lines().collect();
         lines.get(lines.len().saturating_sub(15)..).unwrap_or_default().join("\n")
     }

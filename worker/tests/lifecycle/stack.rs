@@ -161,6 +161,13 @@ impl Stack {
         u64::try_from(counted.unwrap()).unwrap()
     }
 
+    /// Changes the file behind everybody's back.
+    pub(crate) async fn execute(&self, sql: &str) {
+        let sql = sql.to_owned();
+        let done: Result<(), UpstreamError> = self.db.write(move |tx, _| Ok(tx.execute_batch(&sql)?)).await;
+        done.unwrap();
+    }
+
     /// Messages of a task on `architect_out`, oldest first.
     pub(crate) async fn published(&self, task: TaskId) -> Vec<Value> {
         let messages: Result<Vec<Vec<u8>>, UpstreamError> = self
