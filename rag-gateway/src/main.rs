@@ -3,15 +3,14 @@
 use std::{process::ExitCode, sync::Arc};
 
 use async_trait::async_trait;
-use atlas_rag_gateway::Gateway;
+use atlas_rag_gateway::{Gateway, RunningGateway};
 use atlas_shared::{
-    Config, Dependency, Env, Ledger, UpstreamError,
+    Config, Dependency, Ledger, UpstreamError,
     config::Process,
     ledger::{self, BudgetState, Closing, LedgerError, Limits, Reservation, ReserveOutcome, ReserveRequest},
-    ops, telemetry,
+    process::{self, Failure, Start},
 };
 use clap::Parser;
-use tokio::signal::unix::{SignalKind, signal};
 
 /// Indexes documents and finds their passages, over HTTP: hybrid search (BM25 and embeddings) with
 /// exact file and line references.
@@ -42,59 +41,17 @@ struct Arguments {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let config = match Config::load(&Env::process(), Process::Gateway) {
-        Ok(config) => config,
-        Err(errors) => {
-            eprintln!("atlas-rag-gateway: {errors}");
-            return ExitCode::from(2);
-        }
-    };
-    if arguments.check_config {
-        println!("The configuration is valid.");
-        return ExitCode::SUCCESS;
-    }
-    if arguments.healthcheck {
-        return match ops::probe_ready(config.gateway.listen).await {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(reason) => {
-                eprintln!("atlas-rag-gateway is not ready: {reason}");
-                ExitCode::FAILURE
-            }
-        };
-    }
-    if let Err(errors) = telemetry::init(&config.log) {
-        eprintln!("atlas-rag-gateway: {errors}");
-        return ExitCode::from(2);
-    }
-    match serve(&config).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!(error = format!("{error:#}"), error_code = "start_failed", "the gateway stopped");
-            eprintln!("atlas-rag-gateway: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let Arguments { healthcheck, check_config } = Arguments::parse();
+    let start = Start { name: "atlas-rag-gateway", process: Process::Gateway, healthcheck, check_config };
+    process::run(start, serve).await
 }
 
-async fn serve(config: &Config) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let start = async { anyhow::Ok(Gateway::start(config, open_ledger(config).await?).await?) };
-    let gateway = tokio::select! {
-        started = start => started?,
-        _ = terminate.recv() => return Ok(()),
-        _ = interrupt.recv() => return Ok(()),
+async fn serve(config: Config) -> Result<(), Failure> {
+    let start = async {
+        let ledger = open_ledger(&config).await.map_err(Failure::failed)?;
+        Gateway::start(&config, ledger).await.map_err(Failure::failed)
     };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    tokio::select! {
-        () = gateway.shutdown() => Ok(()),
-        _ = terminate.recv() => anyhow::bail!("second signal: exiting with work under way"),
-        _ = interrupt.recv() => anyhow::bail!("second signal: exiting with work under way"),
-    }
+    process::serve(start, RunningGateway::shutdown).await
 }
 
 /// The ledger books embeddings: without an embedding model there is nothing to book, and no store is needed.

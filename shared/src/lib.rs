@@ -20,6 +20,7 @@ pub mod model;
 pub mod openai;
 pub mod ops;
 pub mod postgrest;
+pub mod process;
 pub mod resilience;
 pub mod secret;
 pub mod sqlite;

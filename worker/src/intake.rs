@@ -117,7 +117,8 @@ async fn handle(
         }
         Err(rejection) => {
             context.metrics.messages.with_label_values(&["rejected"]).inc();
-            let letter = dead_letter(context, source, &message_id, &data, attributes, rejection);
+            let origin = Origin { source, message_id: &message_id, attributes };
+            let letter = rejected(context, &origin, &data, rejection);
             put_aside(context, letter, kill).await
         }
     };
@@ -230,34 +231,49 @@ async fn put_aside(context: &Context, letter: DeadLetter, kill: &CancellationTok
     }
 }
 
-fn dead_letter(
-    context: &Context,
-    source: &str,
-    message_id: &str,
-    data: &[u8],
-    attributes: Vec<(String, String)>,
-    rejection: Rejection,
-) -> DeadLetter {
+/// A message that no worker can read, and what is said about it.
+fn rejected(context: &Context, origin: &Origin<'_>, data: &[u8], rejection: Rejection) -> DeadLetter {
     let Rejection { reason, message, answer_to, mut metadata } = rejection;
-    let announce = answer_to
-        .map(|task_id| {
-            metadata.insert("error_code".to_owned(), json!(reason));
-            let answer =
-                Answer::bare(task_id, AnswerType::Error, AnswerStatus::Error, message.clone(), metadata);
-            (context.topic_out.clone(), answer)
-        })
-        .into_iter()
-        .collect();
-    DeadLetter {
-        id: Uuid::new_v5(&DEAD_LETTER_NAMESPACE, format!("{source}/{message_id}").as_bytes()),
-        source: source.to_owned(),
-        reason: reason.to_owned(),
-        detail: message,
-        raw_base64: BASE64.encode(data),
-        attributes: storable(attributes),
-        task_id: answer_to,
-        fails_run: false,
-        announce,
+    let announce = answer_to.map(|task_id| {
+        metadata.insert("error_code".to_owned(), json!(reason));
+        Answer::bare(task_id, AnswerType::Error, AnswerStatus::Error, message.clone(), metadata)
+    });
+    let letter = origin.letter(context, data, reason, message, announce);
+    DeadLetter { task_id: answer_to, ..letter }
+}
+
+/// Where a dead letter comes from.
+struct Origin<'a> {
+    /// The subscription's name.
+    source: &'a str,
+    message_id: &'a str,
+    attributes: Vec<(String, String)>,
+}
+
+impl Origin<'_> {
+    /// The row of a bad message: the same for every delivery of it.
+    fn letter(
+        &self,
+        context: &Context,
+        data: &[u8],
+        reason: &str,
+        detail: String,
+        announce: Option<Answer>,
+    ) -> DeadLetter {
+        DeadLetter {
+            id: Uuid::new_v5(
+                &DEAD_LETTER_NAMESPACE,
+                format!("{}/{}", self.source, self.message_id).as_bytes(),
+            ),
+            source: self.source.to_owned(),
+            reason: reason.to_owned(),
+            detail,
+            raw_base64: BASE64.encode(data),
+            attributes: storable(&self.attributes),
+            task_id: None,
+            fails_run: false,
+            announce: announce.map(|answer| (context.topic_out.clone(), answer)).into_iter().collect(),
+        }
     }
 }
 
@@ -299,31 +315,19 @@ async fn escalate(context: &Context, source: &str, delivery: Delivery, kill: &Ca
             Err(rejection) => (rejection.answer_to, rejection.metadata),
         };
     let detail = "No worker could finish this message in as many deliveries as the subscription allows.";
-    let announce = task_id
-        .map(|task_id| {
-            let content = json!({
-                "command": "escalate",
-                "task_id": task_id,
-                "reason": "delivery_attempts_exhausted",
-                "detail": detail,
-                "next": format!("atlas dlq show, then atlas dlq replay (source {source})"),
-            });
-            let answer = Answer::bare(task_id, AnswerType::Control, AnswerStatus::Error, content, metadata);
-            (context.topic_out.clone(), answer)
-        })
-        .into_iter()
-        .collect();
-    let letter = DeadLetter {
-        id: Uuid::new_v5(&DEAD_LETTER_NAMESPACE, format!("{source}/{message_id}").as_bytes()),
-        source: source.to_owned(),
-        reason: "delivery_attempts_exhausted".to_owned(),
-        detail: detail.to_owned(),
-        raw_base64: BASE64.encode(&data),
-        attributes: storable(attributes),
-        task_id,
-        fails_run: true,
-        announce,
-    };
+    let announce = task_id.map(|task_id| {
+        let content = json!({
+            "command": "escalate",
+            "task_id": task_id,
+            "reason": "delivery_attempts_exhausted",
+            "detail": detail,
+            "next": format!("atlas dlq show, then atlas dlq replay (source {source})"),
+        });
+        Answer::bare(task_id, AnswerType::Control, AnswerStatus::Error, content, metadata)
+    });
+    let origin = Origin { source, message_id: &message_id, attributes };
+    let letter = origin.letter(context, &data, "delivery_attempts_exhausted", detail.to_owned(), announce);
+    let letter = DeadLetter { task_id, fails_run: true, ..letter };
     let ended = match put_aside(context, letter, kill).await {
         Verdict::Ack => handle.ack().await,
         Verdict::Nack => handle.nack().await,
@@ -335,8 +339,8 @@ async fn escalate(context: &Context, source: &str, delivery: Delivery, kill: &Ca
 }
 
 /// Attributes without NUL, which Postgres cannot store as text. The message itself is kept as base64.
-fn storable(attributes: Vec<(String, String)>) -> Vec<(String, String)> {
-    attributes.into_iter().map(|(name, value)| (name.replace('\0', ""), value.replace('\0', ""))).collect()
+fn storable(attributes: &[(String, String)]) -> Vec<(String, String)> {
+    attributes.iter().map(|(name, value)| (name.replace('\0', ""), value.replace('\0', ""))).collect()
 }
 
 fn attribute(attributes: &[(String, String)], name: &str) -> Option<String> {

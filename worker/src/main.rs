@@ -2,10 +2,13 @@
 
 use std::process::ExitCode;
 
-use atlas_shared::{Config, Env, config::Process, telemetry};
-use atlas_worker::Worker;
+use atlas_shared::{
+    Config,
+    config::Process,
+    process::{self, Failure, Start},
+};
+use atlas_worker::{RunningWorker, StartError, Worker};
 use clap::Parser;
-use tokio::signal::unix::{SignalKind, signal};
 
 /// Pulls architecture requests, writes grounded specs within the token budget, publishes them.
 ///
@@ -31,67 +34,17 @@ struct Arguments {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let config = match Config::load(&Env::process(), Process::Worker) {
-        Ok(config) => config,
-        Err(errors) => {
-            eprintln!("atlas-worker: {errors}");
-            return ExitCode::from(2);
-        }
-    };
-    if arguments.check_config {
-        println!("The configuration is valid.");
-        return ExitCode::SUCCESS;
-    }
-    if arguments.healthcheck {
-        return healthcheck(&config).await;
-    }
-    if let Err(errors) = telemetry::init(&config.log) {
-        eprintln!("atlas-worker: {errors}");
-        return ExitCode::from(2);
-    }
-    match work(&config).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!(
-                error = format!("{error:#}"),
-                error_code = "start_failed",
-                "the worker did not start"
-            );
-            eprintln!("atlas-worker: {error:#}");
-            match error.downcast_ref::<atlas_worker::StartError>() {
-                Some(atlas_worker::StartError::Config(_)) => ExitCode::from(2),
-                _ => ExitCode::FAILURE,
-            }
-        }
-    }
+    let Arguments { healthcheck, check_config } = Arguments::parse();
+    let start = Start { name: "atlas-worker", process: Process::Worker, healthcheck, check_config };
+    Box::pin(process::run(start, work)).await
 }
 
-async fn work(config: &Config) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let worker = tokio::select! {
-        started = Worker::start(config) => started?,
-        _ = terminate.recv() => return Ok(()),
-        _ = interrupt.recv() => return Ok(()),
+async fn work(config: Config) -> Result<(), Failure> {
+    let start = async {
+        Worker::start(&config).await.map_err(|error| match error {
+            StartError::Config(_) => Failure::misconfigured(error),
+            _ => Failure::failed(error),
+        })
     };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    tokio::select! {
-        () = worker.drain() => Ok(()),
-        _ = terminate.recv() => anyhow::bail!("second signal: exiting without draining"),
-        _ = interrupt.recv() => anyhow::bail!("second signal: exiting without draining"),
-    }
-}
-
-async fn healthcheck(config: &Config) -> ExitCode {
-    match atlas_shared::ops::probe_ready(config.worker.listen).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(why) => {
-            eprintln!("not ready: {why}");
-            ExitCode::FAILURE
-        }
-    }
+    Box::pin(process::serve(start, RunningWorker::drain)).await
 }
