@@ -60,6 +60,7 @@ pub(crate) const MIGRATIONS: &[Migration] = embedded![
     3 "0003" "ledger",
     4 "0004" "runs",
     5 "0005" "fleet",
+    6 "0006" "operators",
 ];
 
 impl Migration {
@@ -601,9 +602,9 @@ mod tests {
     use super::*;
 
     const BROKEN: Migration =
-        Migration { version: 6, name: "broken", up: "create table t6 (x int); select 1/0;", down: "" };
+        Migration { version: 9, name: "broken", up: "create table t6 (x int); select 1/0;", down: "" };
     const HALF_DONE: Migration = Migration {
-        version: 6,
+        version: 9,
         name: "half_done",
         up: "-- atlas: no-transaction\ncreate index concurrently i6 on public.no_such_table (x)",
         down: "-- atlas: no-transaction\ndrop index concurrently public.i6",
@@ -769,7 +770,7 @@ mod tests {
         .await
         .unwrap_err();
         assert!(
-            error.to_string().contains("0006_broken failed and was rolled back: division by zero"),
+            error.to_string().contains("0009_broken failed and was rolled back: division by zero"),
             "{error}"
         );
         assert_eq!(done, all());
@@ -803,10 +804,10 @@ mod tests {
         assert!(error.to_string().contains("dirty now"), "{error}");
         for direction in [Direction::Up, Direction::Down] {
             let error = run(&mut client, &migrations, direction, Target::All, |_| {}).await.unwrap_err();
-            assert!(matches!(error, MigrateError::Dirty { version: 6, .. }), "{error}");
+            assert!(matches!(error, MigrateError::Dirty { version: 9, .. }), "{error}");
         }
-        assert!(matches!(resolve(&client, 5, true).await.unwrap_err(), MigrateError::NoSuchVersion(5)));
-        resolve(&client, 6, false).await.unwrap();
+        assert!(matches!(resolve(&client, 6, true).await.unwrap_err(), MigrateError::NoSuchVersion(6)));
+        resolve(&client, 9, false).await.unwrap();
         client.batch_execute("create table public.no_such_table (x int)").await.unwrap();
         run(&mut client, &migrations, Direction::Up, Target::All, |_| {}).await.unwrap();
         assert_eq!(

@@ -254,6 +254,23 @@ pub struct WorkerConfig {
     pub drain_timeout: Duration,
     /// `AGENT_MAX_SEARCHES`: rounds of `search_knowledge` a run.
     pub max_searches: u32,
+    /// How long old rows are kept.
+    pub retention: RetentionConfig,
+}
+
+/// How long old rows of the store are kept; `None`: for ever. Runs, results and day accounts always are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RetentionConfig {
+    /// `RETENTION_OUTBOX_DAYS`: answers that were sent.
+    pub outbox: Option<Duration>,
+    /// `RETENTION_STEPS_DAYS`: checkpoints of final runs.
+    pub steps: Option<Duration>,
+    /// `RETENTION_REQUESTS_DAYS`: requests of final runs, `architect_in`.
+    pub requests: Option<Duration>,
+    /// `RETENTION_LEDGER_DAYS`: closed rows of `token_ledger`.
+    pub ledger: Option<Duration>,
+    /// `RETENTION_DEAD_LETTERS_DAYS`: dead letters that were replayed.
+    pub dead_letters: Option<Duration>,
 }
 
 /// Retries and circuit breakers.
@@ -399,6 +416,14 @@ impl Reader<'_> {
                 sweep_interval: self.seconds("SWEEP_INTERVAL_SECONDS", 1..=3600),
                 drain_timeout: self.seconds("DRAIN_TIMEOUT_SECONDS", 0..=3600),
                 max_searches: self.small("AGENT_MAX_SEARCHES", 0..=20),
+                retention: RetentionConfig {
+                    outbox: self.days("RETENTION_OUTBOX_DAYS", 1),
+                    steps: self.days("RETENTION_STEPS_DAYS", 1),
+                    requests: self.days("RETENTION_REQUESTS_DAYS", 1),
+                    // A call that is under way over midnight is booked on the day before.
+                    ledger: self.days("RETENTION_LEDGER_DAYS", 2),
+                    dead_letters: self.days("RETENTION_DEAD_LETTERS_DAYS", 1),
+                },
             },
             resilience: ResilienceConfig {
                 max_attempts: self.small("RETRY_MAX_ATTEMPTS", 1..=20),
@@ -735,6 +760,16 @@ impl Reader<'_> {
 
     fn small(&mut self, name: &'static str, range: RangeInclusive<u64>) -> u32 {
         u32::try_from(self.number(name, range)).unwrap_or(u32::MAX)
+    }
+
+    /// Days to keep something: 0 for ever, else at least `least`.
+    fn days(&mut self, name: &'static str, least: u64) -> Option<Duration> {
+        let days = self.number(name, 0..=36_500);
+        if days > 0 && days < least {
+            let problem = format!("{days} is less than {least}");
+            self.fault(name, problem, "keep it longer, or for ever with 0");
+        }
+        (days > 0).then(|| Duration::from_hours(24 * days))
     }
 
     fn seconds(&mut self, name: &'static str, range: RangeInclusive<u64>) -> Duration {

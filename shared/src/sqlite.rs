@@ -34,7 +34,10 @@ pub const FILE_NAME: &str = "atlas.db";
 const SCHEMA: &str = include_str!("sqlite/schema.sql");
 
 /// `PRAGMA user_version` of [`SCHEMA`]. A file with a higher one was written by a newer Atlas.
-const SCHEMA_VERSION: i64 = 1;
+const SCHEMA_VERSION: i64 = 2;
+
+/// What [`SCHEMA`] cannot add to a table of version 1, because the table is there.
+const FROM_VERSION_1: &str = "ALTER TABLE dead_letters ADD COLUMN replayed_as TEXT";
 
 /// How long a writer waits for another process's transaction.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -277,6 +280,9 @@ fn prepare(connection: &mut Connection) -> rusqlite::Result<i64> {
     let version: i64 = transaction.query_row("PRAGMA user_version", [], |row| row.get(0))?;
     if version < SCHEMA_VERSION {
         transaction.execute_batch(SCHEMA)?;
+        if version == 1 {
+            transaction.execute_batch(FROM_VERSION_1)?;
+        }
         transaction.pragma_update(None, "user_version", SCHEMA_VERSION)?;
     }
     transaction.commit()?;

@@ -60,6 +60,10 @@ pub(crate) struct Metrics {
     /// the whole subscription's where the queue can count it, else this process's own deliveries.
     unacknowledged: IntGaugeVec,
     oldest_unacknowledged: IntGaugeVec,
+    /// `atlas_purged_rows_total{kind}`: old rows that this worker deleted.
+    pub(crate) purged_rows: IntCounterVec,
+    /// `atlas_rate_limit_wait_seconds`: how long a call waited for the API's rate limit, before it.
+    pub(crate) rate_limit_wait: Histogram,
     /// `atlas_work_blocked{reason}`: 1 while this reason keeps the worker from working.
     pub(crate) work_blocked: IntGaugeVec,
 }
@@ -138,6 +142,16 @@ impl Metrics {
                 "pubsub_oldest_unacknowledged_seconds",
                 "How long the oldest of them has waited.",
                 &["subscription"],
+            )?,
+            purged_rows: registry.counters(
+                "atlas_purged_rows_total",
+                "Old rows of the store that this worker deleted, by kind.",
+                &["kind"],
+            )?,
+            rate_limit_wait: registry.histogram(
+                "atlas_rate_limit_wait_seconds",
+                "How long model calls waited beforehand for the API's rate limit.",
+                SECONDS,
             )?,
             work_blocked: registry.gauges(
                 "atlas_work_blocked",

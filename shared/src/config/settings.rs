@@ -15,6 +15,8 @@ pub enum Group {
     Budget,
     /// The worker.
     Worker,
+    /// How long old rows are kept.
+    Retention,
     /// How the worker asks the gateway.
     Retrieval,
     /// The gateway.
@@ -35,6 +37,7 @@ impl Group {
             Self::Model => "Model (OpenAI-compatible API)",
             Self::Budget => "Budget",
             Self::Worker => "Worker",
+            Self::Retention => "Retention (days in the store; 0: for ever)",
             Self::Retrieval => "Retrieval (worker to gateway)",
             Self::Gateway => "Gateway",
             Self::Resilience => "Retries and circuit breakers",
@@ -215,6 +218,36 @@ pub static SETTINGS: &[Setting] = &[
         Some("3"),
         Group::Worker,
         "Rounds of `search_knowledge` the model may ask for in a run.",
+    ),
+    setting(
+        "RETENTION_OUTBOX_DAYS",
+        Some("7"),
+        Group::Retention,
+        "Answers in the outbox, counted from when they were sent. The results in `architect_out` stay.",
+    ),
+    setting(
+        "RETENTION_STEPS_DAYS",
+        Some("7"),
+        Group::Retention,
+        "Checkpoints (`run_steps`) of runs that are done or failed, counted from the run's end.",
+    ),
+    setting(
+        "RETENTION_REQUESTS_DAYS",
+        Some("90"),
+        Group::Retention,
+        "Requests (`architect_in`) of runs that are done or failed, counted from the run's end. Without its request a run cannot be retried.",
+    ),
+    setting(
+        "RETENTION_LEDGER_DAYS",
+        Some("90"),
+        Group::Retention,
+        "Rows of `token_ledger`, one a model call; at least 2. The day accounts in `token_days` stay.",
+    ),
+    setting(
+        "RETENTION_DEAD_LETTERS_DAYS",
+        Some("90"),
+        Group::Retention,
+        "Dead letters that were replayed. Others stay until somebody replays or purges them.",
     ),
     setting("RAG_URL", None, Group::Retrieval, "Address of the gateway."),
     secret("RAG_API_KEY", Group::Retrieval, "The worker's key for the gateway."),

@@ -113,8 +113,15 @@ CREATE TABLE IF NOT EXISTS dead_letters (
     attributes  TEXT NOT NULL,
     task_id     TEXT,
     received_at INTEGER NOT NULL,
-    replayed_at INTEGER
+    replayed_at INTEGER,
+    replayed_as TEXT
 ) STRICT;
+
+-- What purge_old walks along, oldest first.
+CREATE INDEX IF NOT EXISTS outbox_sent ON outbox (sent_at) WHERE sent_at IS NOT NULL;
+CREATE INDEX IF NOT EXISTS run_steps_age ON run_steps (created_at);
+CREATE INDEX IF NOT EXISTS architect_in_age ON architect_in (created_at);
+CREATE INDEX IF NOT EXISTS token_ledger_day ON token_ledger (day, scope);
 
 CREATE INDEX IF NOT EXISTS dead_letters_waiting ON dead_letters (received_at) WHERE replayed_at IS NULL;
 

@@ -9,7 +9,7 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use atlas_shared::{
     Config, Ledger, TaskId, Tokens, UpstreamError, WorkerId,
-    config::StoreConfig,
+    config::{RetentionConfig, StoreConfig},
     ledger::{BudgetState, Closing, LedgerError, Limits, Usage},
     message::Answer,
     sqlite::Database,
@@ -19,9 +19,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
+mod operator;
 mod sqlite;
 mod supabase;
 
+pub use operator::{
+    DayAccount, DeadLetterDetail, DeadLetterFilter, DeadLetterPurge, DeadLetterRecord, EntryState,
+    LedgerEntry, Purged, RunFilter, Wake,
+};
 pub use sqlite::SqliteStore;
 pub use supabase::SupabaseStore;
 
@@ -356,6 +361,18 @@ pub struct RunRecord {
     pub error_code: Option<String>,
     /// The failure in words.
     pub error_message: Option<String>,
+    /// Who asked: attribute `requester` of the message, if it had one.
+    #[serde(default)]
+    pub requester: Option<String>,
+    /// Attempts that ended as deferred: no failures.
+    #[serde(default)]
+    pub deferrals: u32,
+    /// What a deferred run was denied.
+    #[serde(default)]
+    pub tokens_needed: Option<Tokens>,
+    /// True: its worker is told to stop at its next renewal.
+    #[serde(default)]
+    pub cancel_requested: bool,
 }
 
 /// A run with everything that is stored of it.
@@ -363,12 +380,18 @@ pub struct RunRecord {
 pub struct RunDetail {
     /// The row.
     pub run: RunRecord,
-    /// The request.
+    /// The request; null once it is purged (`RETENTION_REQUESTS_DAYS`).
     pub request: Value,
     /// The answer (`architect_out.data`), once it is final.
     pub answer: Option<Value>,
-    /// Its finished steps.
+    /// Its finished steps, as long as they are kept (`RETENTION_STEPS_DAYS`).
     pub steps: Vec<Checkpoint>,
+    /// Its model calls, oldest first, as long as they are kept (`RETENTION_LEDGER_DAYS`); the last 200.
+    #[serde(default)]
+    pub ledger: Vec<LedgerEntry>,
+    /// True while an answer of it waits in the outbox.
+    #[serde(default)]
+    pub unsent: bool,
 }
 
 /// The store port. Fenced calls give [`StoreError::Fenced`] when the lease is stale.
@@ -445,10 +468,42 @@ pub trait RunStore: Ledger {
     async fn cancel_run(&self, task_id: TaskId, topic: &str, answer: &Answer) -> Result<bool, StoreError>;
 
     /// The newest runs first; `status` filters.
-    async fn list_runs(&self, status: Option<RunStatus>, limit: usize) -> Result<Vec<RunRecord>, StoreError>;
+    async fn list_runs(&self, status: Option<RunStatus>, limit: usize) -> Result<Vec<RunRecord>, StoreError> {
+        self.find_runs(&RunFilter { status, limit, ..RunFilter::default() }).await
+    }
+
+    /// The newest runs first, of those that fit the filter.
+    async fn find_runs(&self, filter: &RunFilter) -> Result<Vec<RunRecord>, StoreError>;
 
     /// One run with everything.
     async fn get_run(&self, task_id: TaskId) -> Result<Option<RunDetail>, StoreError>;
+
+    /// Makes a waiting run due now: a deferred one asks for its tokens again, a queued one need not wait
+    /// for its time. A run at work and a final one stay as they are.
+    async fn wake_run(&self, task_id: TaskId) -> Result<Wake, StoreError>;
+
+    /// The newest dead letters first, without their bytes.
+    async fn list_dead_letters(&self, filter: &DeadLetterFilter)
+    -> Result<Vec<DeadLetterRecord>, StoreError>;
+
+    /// One dead letter with its bytes.
+    async fn get_dead_letter(&self, id: Uuid) -> Result<Option<DeadLetterDetail>, StoreError>;
+
+    /// Notes that a dead letter went back to the queue, after it did. False: there is none. Idempotent.
+    async fn mark_replayed(&self, id: Uuid, replayed_as: Option<TaskId>) -> Result<bool, StoreError>;
+
+    /// Deletes (or counts) up to `limit` dead letters, the oldest first, and says how many.
+    async fn purge_dead_letters(&self, purge: &DeadLetterPurge, limit: usize) -> Result<u64, StoreError>;
+
+    /// The accounts of the last `days` days, today's included: newest first, the fleet's before its
+    /// tenants'. Scopes that nobody used on a day have no account of it.
+    async fn budget_history(&self, days: u32, limits: Limits) -> Result<Vec<DayAccount>, StoreError>;
+
+    /// Deletes what is older than it must be kept, at most `limit` rows of each kind. Runs, results and
+    /// day accounts stay for ever, so a final run stays final however late its message comes again;
+    /// nothing goes of a run that is not final, no unsent answer, no open reservation, no dead letter
+    /// that was not replayed. Safe in all workers at once.
+    async fn purge_old(&self, keep: &RetentionConfig, limit: usize) -> Result<Purged, StoreError>;
 
     /// Is the store reachable, is the key right, are the tables there? For readiness and `doctor`.
     async fn check(&self) -> Result<(), UpstreamError>;

@@ -10,6 +10,7 @@ use std::{collections::HashMap, time::Duration};
 use async_trait::async_trait;
 use atlas_shared::{
     Dependency, Ledger, TaskId, Tokens, UpstreamError, WorkerId,
+    config::RetentionConfig,
     ledger::{
         BudgetState, Closing, GLOBAL_SCOPE, LedgerError, Limits, Reservation, ReserveOutcome, ReserveRequest,
         SqliteLedger, sqlite as books, tenant_scope,
@@ -25,10 +26,13 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::{
-    Checkpoint, Claim, ClaimRequest, ClaimedRun, DeadLetter, FinalStatus, Finish, FleetChange, FleetState,
-    Lease, OUTBOX_HOLD, OutboxRow, Published, Renewal, RunDetail, RunRecord, RunStatus, RunStore, Settlement,
-    StoreError,
+    Checkpoint, Claim, ClaimRequest, ClaimedRun, DayAccount, DeadLetter, DeadLetterDetail, DeadLetterFilter,
+    DeadLetterPurge, DeadLetterRecord, FinalStatus, Finish, FleetChange, FleetState, Lease, OUTBOX_HOLD,
+    OutboxRow, Published, Purged, Renewal, RunDetail, RunFilter, RunRecord, RunStatus, RunStore, Settlement,
+    StoreError, Wake,
 };
+
+mod operator;
 
 /// The run store on the embedded file.
 #[derive(Clone, Debug)]
@@ -300,19 +304,9 @@ impl RunStore for SqliteStore {
             .await
     }
 
-    async fn list_runs(&self, status: Option<RunStatus>, limit: usize) -> Result<Vec<RunRecord>, StoreError> {
-        self.db
-            .read(move |tx, _now| {
-                let mut statement = tx.prepare_cached(&format!(
-                    "SELECT {RUN_COLUMNS} FROM runs WHERE ?1 IS NULL OR status = ?1
-                      ORDER BY created_at DESC, task_id LIMIT ?2"
-                ))?;
-                let rows = statement
-                    .query_map(params![status.map(RunStatus::as_str), sql_limit(limit)], raw_run)?
-                    .collect::<rusqlite::Result<Vec<_>>>()?;
-                rows.into_iter().map(RawRun::read).collect()
-            })
-            .await
+    async fn find_runs(&self, filter: &RunFilter) -> Result<Vec<RunRecord>, StoreError> {
+        let filter = filter.clone();
+        self.db.read(move |tx, _now| operator::find_runs(tx, &filter)).await
     }
 
     async fn get_run(&self, task_id: TaskId) -> Result<Option<RunDetail>, StoreError> {
@@ -325,12 +319,48 @@ impl RunStore for SqliteStore {
                 let Some(run) = run else { return Ok(None) };
                 Ok(Some(RunDetail {
                     run: run.read()?,
-                    request: stored_message(tx, task_id)?,
+                    request: stored_message(tx, task_id)?.unwrap_or(Value::Null),
                     answer: stored_answer(tx, task_id)?,
                     steps: steps(tx, task_id)?,
+                    ledger: operator::ledger_of(tx, task_id)?,
+                    unsent: unsent(tx, task_id)?,
                 }))
             })
             .await
+    }
+
+    async fn wake_run(&self, task_id: TaskId) -> Result<Wake, StoreError> {
+        self.db.write(move |tx, now| operator::wake_run(tx, now, task_id)).await
+    }
+
+    async fn list_dead_letters(
+        &self,
+        filter: &DeadLetterFilter,
+    ) -> Result<Vec<DeadLetterRecord>, StoreError> {
+        let filter = filter.clone();
+        self.db.read(move |tx, _now| operator::list_dead_letters(tx, &filter)).await
+    }
+
+    async fn get_dead_letter(&self, id: Uuid) -> Result<Option<DeadLetterDetail>, StoreError> {
+        self.db.read(move |tx, _now| operator::get_dead_letter(tx, id)).await
+    }
+
+    async fn mark_replayed(&self, id: Uuid, replayed_as: Option<TaskId>) -> Result<bool, StoreError> {
+        self.db.write(move |tx, now| operator::mark_replayed(tx, now, id, replayed_as)).await
+    }
+
+    async fn purge_dead_letters(&self, purge: &DeadLetterPurge, limit: usize) -> Result<u64, StoreError> {
+        let purge = purge.clone();
+        self.db.write(move |tx, now| operator::purge_dead_letters(tx, now, &purge, limit)).await
+    }
+
+    async fn budget_history(&self, days: u32, limits: Limits) -> Result<Vec<DayAccount>, StoreError> {
+        self.db.read(move |tx, now| operator::budget_history(tx, now, days, limits)).await
+    }
+
+    async fn purge_old(&self, keep: &RetentionConfig, limit: usize) -> Result<Purged, StoreError> {
+        let keep = *keep;
+        self.db.write(move |tx, now| operator::purge_old(tx, now, &keep, limit)).await
     }
 
     async fn check(&self) -> Result<(), UpstreamError> {
@@ -408,10 +438,7 @@ fn claim_run(tx: &Transaction<'_>, now: Timestamp, request: &ClaimRequest) -> Re
         }
     };
     if state.is_final() {
-        let unsent = tx
-            .prepare_cached("SELECT EXISTS (SELECT 1 FROM outbox WHERE task_id = ?1 AND sent_at IS NULL)")?
-            .query_row([&id], |row| row.get(0))?;
-        return Ok(Claim::Finished { unsent });
+        return Ok(Claim::Finished { unsent: unsent(tx, request.task_id)? });
     }
     if state.status == RunStatus::Running && state.claim_id == Some(request.claim_id) {
         // A retry of a claim whose answer was lost: the same attempt, with a fresh lease.
@@ -466,7 +493,8 @@ fn claimed(
     let (deferrals, cancel_requested, tenant): (u32, bool, Option<String>) = tx
         .prepare_cached("SELECT deferrals, cancel_requested, tenant FROM runs WHERE task_id = ?1")?
         .query_row([task_id.to_string()], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
-    let message = stored_message(tx, task_id)?;
+    let message = stored_message(tx, task_id)?
+        .ok_or_else(|| unreadable(format!("run {task_id} is open and its request is not there")))?;
     let parent_id = message.pointer("/metadata/parent_id").and_then(Value::as_str);
     let parent = match parent_id.and_then(|id| id.parse::<TaskId>().ok()) {
         Some(parent_id) => {
@@ -876,7 +904,7 @@ impl RawOutbox {
 
 const RUN_COLUMNS: &str = "task_id, status, attempt, lease_owner, lease_until, not_before, tenant, model, \
                            tokens_prompt, tokens_completion, created_at, started_at, ended_at, error_code, \
-                           error_message";
+                           error_message, requester, deferrals, tokens_needed, cancel_requested";
 
 struct RawRun {
     task_id: String,
@@ -906,6 +934,10 @@ fn raw_run(row: &Row<'_>) -> rusqlite::Result<RawRun> {
             ended_at: at(12)?,
             error_code: row.get(13)?,
             error_message: row.get(14)?,
+            requester: row.get(15)?,
+            deferrals: row.get(16)?,
+            tokens_needed: row.get::<_, Option<i64>>(17)?.map(Tokens::from_stored),
+            cancel_requested: row.get(18)?,
         },
     })
 }
@@ -920,11 +952,19 @@ impl RawRun {
     }
 }
 
-fn stored_message(tx: &Transaction<'_>, task_id: TaskId) -> Result<Value, StoreError> {
-    let text: String = tx
-        .prepare_cached("SELECT data FROM architect_in WHERE id = ?1")?
-        .query_row([task_id.to_string()], |row| row.get(0))?;
-    from_json(&text)
+fn stored_message(tx: &Transaction<'_>, task_id: TaskId) -> Result<Option<Value>, StoreError> {
+    tx.prepare_cached("SELECT data FROM architect_in WHERE id = ?1")?
+        .query_row([task_id.to_string()], |row| row.get::<_, String>(0))
+        .optional()?
+        .map(|text| from_json(&text))
+        .transpose()
+}
+
+/// Does an answer of this run wait in the outbox?
+fn unsent(tx: &Transaction<'_>, task_id: TaskId) -> Result<bool, StoreError> {
+    Ok(tx
+        .prepare_cached("SELECT EXISTS (SELECT 1 FROM outbox WHERE task_id = ?1 AND sent_at IS NULL)")?
+        .query_row([task_id.to_string()], |row| row.get(0))?)
 }
 
 fn stored_answer(tx: &Transaction<'_>, task_id: TaskId) -> Result<Option<Value>, StoreError> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use atlas_shared::{
     Dependency, Ledger, TaskId, Tokens, UpstreamError, WorkerId,
-    config::SupabaseConfig,
+    config::{RetentionConfig, SupabaseConfig},
     ledger::{
         BudgetState, Closing, LedgerError, Limits, Reservation, ReserveOutcome, ReserveRequest,
         SupabaseLedger,
@@ -19,13 +19,14 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use super::{
-    Checkpoint, Claim, ClaimRequest, ClaimedRun, DeadLetter, Finish, FleetChange, FleetState, Lease,
-    OUTBOX_HOLD, OutboxRow, Published, Renewal, RunDetail, RunRecord, RunStatus, RunStore, Settlement,
-    StoreError,
+    Checkpoint, Claim, ClaimRequest, ClaimedRun, DayAccount, DeadLetter, DeadLetterDetail, DeadLetterFilter,
+    DeadLetterPurge, DeadLetterRecord, Finish, FleetChange, FleetState, Lease, OUTBOX_HOLD, OutboxRow,
+    Published, Purged, Renewal, RunDetail, RunFilter, RunRecord, RunStore, Settlement, StoreError, Wake,
+    operator,
 };
 
 /// The oldest schema that this release works with: what `store_check` must answer at least.
-const REQUIRED_SCHEMA: u64 = 1;
+const REQUIRED_SCHEMA: u64 = 2;
 
 /// The run store on Supabase.
 #[derive(Clone, Debug)]
@@ -218,12 +219,53 @@ impl RunStore for SupabaseStore {
         Ok(self.rpc.call("cancel_run", &args).await?)
     }
 
-    async fn list_runs(&self, status: Option<RunStatus>, limit: usize) -> Result<Vec<RunRecord>, StoreError> {
-        Ok(self.rpc.call("list_runs", &json!({"status": status, "limit": limit})).await?)
+    async fn find_runs(&self, filter: &RunFilter) -> Result<Vec<RunRecord>, StoreError> {
+        Ok(self.rpc.call("list_runs", filter).await?)
     }
 
     async fn get_run(&self, task_id: TaskId) -> Result<Option<RunDetail>, StoreError> {
         Ok(self.rpc.call("get_run", &json!({"task_id": task_id})).await?)
+    }
+
+    async fn wake_run(&self, task_id: TaskId) -> Result<Wake, StoreError> {
+        Ok(self.rpc.call("wake_run", &json!({"task_id": task_id})).await?)
+    }
+
+    async fn list_dead_letters(
+        &self,
+        filter: &DeadLetterFilter,
+    ) -> Result<Vec<DeadLetterRecord>, StoreError> {
+        Ok(self.rpc.call("list_dead_letters", filter).await?)
+    }
+
+    async fn get_dead_letter(&self, id: Uuid) -> Result<Option<DeadLetterDetail>, StoreError> {
+        Ok(self.rpc.call("get_dead_letter", &json!({"id": id})).await?)
+    }
+
+    async fn mark_replayed(&self, id: Uuid, replayed_as: Option<TaskId>) -> Result<bool, StoreError> {
+        Ok(self.rpc.call("mark_replayed", &json!({"id": id, "replayed_as": replayed_as})).await?)
+    }
+
+    async fn purge_dead_letters(&self, purge: &DeadLetterPurge, limit: usize) -> Result<u64, StoreError> {
+        let args = json!({
+            "ids": purge.ids,
+            "reason": purge.reason,
+            "older_than_ms": purge.older_than.map(millis),
+            "unreplayed": purge.unreplayed,
+            "dry_run": purge.dry_run,
+            "limit": limit,
+        });
+        Ok(self.rpc.call("purge_dead_letters", &args).await?)
+    }
+
+    async fn budget_history(&self, days: u32, limits: Limits) -> Result<Vec<DayAccount>, StoreError> {
+        Ok(self.rpc.call("budget_history", &json!({"days": days, "limits": limits})).await?)
+    }
+
+    async fn purge_old(&self, keep: &RetentionConfig, limit: usize) -> Result<Purged, StoreError> {
+        let mut args = operator::ages(keep);
+        args["limit"] = json!(limit);
+        Ok(self.rpc.call("purge_old", &args).await?)
     }
 
     async fn check(&self) -> Result<(), UpstreamError> {

@@ -249,6 +249,11 @@ impl Harness {
     pub(crate) async fn run(&self, task: TaskId) -> RunDetail {
         self.store.get_run(task).await.unwrap().expect("no such run")
     }
+
+    /// A run without its calls and its outbox: late bills and sent answers may still change those.
+    pub(crate) async fn without_ledger(&self, task: TaskId) -> RunDetail {
+        RunDetail { ledger: Vec::new(), unsent: false, ..self.run(task).await }
+    }
 }
 
 pub(crate) fn supabase_store(url: &str, key: &str) -> SupabaseStore {

@@ -11,6 +11,7 @@ mod budget;
 mod deferred;
 mod fleet;
 mod lifecycle;
+mod operators;
 mod random;
 mod supabase_only;
 

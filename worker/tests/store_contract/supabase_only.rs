@@ -11,6 +11,7 @@ use crate::harness::{AMPLE, Harness, supabase_store};
 
 /// The functions that make the port; everything else of ours is internal.
 const RPC: &[&str] = &[
+    "budget_history",
     "budget_today",
     "cancel_run",
     "change_fleet",
@@ -20,16 +21,22 @@ const RPC: &[&str] = &[
     "defer_run",
     "finish_run",
     "fleet_state",
+    "get_dead_letter",
     "get_run",
+    "list_dead_letters",
     "list_runs",
+    "mark_replayed",
     "outbox_mark_sent",
     "outbox_take",
+    "purge_dead_letters",
+    "purge_old",
     "record_dead_letter",
     "release_run",
     "renew_lease",
     "reserve_tokens",
     "settle_step",
     "store_check",
+    "wake_run",
 ];
 
 const TABLES: &[&str] = &[
