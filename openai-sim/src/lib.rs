@@ -77,6 +77,8 @@ pub struct SimOptions {
     /// Make the answer to each request body only once: a benchmark's simulator must cost little. Faults
     /// and scripts then strike only the first call of each body.
     pub remember_answers: bool,
+    /// How long that minute is; shorter in tests.
+    pub rate_window: Duration,
 }
 
 impl Default for SimOptions {
@@ -95,6 +97,7 @@ impl Default for SimOptions {
             requests_per_minute: None,
             tokens_per_minute: None,
             remember_answers: false,
+            rate_window: Duration::from_mins(1),
         }
     }
 }

@@ -94,6 +94,7 @@ async fn main() -> anyhow::Result<()> {
         requests_per_minute: arguments.rpm,
         tokens_per_minute: arguments.tpm,
         remember_answers: arguments.remember_answers,
+        ..SimOptions::default()
     })
     .await?;
     println!(

@@ -19,7 +19,7 @@ use futures::StreamExt as _;
 use serde_json::{Value, json};
 
 use crate::{
-    Fault, Meter, Shared, chat, embed,
+    Fault, Meter, Shared, SimOptions, chat, embed,
     fault::{hash, mix},
     script::{Kind, Script, Step},
 };
@@ -30,8 +30,6 @@ const MAX_BODY_BYTES: usize = 64 << 20;
 const HANG: Duration = Duration::from_mins(30);
 /// How much longer a `slow` call takes, unless a step says.
 const SLOW: Duration = Duration::from_secs(2);
-/// The window of the rate limits.
-const WINDOW: Duration = Duration::from_mins(1);
 
 /// What every handler gets.
 pub(crate) type Sim = Arc<Shared>;
@@ -292,11 +290,12 @@ impl Windows {
             return Ok(());
         }
         let now = Instant::now();
+        let length = sim.options.rate_window;
         let window = self
             .0
             .entry(model.to_owned())
             .and_modify(|window| {
-                if now.duration_since(window.began) >= WINDOW {
+                if now.duration_since(window.began) >= length {
                     *window = Window { began: now, requests: 0, tokens: 0 };
                 }
             })
@@ -307,9 +306,9 @@ impl Windows {
             let mut response =
                 error(StatusCode::TOO_MANY_REQUESTS, "rate_limit_exceeded", "Rate limit reached.");
             let wait =
-                (WINDOW.saturating_sub(now.duration_since(window.began))).as_secs_f64().ceil().max(1.0);
+                (length.saturating_sub(now.duration_since(window.began))).as_secs_f64().ceil().max(1.0);
             insert(response.headers_mut(), "retry-after", &wait.to_string());
-            window.headers(requests, limit, now, response.headers_mut());
+            window.headers(&sim.options, now, response.headers_mut());
             return Err(response);
         }
         window.requests += 1;
@@ -319,9 +318,14 @@ impl Windows {
 }
 
 impl Window {
-    fn headers(&self, requests: Option<u64>, tokens: Option<u64>, now: Instant, headers: &mut HeaderMap) {
-        let reset = format!("{}ms", WINDOW.saturating_sub(now.duration_since(self.began)).as_millis());
-        for (what, limit, used) in [("requests", requests, self.requests), ("tokens", tokens, self.tokens)] {
+    fn headers(&self, options: &SimOptions, now: Instant, headers: &mut HeaderMap) {
+        let left = options.rate_window.saturating_sub(now.duration_since(self.began));
+        // Rounded up: a client that waits exactly so long must find the new window.
+        let reset = format!("{}ms", left.as_millis() + 1);
+        for (what, limit, used) in [
+            ("requests", options.requests_per_minute, self.requests),
+            ("tokens", options.tokens_per_minute, self.tokens),
+        ] {
             if let Some(limit) = limit {
                 insert(headers, &format!("x-ratelimit-limit-{what}"), &limit.to_string());
                 let left = limit.saturating_sub(used);
@@ -336,13 +340,7 @@ impl Window {
 pub(crate) fn rate_headers(sim: &Shared, model: &str, response: &mut Response) {
     let books = sim.books();
     if let Some(window) = books.windows.0.get(model) {
-        let options = &sim.options;
-        window.headers(
-            options.requests_per_minute,
-            options.tokens_per_minute,
-            Instant::now(),
-            response.headers_mut(),
-        );
+        window.headers(&sim.options, Instant::now(), response.headers_mut());
     }
 }
 

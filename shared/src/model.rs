@@ -1,5 +1,7 @@
 //! The model ports: chat and embeddings, in the terms of the OpenAI API.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
@@ -163,6 +165,13 @@ pub trait ChatModel: Send + Sync {
 
     /// An answer of `model` billed more than was reserved: raises that model's margin from here on.
     fn note_overrun(&self, model: &str, reserved: Tokens, billed: Tokens);
+
+    /// How long a call of that many tokens (prompt and cap) must wait for the API's rate limit, as far
+    /// as its answers told. Zero: go ahead; the call is counted as sent, so that the next one, asking
+    /// before any answer, knows of it. Whoever waited asks again.
+    fn pace(&self, _model: &str, _tokens: Tokens) -> Duration {
+        Duration::ZERO
+    }
 
     /// Is the API reachable, is the key right, does it know the first configured model? Costs no
     /// tokens (`GET /models`); a server without that route counts as well.

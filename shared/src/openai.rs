@@ -10,7 +10,7 @@
 //! - [`answer`]: reads answers, also those of servers that bend the format.
 //! - [`rate`]: what `x-ratelimit-*` headers said last.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use async_openai::{Client, config::OpenAIConfig, error::OpenAIError, types::embeddings::EmbeddingInput};
 use async_trait::async_trait;
@@ -173,6 +173,10 @@ impl ChatModel for OpenAiChat {
 
     fn note_overrun(&self, model: &str, reserved: Tokens, billed: Tokens) {
         self.margins.note_overrun(model, reserved, billed);
+    }
+
+    fn pace(&self, model: &str, tokens: Tokens) -> Duration {
+        self.endpoint.limits.take(model, tokens)
     }
 
     async fn check(&self) -> Result<(), UpstreamError> {

@@ -57,6 +57,11 @@ pub(crate) struct ModelCalls {
 const SHORTEST_WAIT: Duration = Duration::from_millis(50);
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
 
+/// A wait for the API's rate limit up to this long is spent in place; it covers a window of a minute.
+const LONGEST_PACE: Duration = Duration::from_secs(90);
+/// A reservation is not kept open for a longer wait: others may use its tokens meanwhile.
+const LONGEST_HOLD: Duration = Duration::from_secs(1);
+
 /// For whom a call is made.
 pub(crate) struct Caller<'a> {
     /// The run's lease.
@@ -176,6 +181,10 @@ impl ModelCalls {
             if let Err(reason) = caller.stop.check() {
                 return self.end(open, Closing::Released, CallEnd::Stopped(reason)).await;
             }
+            match self.pace(caller, &request.model, bound, &mut open, waited).await {
+                Ok(()) => {}
+                Err(end) => return end,
+            }
             let permit = match self.circuit(caller.stop).await {
                 Ok(permit) => permit,
                 Err(end) => return self.end(open, Closing::Released, end).await,
@@ -242,6 +251,53 @@ impl ModelCalls {
                 () = tokio::time::sleep(delay) => {}
                 reason = caller.stop.stopped() => {
                     return self.end(open, Closing::Released, CallEnd::Stopped(reason)).await;
+                }
+            }
+        }
+    }
+
+    /// Waits until the API's rate limit has room for the call, as far as its headers tell: a 429 that is
+    /// not provoked costs nobody anything. A wait that is too long for a run under way goes to the next
+    /// model, or gives the run back until then.
+    async fn pace(
+        &self,
+        caller: &Caller<'_>,
+        model: &str,
+        tokens: Tokens,
+        open: &mut Option<Reservation>,
+        waited: &mut Duration,
+    ) -> Result<(), ModelEnd> {
+        let began = Instant::now();
+        loop {
+            let wait = self.model.pace(model, tokens);
+            if wait.is_zero() {
+                let elapsed = began.elapsed();
+                *waited += elapsed;
+                self.metrics.rate_limit_wait.observe(elapsed.as_secs_f64());
+                return Ok(());
+            }
+            if wait > LONGEST_HOLD {
+                self.close(open.take(), Closing::Released)
+                    .await
+                    .map_err(|error| ModelEnd::End(CallEnd::Store(error)))?;
+            }
+            if wait > LONGEST_PACE {
+                return Err(ModelEnd::Next(UpstreamError::Transient {
+                    dependency: Dependency::Model,
+                    message: format!("the rate limit of {model} has no room for {} s", wait.as_secs()),
+                    retry_after: Some(wait),
+                }));
+            }
+            tracing::debug!(
+                model,
+                wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
+                "waiting for the rate limit"
+            );
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                reason = caller.stop.stopped() => {
+                    *waited += began.elapsed();
+                    return Err(self.end(open.take(), Closing::Released, CallEnd::Stopped(reason)).await);
                 }
             }
         }

@@ -251,7 +251,12 @@ struct Origin<'a> {
 }
 
 impl Origin<'_> {
-    /// The row of a bad message: the same for every delivery of it.
+    /// The row's id: the same for every delivery of the message.
+    fn id(&self) -> Uuid {
+        Uuid::new_v5(&DEAD_LETTER_NAMESPACE, format!("{}/{}", self.source, self.message_id).as_bytes())
+    }
+
+    /// The row of a bad message.
     fn letter(
         &self,
         context: &Context,
@@ -261,10 +266,7 @@ impl Origin<'_> {
         announce: Option<Answer>,
     ) -> DeadLetter {
         DeadLetter {
-            id: Uuid::new_v5(
-                &DEAD_LETTER_NAMESPACE,
-                format!("{}/{}", self.source, self.message_id).as_bytes(),
-            ),
+            id: self.id(),
             source: self.source.to_owned(),
             reason: reason.to_owned(),
             detail,
@@ -315,17 +317,17 @@ async fn escalate(context: &Context, source: &str, delivery: Delivery, kill: &Ca
             Err(rejection) => (rejection.answer_to, rejection.metadata),
         };
     let detail = "No worker could finish this message in as many deliveries as the subscription allows.";
+    let origin = Origin { source, message_id: &message_id, attributes };
     let announce = task_id.map(|task_id| {
         let content = json!({
             "command": "escalate",
             "task_id": task_id,
             "reason": "delivery_attempts_exhausted",
             "detail": detail,
-            "next": format!("atlas dlq show, then atlas dlq replay (source {source})"),
+            "next": format!("atlas dlq show {0}, mend the cause, then atlas dlq replay {0}", origin.id()),
         });
         Answer::bare(task_id, AnswerType::Control, AnswerStatus::Error, content, metadata)
     });
-    let origin = Origin { source, message_id: &message_id, attributes };
     let letter = origin.letter(context, &data, "delivery_attempts_exhausted", detail.to_owned(), announce);
     let letter = DeadLetter { task_id, fails_run: true, ..letter };
     let ended = match put_aside(context, letter, kill).await {

@@ -4,7 +4,7 @@
 
 use std::{
     sync::{Arc, atomic::Ordering},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use atlas_shared::{Dependency, trace_context::TraceParent};
@@ -15,6 +15,12 @@ use crate::{context::Context, crash::crash_point, gate::Reason, resilient, run, 
 
 /// Outbox rows taken at once.
 const OUTBOX_BATCH: usize = 50;
+/// Old rows of one kind that are deleted at once: a transaction of some milliseconds.
+const PURGE_BATCH: usize = 500;
+/// Batches in a row, so that a purge of a long backlog does not hold up the sweep.
+const PURGE_BATCHES: usize = 20;
+/// How often each worker looks for old rows; jittered.
+const PURGE_INTERVAL: Duration = Duration::from_mins(10);
 /// How long taken rows are ours: longer than sending them can take.
 const OUTBOX_HOLD: Duration = Duration::from_secs(60);
 
@@ -26,7 +32,15 @@ pub(crate) async fn run(
     kill: CancellationToken,
 ) {
     let mut cache_generation = None;
+    // Not at once: a fleet that restarts has better things to do.
+    let mut purge_at = Instant::now() + jittered(PURGE_INTERVAL);
     loop {
+        if Instant::now() >= purge_at {
+            purge_at = Instant::now() + jittered(PURGE_INTERVAL);
+            if let Err(error) = purge(&context).await {
+                tracing::warn!(error = %error, "old rows were not purged");
+            }
+        }
         if let Err(error) = sweep(&context, &tasks, &kill, &mut cache_generation).await {
             tracing::warn!(error = %error, "sweep failed");
             context.gate.set(Reason::Dependency(Dependency::Store), true);
@@ -55,12 +69,12 @@ async fn sweep(
     context.metrics.fleet(&fleet);
     context.metrics.in_flight.set(i64::try_from(context.limiter.in_flight()).unwrap_or(i64::MAX));
 
-    if cache_generation.is_some_and(|seen| seen < fleet.cache_generation)
-        && let Err(error) = context.gateway.clear_cache().await
-    {
-        tracing::warn!(error = %error, "the gateway's cache could not be flushed");
+    let flush = cache_generation.is_some_and(|seen| seen < fleet.cache_generation);
+    match if flush { context.gateway.clear_cache().await } else { Ok(()) } {
+        Ok(()) => *cache_generation = Some(fleet.cache_generation),
+        // Not noted as seen, so the next sweep tries again.
+        Err(error) => tracing::warn!(error = %error, "the gateway's cache could not be flushed"),
     }
-    *cache_generation = Some(fleet.cache_generation);
 
     send_outbox(context).await?;
     // Deferred runs first, then the intake: oldest first.
@@ -85,6 +99,20 @@ async fn send_outbox(context: &Context) -> Result<(), StoreError> {
             return Ok(());
         }
     }
+}
+
+/// Deletes what is older than it must be kept, in small transactions.
+async fn purge(context: &Context) -> Result<(), StoreError> {
+    for _ in 0..PURGE_BATCHES {
+        let purged = context.store.purge_old(&context.config.worker.retention, PURGE_BATCH).await?;
+        for (kind, rows) in purged.by_kind() {
+            context.metrics.purged_rows.with_label_values(&[kind]).inc_by(rows);
+        }
+        if purged.by_kind().iter().all(|(_, rows)| *rows < PURGE_BATCH as u64) {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// Takes up due runs, as many as there is room for.

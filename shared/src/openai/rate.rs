@@ -11,6 +11,8 @@ use tokio::time::Instant;
 
 use crate::{Tokens, http_client};
 
+/// The window of the limits as OpenAI counts them; only used until the next answer says better.
+const WINDOW: Duration = Duration::from_mins(1);
 /// Requests may name any model, so what is remembered is bounded.
 const MAX_MODELS: usize = 256;
 
@@ -47,6 +49,23 @@ impl RateLimits {
         }
         wait
     }
+
+    /// Takes the call out of what is left, once it may go.
+    fn take(&mut self, tokens: Tokens) {
+        let now = Instant::now();
+        let spend = |left: &mut Option<u64>, reset: &mut Option<Instant>, limit: Option<u64>, cost: u64| {
+            if reset.is_some_and(|at| at <= now) {
+                // A new window: what the last answer said about the old one is over.
+                *left = limit;
+                *reset = Some(now + WINDOW);
+            }
+            if let Some(left) = left {
+                *left = left.saturating_sub(cost);
+            }
+        };
+        spend(&mut self.remaining_requests, &mut self.requests_reset, self.limit_requests, 1);
+        spend(&mut self.remaining_tokens, &mut self.tokens_reset, self.limit_tokens, tokens.0);
+    }
 }
 
 /// The last known rate limits of all models. Clones share them.
@@ -57,6 +76,18 @@ impl RateLimitState {
     /// The limits of one model; `None` before its first answer, or when the server says nothing.
     pub fn get(&self, model: &str) -> Option<RateLimits> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).get(model).copied()
+    }
+
+    /// A token bucket for callers that race: how long a call of that many tokens must wait; zero: it
+    /// may go, and is taken out of what is left, so that the next caller knows of it before any answer.
+    pub fn take(&self, model: &str, tokens: Tokens) -> Duration {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(limits) = all.get_mut(model) else { return Duration::ZERO };
+        let wait = limits.wait(tokens);
+        if wait.is_zero() {
+            limits.take(tokens);
+        }
+        wait
     }
 
     /// Takes the headers of an answer. `refused`: it was a 429.
@@ -175,6 +206,28 @@ mod tests {
         assert_eq!(state.get("m").unwrap().wait(Tokens(1)), Duration::from_secs(3));
         state.note("m", &HeaderMap::new(), false);
         assert_eq!(state.get("m").unwrap().wait(Tokens(1)), Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn calls_that_race_take_from_one_bucket_until_the_window_is_over() {
+        let state = RateLimitState::default();
+        assert_eq!(state.take("m", Tokens(900)), Duration::ZERO, "nothing is known yet");
+        let told = headers(&[
+            ("x-ratelimit-limit-tokens", "1000"),
+            ("x-ratelimit-remaining-tokens", "700"),
+            ("x-ratelimit-reset-tokens", "20s"),
+        ]);
+        state.note("m", &told, false);
+        assert_eq!(state.take("m", Tokens(400)), Duration::ZERO);
+        assert_eq!(state.take("m", Tokens(400)), Duration::from_secs(20), "300 are left, without any answer");
+        assert_eq!(state.take("m", Tokens(300)), Duration::ZERO);
+        tokio::time::advance(Duration::from_secs(20)).await;
+        assert_eq!(state.take("m", Tokens(800)), Duration::ZERO, "a new window");
+        assert_eq!(state.take("m", Tokens(800)), WINDOW, "which is not without end");
+        state.note("m", &told, false);
+        assert_eq!(state.take("m", Tokens(700)), Duration::ZERO, "an answer knows better");
+        tokio::time::advance(Duration::from_secs(20)).await;
+        assert_eq!(state.take("m", Tokens(5000)), Duration::ZERO, "no window fits it: the API decides");
     }
 
     proptest! {

@@ -10,6 +10,7 @@
 )]
 
 mod crash_points;
+mod fleet;
 mod guarantees;
 mod link;
 mod stack;
