@@ -10,6 +10,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
+mod again;
 mod citations;
 mod commands;
 mod context;
@@ -22,6 +23,7 @@ mod request;
 mod signals;
 mod stack;
 mod sync;
+mod times;
 mod ui;
 mod walk;
 
@@ -98,6 +100,7 @@ enum Command {
     Index(commands::index::Index),
     Search(commands::search::Search),
     Runs(commands::runs::Runs),
+    Dlq(commands::dlq::Dlq),
     Budget(commands::budget::Budget),
     Migrate(commands::migrate::Migrate),
     Doctor(commands::doctor::Doctor),
@@ -139,6 +142,7 @@ async fn run(command: Command, context: &Context) -> Result<()> {
         Command::Index(command) => Box::pin(command.run(context)).await,
         Command::Search(command) => Box::pin(command.run(context)).await,
         Command::Runs(command) => Box::pin(command.run(context)).await,
+        Command::Dlq(command) => Box::pin(command.run(context)).await,
         Command::Budget(command) => Box::pin(command.run(context)).await,
         Command::Migrate(command) => Box::pin(command.run(context)).await,
         Command::Doctor(command) => Box::pin(command.run(context)).await,

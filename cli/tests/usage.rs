@@ -7,7 +7,7 @@ mod support;
 use insta::assert_snapshot;
 use support::Sandbox;
 
-const COMMANDS: [&[&str]; 19] = [
+const COMMANDS: [&[&str]; 28] = [
     &[],
     &["demo"],
     &["dev"],
@@ -18,8 +18,17 @@ const COMMANDS: [&[&str]; 19] = [
     &["runs"],
     &["runs", "list"],
     &["runs", "show"],
+    &["runs", "retry"],
+    &["runs", "cancel"],
+    &["dlq"],
+    &["dlq", "list"],
+    &["dlq", "show"],
+    &["dlq", "replay"],
+    &["dlq", "purge"],
     &["budget"],
     &["budget", "show"],
+    &["budget", "set"],
+    &["budget", "history"],
     &["migrate"],
     &["migrate", "status"],
     &["migrate", "up"],

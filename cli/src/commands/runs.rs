@@ -1,24 +1,40 @@
-//! `atlas runs`: what the store knows of requests.
+//! `atlas runs`: what the store knows of requests, and what an operator does about them.
 
-use std::sync::Arc;
+use std::{collections::HashSet, sync::Arc};
 
-use atlas_shared::{TaskId, config::StoreConfig};
-use atlas_worker::store::{self, RunDetail, RunRecord, RunStatus, RunStore};
-use jiff::{Timestamp, Unit};
+use atlas_shared::{
+    Config, TaskId,
+    config::StoreConfig,
+    message::{Answer, AnswerStatus, AnswerType},
+};
+use atlas_worker::{
+    queue::Topics,
+    store::{self, EntryState, RunDetail, RunFilter, RunRecord, RunStatus, RunStore, Wake},
+};
+use jiff::Timestamp;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
 
 use crate::{
+    again::{self, Again, Requests},
     context::Context,
     error::{CliError, Result},
-    ui::{BOLD, DIM, GREEN, RED, Ui, YELLOW, paint, table, thousands},
+    times::{ago, parse_since, seconds},
+    ui::{BOLD, DIM, GREEN, RED, Ui, YELLOW, count, paint, table, thousands},
 };
 
-/// Look at requests and their specs
+/// Runs that `--all-failed` looks at; with more, it is to be called again.
+const MOST_RETRIES: usize = 10_000;
+
+/// Look at requests and their specs, run them again, stop them
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   atlas runs list                             the newest runs
-  atlas runs list --status failed --json
+  atlas runs list --status failed --since 24h --json
   atlas runs show 67e55044-10b1-426f-9247-bb680e5fe0c8
   atlas runs show 67e55044-10b1-426f-9247-bb680e5fe0c8 --spec > spec.md
+  atlas runs retry 67e55044-10b1-426f-9247-bb680e5fe0c8
+  atlas runs cancel 67e55044-10b1-426f-9247-bb680e5fe0c8
 
 Reads the store at SUPABASE_URL, else the embedded one in the data folder.")]
 pub(crate) struct Runs {
@@ -29,11 +45,24 @@ pub(crate) struct Runs {
 #[derive(Debug, clap::Subcommand)]
 enum Action {
     /// The newest runs first
-    #[command(after_help = "Example:\n  atlas runs list --status running --limit 50")]
+    #[command(after_help = "Examples:
+  atlas runs list --status running --limit 50
+  atlas runs list --status failed --error too_many_attempts --since 2h
+  atlas runs list --tenant acme")]
     List {
         /// Only runs in this state
         #[arg(short, long, value_enum)]
         status: Option<Status>,
+        /// Only this tenant's
+        #[arg(long, value_name = "NAME")]
+        tenant: Option<String>,
+        /// Only those that failed with this code
+        #[arg(long, value_name = "CODE")]
+        error: Option<String>,
+        /// Only those that ended (or were accepted, if they have not) since then: an age (2h, 7d), a day
+        /// or a time
+        #[arg(long, value_name = "WHEN", value_parser = parse_since)]
+        since: Option<Timestamp>,
         /// How many at most
         #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
         limit: usize,
@@ -41,7 +70,7 @@ enum Action {
         #[arg(long)]
         json: bool,
     },
-    /// One run: its request, its state, its spec
+    /// One run: its state, calls and request, what to do next, its spec
     #[command(
         after_help = "Example:\n  atlas runs show 67e55044-10b1-426f-9247-bb680e5fe0c8 --spec > spec.md"
     )]
@@ -52,6 +81,59 @@ enum Action {
         /// Print the spec only, as Markdown
         #[arg(long, conflicts_with = "json")]
         spec: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Run again what failed, and run now what waits
+    #[command(after_help = "Examples:
+  atlas runs retry 67e55044-10b1-426f-9247-bb680e5fe0c8
+  atlas runs retry --all-failed --since 2h                            says what it would do
+  atlas runs retry --all-failed --since 2h --error too_many_attempts --yes
+
+A failed run is final. Its request is published again as another task, always the same one for the same
+run: retrying twice makes one run. The new id is printed, metadata.retry_of names the old one. A run that
+waits (queued for a later try, or deferred) is made due now; one that still does not fit its budget is
+deferred again. --all-failed leaves out what was cancelled, unless --error names it.
+
+Exit code 1 if one of them cannot be run again; the others are all the same.")]
+    Retry {
+        /// Task ids
+        #[arg(value_name = "ID", required_unless_present = "all_failed", conflicts_with = "all_failed")]
+        task_ids: Vec<TaskId>,
+        /// Every failed run
+        #[arg(long)]
+        all_failed: bool,
+        /// With --all-failed: only those that failed since then: an age (2h, 7d), a day or a time
+        #[arg(long, value_name = "WHEN", value_parser = parse_since, requires = "all_failed")]
+        since: Option<Timestamp>,
+        /// With --all-failed: only this tenant's
+        #[arg(long, value_name = "NAME", requires = "all_failed")]
+        tenant: Option<String>,
+        /// With --all-failed: only those that failed with this code
+        #[arg(long, value_name = "CODE", requires = "all_failed")]
+        error: Option<String>,
+        /// With --all-failed: do it; without it says what would be done
+        #[arg(long, requires = "all_failed")]
+        yes: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Stop runs for good
+    #[command(after_help = "Example:
+  atlas runs cancel 67e55044-10b1-426f-9247-bb680e5fe0c8
+
+A run that waits fails at once, code `cancelled`, and its requester is told. The worker of a running one
+is told when it next renews its lease (a third of LEASE_SECONDS at most), whichever worker that is; it
+stops in the middle of a call, which is then booked as spent. A request that no worker has taken from
+the queue yet is not in the store: pause the fleet first (control message), then cancel it.
+
+Exit code 1 if one of them is unknown or was final before.")]
+    Cancel {
+        /// Task ids
+        #[arg(value_name = "ID", required = true)]
+        task_ids: Vec<TaskId>,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -84,8 +166,10 @@ impl Runs {
     pub(crate) async fn run(self, context: &Context) -> Result<()> {
         let store = open_store(context).await?;
         match self.action {
-            Action::List { status, limit, json } => {
-                let runs = store.list_runs(status.map(Into::into), limit).await?;
+            Action::List { status, tenant, error, since, limit, json } => {
+                let filter =
+                    RunFilter { status: status.map(Into::into), tenant, error_code: error, since, limit };
+                let runs = store.find_runs(&filter).await?;
                 if json {
                     return context.ui.json(&runs);
                 }
@@ -94,7 +178,7 @@ impl Runs {
             Action::Show { task_id, spec, json } => {
                 let Some(detail) = store.get_run(task_id).await? else {
                     return Err(CliError::failure(format!("there is no run {task_id} in the store"))
-                        .because("no worker has taken the request yet, or it went to another store")
+                        .because(UNKNOWN)
                         .fix(
                             "is a worker running? (`atlas dev`, `atlas doctor`); `atlas runs list` lists all",
                         ));
@@ -104,9 +188,207 @@ impl Runs {
                 }
                 if spec { show_spec(context.ui, &detail)? } else { show(context.ui, &detail) }
             }
+            Action::Retry { task_ids, all_failed, since, tenant, error, yes, json } => {
+                let mut task_ids = task_ids;
+                if all_failed {
+                    let cancelled_too = error.is_some();
+                    let filter = RunFilter {
+                        status: Some(RunStatus::Failed),
+                        tenant,
+                        error_code: error,
+                        since,
+                        limit: MOST_RETRIES,
+                    };
+                    let failed = store.find_runs(&filter).await?;
+                    if failed.len() == MOST_RETRIES {
+                        context
+                            .ui
+                            .warn(format_args!("Only the newest {MOST_RETRIES} failed runs are looked at."));
+                    }
+                    // The oldest first, as they were asked for.
+                    task_ids = failed
+                        .iter()
+                        .rev()
+                        .filter(|run| cancelled_too || run.error_code.as_deref() != Some(CANCELLED))
+                        .map(|run| run.task_id)
+                        .collect();
+                }
+                let act = !all_failed || yes;
+                let outcomes = retry(context, store.as_ref(), &task_ids, act).await?;
+                report(context.ui, &outcomes, json)?;
+                if outcomes.is_empty() {
+                    context.ui.note("No failed runs.");
+                } else if !act {
+                    let again = outcomes.iter().filter(|outcome| outcome.outcome == "retried").count();
+                    context.ui.note(format_args!(
+                        "Nothing was published: add --yes to run {} again.",
+                        count(again, "request")
+                    ));
+                }
+            }
+            Action::Cancel { task_ids, json } => {
+                let config = context.config()?;
+                let mut outcomes = Vec::new();
+                for task_id in task_ids {
+                    outcomes.push(cancel(&config, store.as_ref(), task_id).await?);
+                }
+                report(context.ui, &outcomes, json)?;
+            }
         }
         Ok(())
     }
+}
+
+/// `error_code` of a run that somebody cancelled.
+const CANCELLED: &str = "cancelled";
+const UNKNOWN: &str = "no worker has taken the request yet, or it went to another store";
+
+/// What became of one run: one line, or one JSON object.
+#[derive(Debug, Serialize)]
+struct Told {
+    task_id: TaskId,
+    /// Stable word.
+    outcome: &'static str,
+    /// The task it runs again as.
+    new_task_id: Option<TaskId>,
+    detail: String,
+    /// True: what was asked for was not done.
+    failed: bool,
+}
+
+/// Prints the outcomes; fails if one of them did.
+fn report(ui: Ui, outcomes: &[Told], json: bool) -> Result<()> {
+    if json {
+        ui.json(&outcomes)?;
+    } else {
+        for Told { task_id, detail, .. } in outcomes {
+            ui.out(format_args!("{task_id}  {detail}"));
+        }
+    }
+    let failed = outcomes.iter().filter(|outcome| outcome.failed).count();
+    if failed > 0 {
+        return Err(CliError::failure(format!(
+            "{failed} of {} could not be done",
+            count(outcomes.len(), "run")
+        ))
+        .because("each line above says why"));
+    }
+    Ok(())
+}
+
+async fn retry(context: &Context, store: &dyn RunStore, task_ids: &[TaskId], act: bool) -> Result<Vec<Told>> {
+    let config = context.config()?;
+    // Opened before the first run is looked at: without a queue nothing is tried.
+    let requests = Requests::open(&config).await?;
+    let paused = store.fleet_state(config.limits).await?.paused;
+    let mut outcomes = Vec::new();
+    let mut published = HashSet::new();
+    for task_id in task_ids {
+        let outcome = |outcome, new_task_id, failed, detail| Told {
+            task_id: *task_id,
+            outcome,
+            new_task_id,
+            detail,
+            failed,
+        };
+        let Some(detail) = store.get_run(*task_id).await? else {
+            outcomes.push(outcome("unknown", None, true, format!("there is no such run: {UNKNOWN}")));
+            continue;
+        };
+        outcomes.push(match detail.run.status {
+            RunStatus::Done => outcome(
+                "done",
+                None,
+                true,
+                format!(
+                    "is done: atlas runs show {task_id} --spec; to refine it: atlas ask --parent {task_id}"
+                ),
+            ),
+            RunStatus::Queued | RunStatus::Running | RunStatus::Deferred => {
+                match store.wake_run(*task_id).await? {
+                    Wake::Due if paused => outcome(
+                        "due",
+                        None,
+                        false,
+                        "is due, but the fleet is paused: send `resume`".to_owned(),
+                    ),
+                    Wake::Due => {
+                        outcome("due", None, false, "is due now: the next sweep takes it".to_owned())
+                    }
+                    Wake::Running => {
+                        let owner = detail.run.lease_owner.as_deref().unwrap_or("a worker");
+                        outcome("running", None, false, format!("is being worked on by {owner}"))
+                    }
+                    Wake::Final | Wake::Unknown => {
+                        outcome("ended", None, false, format!("has just ended: atlas runs show {task_id}"))
+                    }
+                }
+            }
+            RunStatus::Failed => match again::follow(store, detail).await? {
+                Again::Already(run) => outcome(
+                    "retried_before",
+                    Some(run.task_id),
+                    false,
+                    format!("was retried as {}, which is {}", run.task_id, run.status.as_str()),
+                ),
+                Again::Publish { task_id: new, of } => match &of.request {
+                    Value::Object(request) => {
+                        let text = if published.insert(new) {
+                            if act {
+                                let data = again::renamed(request.clone(), new, Some(of.run.task_id));
+                                requests.publish(data, &again::attributes_of(&of.run), Some(new)).await?;
+                            }
+                            format!("is retried as {new}: atlas runs show {new}")
+                        } else {
+                            format!("is retried as {new} already")
+                        };
+                        outcome("retried", Some(new), false, text)
+                    }
+                    _ => outcome(
+                        "purged",
+                        None,
+                        true,
+                        "its request is purged (RETENTION_REQUESTS_DAYS): publish it anew".to_owned(),
+                    ),
+                },
+            },
+        });
+    }
+    Ok(outcomes)
+}
+
+async fn cancel(config: &Config, store: &dyn RunStore, task_id: TaskId) -> Result<Told> {
+    let outcome = |outcome, failed, detail| Told { task_id, outcome, new_task_id: None, detail, failed };
+    let Some(before) = store.get_run(task_id).await? else {
+        return Ok(outcome("unknown", true, format!("there is no such run: {UNKNOWN}")));
+    };
+    let metadata = before.request.get("metadata").and_then(Value::as_object);
+    let topic = metadata
+        .and_then(|metadata| metadata.get("reply_to")?.as_str().map(str::to_owned))
+        .unwrap_or_else(|| Topics::of(config).answers);
+    let mut metadata = metadata.cloned().unwrap_or_else(Map::new);
+    metadata.insert("error_code".to_owned(), json!(CANCELLED));
+    let answer =
+        Answer::bare(task_id, AnswerType::Error, AnswerStatus::Error, "The request was cancelled.", metadata);
+    let stopped = store.cancel_run(task_id, &topic, &answer).await?;
+    let Some(RunDetail { run, .. }) = store.get_run(task_id).await? else {
+        return Ok(outcome("unknown", true, "there is no such run any more".to_owned()));
+    };
+    Ok(match (run.status, stopped) {
+        (RunStatus::Failed, true) => {
+            outcome("cancelled", false, "is cancelled, and its requester is told".to_owned())
+        }
+        (RunStatus::Failed, false) if run.error_code.as_deref() == Some(CANCELLED) => {
+            outcome("cancelled", false, "was cancelled before".to_owned())
+        }
+        (RunStatus::Done | RunStatus::Failed, _) => {
+            outcome("final", true, format!("is {} already: a final run never changes", run.status.as_str()))
+        }
+        (RunStatus::Queued | RunStatus::Running | RunStatus::Deferred, _) => {
+            let owner = run.lease_owner.as_deref().unwrap_or("its worker");
+            outcome("stopping", false, format!("stops: {owner} is told at its next renewal"))
+        }
+    })
 }
 
 /// The configured store. An embedded one that was never used is an error, not an empty one.
@@ -176,12 +458,30 @@ fn show(ui: Ui, detail: &RunDetail) {
     if let Some(code) = &detail.run.error_code {
         field("error", &format!("{code}: {}", detail.run.error_message.as_deref().unwrap_or_default()));
     }
-    for step in &detail.steps {
-        ui.detail(paint(
-            DIM,
-            format_args!("step      {} ({} tokens)", step.step, thousands(step.usage.total().0)),
-        ));
+    if let Some(tenant) = &detail.run.tenant {
+        field("tenant", tenant);
     }
+    if let Some(requester) = &detail.run.requester {
+        field("asked by", requester);
+    }
+    for step in &detail.steps {
+        field("step", &format!("{} ({} tokens)", step.step, thousands(step.usage.total().0)));
+    }
+    for call in &detail.ledger {
+        let tokens = match call.state {
+            EntryState::Reserved => format!("{} reserved", thousands(call.reserved.0)),
+            _ => format!("{} tokens", thousands(call.actual.0)),
+        };
+        let attempt = call.attempt.unwrap_or_default();
+        let line = format!("{} attempt {attempt}, {}, {tokens}", call.model, call.state.as_str());
+        // What ended as it should is for --verbose; what is open or assumed explains a bill.
+        if matches!(call.state, EntryState::Reserved | EntryState::Assumed) {
+            field("call", &line);
+        } else {
+            ui.detail(paint(DIM, format_args!("call      {line}")));
+        }
+    }
+    field("next", &next_step(detail));
     if let Some(request) = detail.request.get("content").and_then(|content| content.as_str()) {
         field("request", request);
     }
@@ -217,17 +517,36 @@ fn took(run: &RunRecord) -> Option<String> {
     Some(format!("{:.1} s", duration.as_secs_f64()))
 }
 
-fn ago(now: Timestamp, at: Timestamp) -> String {
-    match now.duration_since(at).as_secs() {
-        ..=0 => "now".to_owned(),
-        seconds @ 1..=119 => format!("{seconds} s ago"),
-        seconds @ 120..=7199 => format!("{} min ago", seconds / 60),
-        seconds @ 7200..=172_799 => format!("{} h ago", seconds / 3600),
-        seconds => format!("{} d ago", seconds / 86_400),
+/// What an operator can do, or what happens by itself.
+fn next_step(detail: &RunDetail) -> String {
+    let RunRecord { task_id, status, not_before, tokens_needed, error_code, .. } = &detail.run;
+    match status {
+        RunStatus::Queued => match not_before {
+            Some(at) if *at > Timestamp::now() => {
+                format!("tries again at {}; now: atlas runs retry {task_id}", seconds(*at))
+            }
+            _ => "a worker takes it when it has room, unless the fleet is paused".to_owned(),
+        },
+        RunStatus::Running if detail.run.cancel_requested => {
+            "its worker stops at its next renewal".to_owned()
+        }
+        RunStatus::Running => format!(
+            "its worker has it until {}, and renews that; to stop it: atlas runs cancel {task_id}",
+            detail.run.lease_until.map(seconds).unwrap_or_default()
+        ),
+        RunStatus::Deferred => format!(
+            "resumes when {} tokens fit: atlas budget show, atlas budget set --daily N",
+            thousands(tokens_needed.unwrap_or_default().0)
+        ),
+        RunStatus::Done | RunStatus::Failed if detail.unsent => {
+            "its answer waits to be published: is a worker running? atlas doctor".to_owned()
+        }
+        RunStatus::Done => {
+            format!("atlas runs show {task_id} --spec; to refine it: atlas ask --parent {task_id}")
+        }
+        RunStatus::Failed if error_code.as_deref() == Some("run_budget_exhausted") => {
+            format!("atlas budget set --per-run N, then atlas runs retry {task_id}")
+        }
+        RunStatus::Failed => format!("mend the cause, then: atlas runs retry {task_id}"),
     }
-}
-
-/// An instant without its fractions.
-fn seconds(at: Timestamp) -> String {
-    at.round(Unit::Second).unwrap_or(at).to_string()
 }
