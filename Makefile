@@ -29,7 +29,7 @@ test: ## Run every test; what a missing service skips is listed at the end
 
 .PHONY: e2e
 e2e: ## 200 requests through separate processes: emulator, Postgres, simulator, gateway, two workers
-	@scripts/test.sh --test e2e -- --nocapture
+	@scripts/test.sh --test e2e --test operators -- --nocapture
 
 .PHONY: lint
 lint: ## Clippy, as strict as CI
