@@ -31,6 +31,10 @@ test: ## Run every test; what a missing service skips is listed at the end
 e2e: ## 200 requests through separate processes: emulator, Postgres, simulator, gateway, two workers
 	@scripts/test.sh --test e2e --test operators -- --nocapture
 
+.PHONY: mutations
+mutations: ## Break the code on purpose, one mutation at a time: which test notices? (not in CI)
+	@scripts/mutate.sh
+
 .PHONY: lint
 lint: ## Clippy, as strict as CI
 	@$(CARGO) clippy --locked --workspace --all-targets -- -D warnings

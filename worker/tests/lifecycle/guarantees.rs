@@ -8,7 +8,7 @@ use std::{
 };
 
 use atlas_openai_sim::{FaultRates, SimOptions};
-use atlas_shared::{TaskId, Tokens, sqlite::next_utc_midnight};
+use atlas_shared::{TaskId, Tokens, message::AnswerType, sqlite::next_utc_midnight};
 use atlas_test_support::{emulator::Emulator, skip, supabase::Supabase};
 use atlas_worker::{
     RunningWorker, queue,
@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 use crate::{
     link::Link,
-    stack::{Stack, command, eventually, request},
+    stack::{Stack, bounded, command, eventually, request},
 };
 
 /// A minute that is far from any midnight.
@@ -270,10 +270,11 @@ async fn g5_an_exhausted_budget_loses_nothing_and_burns_nothing_until_the_limit_
     blocked(&worker, "budget").await;
     let third = stack.request(json!({})).await;
     stack.until(third, RunStatus::Deferred).await;
-    eventually("its message is acked: no delivery attempt is spent", || async {
+    eventually("its message is acked", || async {
         (stack.count("SELECT count(*) FROM queue_deliveries").await == 0).then_some(())
     })
     .await;
+    assert!(metric(&worker, "atlas_messages_total{outcome=\"chat\"} 3"), "no message came twice");
     let told = stack.published(third).await;
     assert!(told.iter().any(|message| message["metadata"]["status"] == "deferred"), "{told:?}");
 
@@ -332,7 +333,8 @@ async fn g6_a_broken_model_api_pauses_and_recovers_with_one_probe_at_a_time() {
     tasks.push(stack.request(json!({})).await);
     tasks.push(stack.request(json!({})).await);
     assert_eq!(stack.count("SELECT count(*) FROM queue_deliveries").await, 4);
-    assert_eq!(stack.count("SELECT count(*) FROM queue_deliveries WHERE attempt = 0").await, 2);
+    let untouched = stack.count("SELECT count(*) FROM queue_deliveries WHERE attempt = 0").await;
+    assert!(untouched >= 2, "{untouched}");
 
     // The first call after the outage takes its time; until it is answered it is the only one.
     stack.sim().script(json!([{"delay_ms": 500}])).unwrap();
@@ -453,6 +455,7 @@ async fn g6_a_broken_queue_pauses_and_answers_wait_in_the_outbox() {
     // In its call when the queue goes.
     stack.sim().script(json!([{"delay_ms": 1000}])).unwrap();
     let working = TaskId::random();
+    let mut answers = queue::watch_answers(&elsewhere.config(), working).await.unwrap();
     publish(working).await;
     eventually("it is in its call", || async { (stack.sim().meter().calls() == 1).then_some(()) }).await;
     link.cut().await;
@@ -469,6 +472,16 @@ async fn g6_a_broken_queue_pauses_and_answers_wait_in_the_outbox() {
         (stack.count("SELECT count(*) FROM outbox WHERE sent_at IS NULL").await == 0).then_some(())
     })
     .await;
+    let answer = bounded("the answer that waited", async {
+        loop {
+            let answer = answers.next().await.unwrap();
+            if answer.msg_type != AnswerType::Progress {
+                return answer;
+            }
+        }
+    })
+    .await;
+    assert_eq!(answer.msg_type, AnswerType::Spec);
     eventually("ready again", || async { readiness(&worker, "queue").await.1.then_some(()) }).await;
     worker.drain().await;
     let books = stack.reconciled().await;
