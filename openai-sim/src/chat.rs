@@ -12,7 +12,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use crate::{
-    Fault, Shared,
+    BilledCall, Fault, Shared,
     fault::hash,
     generate,
     prompt::Prompt,
@@ -56,7 +56,14 @@ impl Remembered {
             Err(refused) => return refused,
         };
         let (prompt, completion) = (self.prompt_tokens, self.completion_tokens);
-        sim.books().meter.bill("chat", &self.model, &admitted.request_id, prompt, completion);
+        sim.books().bill(BilledCall {
+            request_id: admitted.request_id.clone(),
+            kind: "chat".to_owned(),
+            model: self.model.clone(),
+            prompt_tokens: prompt,
+            completion_tokens: completion,
+            fault: admitted.fault,
+        });
         admitted.take_time(sim, completion).await;
         ([(header::CONTENT_TYPE, "application/json")], self.body.clone()).into_response()
     }
@@ -122,14 +129,18 @@ pub(crate) async fn complete(State(sim): State<Sim>, headers: HeaderMap, body: B
     let mut answer = answer(&sim, &admitted, &request, &prompt, model, cap);
     answer.prompt_tokens = if admitted.is(Fault::Overbill) { prompt_tokens * 2 } else { prompt_tokens };
     // A provider bills what it generated, whether or not anybody waits for it.
-    sim.books().meter.bill(
-        "chat",
-        model,
-        &admitted.request_id,
-        answer.prompt_tokens,
-        answer.completion_tokens,
-    );
+    sim.books().bill(BilledCall {
+        request_id: admitted.request_id.clone(),
+        kind: "chat".to_owned(),
+        model: model.to_owned(),
+        prompt_tokens: answer.prompt_tokens,
+        completion_tokens: answer.completion_tokens,
+        fault: admitted.fault,
+    });
     admitted.take_time(&sim, answer.completion_tokens).await;
+    if let Some(lost) = server::lost(admitted.fault) {
+        return lost;
+    }
     if let Some(key) = key
         && request["stream"] != true
         && admitted.fault.is_none()
@@ -399,6 +410,10 @@ fn stream(admitted: &Admitted, request: &Value, model: &str, answer: &Answer) ->
         Some(Fault::Cut) => {
             events.truncate(events.len() / 2);
             (head, server::cut_body(events)).into_response()
+        }
+        Some(Fault::Truncated) => {
+            events.truncate(events.len() / 2);
+            (head, Body::from(events.concat())).into_response()
         }
         Some(Fault::Malformed | Fault::NoChoices) => (head, "data: {oops\n\n").into_response(),
         _ => {

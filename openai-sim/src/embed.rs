@@ -10,7 +10,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use crate::{
-    Fault,
+    BilledCall, Fault,
     fault::{hash, mix},
     script::Kind,
     server::{self, Sim, bad_request},
@@ -58,8 +58,18 @@ pub(crate) async fn embed(State(sim): State<Sim>, headers: HeaderMap, body: Byte
         return bad_request("invalid_value", "'dimensions' must be from 1 to 4096.");
     }
     let billed = if admitted.is(Fault::Overbill) { prompt_tokens * 2 } else { prompt_tokens };
-    sim.books().meter.bill("embedding", model, &admitted.request_id, billed, 0);
+    sim.books().bill(BilledCall {
+        request_id: admitted.request_id.clone(),
+        kind: "embedding".to_owned(),
+        model: model.to_owned(),
+        prompt_tokens: billed,
+        completion_tokens: 0,
+        fault: admitted.fault,
+    });
     admitted.take_time(&sim, 0).await;
+    if let Some(lost) = server::lost(admitted.fault) {
+        return lost;
+    }
 
     let data: Vec<Value> = if admitted.is(Fault::Empty) {
         Vec::new()

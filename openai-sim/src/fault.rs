@@ -28,6 +28,9 @@ pub enum Fault {
     /// 503 with `Retry-After`. Not billed.
     #[serde(rename = "503")]
     Overloaded,
+    /// 504 with an HTML body: the proxy gave up, the model did not. Billed.
+    #[serde(rename = "504")]
+    GatewayTimeout,
     /// 400 `context_length_exceeded`. Not billed.
     ContextLength,
     /// 400 `content_filter`. Not billed.
@@ -42,6 +45,10 @@ pub enum Fault {
     Hang,
     /// Half of the answer, then the connection is cut. Billed.
     Cut,
+    /// The connection is cut before a single byte of an answer. Billed.
+    Drop,
+    /// Half of the answer with a proper end, as from a proxy that lost the rest. Billed.
+    Truncated,
     /// Status 200 and a body that is not JSON. Billed.
     Malformed,
     /// Status 200, JSON with `usage`, but without an answer in it. Billed.
@@ -76,12 +83,15 @@ impl Fault {
         Self::ServerError,
         Self::BadGateway,
         Self::Overloaded,
+        Self::GatewayTimeout,
         Self::ContextLength,
         Self::ContentFilter,
         Self::BadRequest,
         Self::ModelNotFound,
         Self::Hang,
         Self::Cut,
+        Self::Drop,
+        Self::Truncated,
         Self::Malformed,
         Self::NoChoices,
         Self::NoUsage,

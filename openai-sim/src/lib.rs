@@ -6,6 +6,9 @@
 //! - `POST /v1/embeddings`: deterministic vectors; similar texts are near each other.
 //! - `GET /v1/models`, `GET /v1/models/{model}`.
 //! - `GET /sim/meter`, `DELETE /sim/meter`: what was billed, by model, task and kind.
+//! - `GET /sim/calls`: every billed call, in order ([`BilledCall`]).
+//! - `GET /sim/strikes`: every fault that struck, in order ([`Strike`]).
+//! - `PUT /sim/faults`: other rates of faults from now on, as `--fault` takes them.
 //! - `GET`, `PUT`, `DELETE /sim/script`: answers and faults for the next calls ([`Step`]).
 //! - `GET /health`.
 //!
@@ -14,7 +17,7 @@
 //! A call is billed when generation starts, as a provider does, whether or not the client is still
 //! there when it ends. So faults *before* generation cost nothing (`401`, `429`, `5xx`,
 //! `insufficient_quota`, `context_length`, `content_filter`, an unknown model), and faults after it
-//! cost the full call (`hang`, `cut`, `malformed`, `no_choices`, `no_usage`, `wrong_schema`, …).
+//! cost the full call (`504`, `hang`, `cut`, `drop`, `malformed`, `no_choices`, `no_usage`, `wrong_schema`, …).
 //! [`Fault`] says it for each.
 //!
 //! # Determinism
@@ -41,7 +44,7 @@ use std::{
 };
 
 pub use fault::{Fault, FaultRates};
-pub use meter::{Bill, Meter};
+pub use meter::{Bill, BilledCall, Meter, Strike};
 pub use script::{Script, Step};
 
 use tokio::{net::TcpListener, task::JoinHandle};
@@ -131,7 +134,11 @@ impl Sim {
         let listener = TcpListener::bind(("127.0.0.1", port)).await.map_err(listen)?;
         let addr = listener.local_addr().map_err(listen)?;
         let shared = Arc::new(Shared {
-            books: Mutex::new(Books { script: Script::new(options.script.clone()), ..Books::default() }),
+            books: Mutex::new(Books {
+                script: Script::new(options.script.clone()),
+                faults: options.faults.clone(),
+                ..Books::default()
+            }),
             options,
         });
         let app = server::router(Arc::clone(&shared));
@@ -165,7 +172,12 @@ impl RunningSim {
 
     /// Forgets what was billed.
     pub fn reset_meter(&self) {
-        self.shared.books().meter = Meter::default();
+        self.shared.books().forget();
+    }
+
+    /// Every call that was billed so far, in order.
+    pub fn billed_calls(&self) -> Vec<BilledCall> {
+        self.shared.books().billed.clone()
     }
 
     /// Sets the script for the next calls, as `PUT /sim/script` does.
@@ -202,10 +214,34 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Books {
     meter: Meter,
+    /// What `meter` adds up, call by call.
+    billed: Vec<BilledCall>,
+    /// What `meter.faults` adds up.
+    strikes: Vec<Strike>,
+    /// Rates as they are now.
+    faults: FaultRates,
     script: Script,
     seen: fault::Seen,
     windows: server::Windows,
     remembered: HashMap<u64, Arc<chat::Remembered>>,
+}
+
+impl Books {
+    fn bill(&mut self, call: BilledCall) {
+        self.meter.bill(&call);
+        self.billed.push(call);
+    }
+
+    fn struck(&mut self, request_id: &str, fault: Fault) {
+        self.meter.struck(fault);
+        self.strikes.push(Strike { request_id: request_id.to_owned(), fault });
+    }
+
+    fn forget(&mut self) {
+        self.meter = Meter::default();
+        self.billed = Vec::new();
+        self.strikes = Vec::new();
+    }
 }
 
 impl Shared {

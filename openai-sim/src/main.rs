@@ -11,13 +11,16 @@ const AFTER_HELP: &str = r#"Examples:
       then: OPENAI_BASE_URL=http://127.0.0.1:8600/v1 OPENAI_API_KEY=any atlas ask "Design a queue"
   openai-sim --fault 429=0.1,500=0.05,hang=0.01 --latency-ms 300 --seed 7
   curl http://127.0.0.1:8600/sim/meter                 what was billed, by model, task and kind
-  curl -X DELETE http://127.0.0.1:8600/sim/meter       forget it
+  curl http://127.0.0.1:8600/sim/calls                 every billed call, in order
+  curl http://127.0.0.1:8600/sim/strikes               every fault that struck, in order
+  curl -X DELETE http://127.0.0.1:8600/sim/meter       forget all of that
+  curl -X PUT http://127.0.0.1:8600/sim/faults -d '429=0.1,cut=0.02'    other rates from now on
   curl -X PUT http://127.0.0.1:8600/sim/script -d '[{"fault": "429", "times": 2}, {"match": "task-7", "fault": "cut"}]'
 
 Faults that are not billed: 400, 401, 404, 429, 429_html, 500, 502, 503, insufficient_quota,
   context_length, content_filter.
-Faults that are billed: hang, cut, malformed, no_choices, no_usage, wrong_schema, not_json, empty,
-  refusal, length, bad_citations, overbill, slow.
+Faults that are billed: 504, hang, cut, drop, truncated, malformed, no_choices, no_usage,
+  wrong_schema, not_json, empty, refusal, length, bad_citations, overbill, slow.
 
 A step of a script: match (part of X-Client-Request-Id or of the prompt), kind (chat, embedding, any),
   times, fault, retry_after, delay_ms, content (the answer), tool_calls ([{"name", "arguments"}]),

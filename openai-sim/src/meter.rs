@@ -28,6 +28,32 @@ impl Bill {
     }
 }
 
+/// One call that was billed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BilledCall {
+    /// `X-Client-Request-Id`.
+    pub request_id: String,
+    /// `chat` or `embedding`.
+    pub kind: String,
+    /// The model that was asked for.
+    pub model: String,
+    /// Tokens of the prompt.
+    pub prompt_tokens: u64,
+    /// Tokens of the answer.
+    pub completion_tokens: u64,
+    /// What went wrong with it, if anything.
+    pub fault: Option<Fault>,
+}
+
+/// One fault that struck, billed or not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Strike {
+    /// `X-Client-Request-Id`.
+    pub request_id: String,
+    /// What went wrong.
+    pub fault: Fault,
+}
+
 /// Everything that was billed since the start or the last reset.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Meter {
@@ -73,15 +99,18 @@ impl Meter {
         *self.faults.entry(fault.to_string()).or_insert(0) += 1;
     }
 
-    pub(crate) fn bill(&mut self, kind: &str, model: &str, request_id: &str, prompt: u64, completion: u64) {
+    pub(crate) fn bill(&mut self, call: &BilledCall) {
+        let (prompt, completion) = (call.prompt_tokens, call.completion_tokens);
         self.prompt_tokens += prompt;
         self.completion_tokens += completion;
         self.total_tokens += prompt + completion;
-        let task = request_id.split('.').next().unwrap_or_default();
+        let task = call.request_id.split('.').next().unwrap_or_default();
         let task = if task.is_empty() { "unknown" } else { task };
-        for (bills, key) in
-            [(&mut self.by_model, model), (&mut self.by_task, task), (&mut self.by_kind, kind)]
-        {
+        for (bills, key) in [
+            (&mut self.by_model, call.model.as_str()),
+            (&mut self.by_task, task),
+            (&mut self.by_kind, call.kind.as_str()),
+        ] {
             bills.entry(key.to_owned()).or_default().add(prompt, completion);
         }
     }

@@ -12,14 +12,14 @@ use axum::{
     extract::{DefaultBodyLimit, Path, State},
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::{get, post, put},
 };
 use bytes::Bytes;
 use futures::StreamExt as _;
 use serde_json::{Value, json};
 
 use crate::{
-    Fault, Meter, Shared, SimOptions, chat, embed,
+    BilledCall, Fault, FaultRates, Meter, Shared, SimOptions, Strike, chat, embed,
     fault::{hash, mix},
     script::{Kind, Script, Step},
 };
@@ -41,6 +41,9 @@ pub(crate) fn router(shared: Sim) -> Router {
         .route("/v1/models", get(models))
         .route("/v1/models/{model}", get(model))
         .route("/sim/meter", get(meter).delete(reset_meter))
+        .route("/sim/calls", get(calls))
+        .route("/sim/strikes", get(strikes))
+        .route("/sim/faults", put(put_faults))
         .route("/sim/script", get(script).put(put_script).delete(clear_script))
         .route("/health", get(|| async { "ok" }))
         .fallback(|| async {
@@ -55,8 +58,26 @@ async fn meter(State(sim): State<Sim>) -> Json<Meter> {
 }
 
 async fn reset_meter(State(sim): State<Sim>) -> StatusCode {
-    sim.books().meter = Meter::default();
+    sim.books().forget();
     StatusCode::NO_CONTENT
+}
+
+async fn calls(State(sim): State<Sim>) -> Json<Vec<BilledCall>> {
+    Json(sim.books().billed.clone())
+}
+
+async fn strikes(State(sim): State<Sim>) -> Json<Vec<Strike>> {
+    Json(sim.books().strikes.clone())
+}
+
+async fn put_faults(State(sim): State<Sim>, body: String) -> Response {
+    match body.parse::<FaultRates>() {
+        Ok(rates) => {
+            sim.books().faults = rates;
+            StatusCode::NO_CONTENT.into_response()
+        }
+        Err(why) => error(StatusCode::BAD_REQUEST, "invalid_rates", &why),
+    }
 }
 
 async fn script(State(sim): State<Sim>) -> Json<Vec<Step>> {
@@ -216,10 +237,10 @@ pub(crate) fn admit(
         // A scripted call is exactly as the script says.
         let fault = match &step {
             Some(step) => step.fault,
-            None => sim.options.faults.pick(draw),
+            None => books.faults.pick(draw),
         };
         if let Some(fault) = fault {
-            books.meter.struck(fault);
+            books.struck(&request_id, fault);
         }
         (step.unwrap_or_default(), fault)
     };
@@ -238,13 +259,12 @@ pub(crate) fn admit(
 }
 
 fn refusal(fault: Fault, status: StatusCode, model: &str, retry_after: Option<f64>) -> Response {
-    let html = |text: &'static str| (status, [(header::CONTENT_TYPE, "text/html")], text).into_response();
     let mut response = match fault {
         Fault::Unauthorized => {
             error(status, "invalid_api_key", "Incorrect API key provided: sk-sim*****1234.")
         }
-        Fault::RateLimitedHtml => html("<html><h1>429 Too Many Requests</h1></html>"),
-        Fault::BadGateway => html("<html><h1>502 Bad Gateway</h1></html>"),
+        Fault::RateLimitedHtml => html(status, "429 Too Many Requests"),
+        Fault::BadGateway => html(status, "502 Bad Gateway"),
         Fault::InsufficientQuota => error(
             status,
             "insufficient_quota",
@@ -350,16 +370,28 @@ fn insert(headers: &mut HeaderMap, name: &str, value: &str) {
     }
 }
 
+/// An answer that is lost whole, whether or not it would have been streamed.
+pub(crate) fn lost(fault: Option<Fault>) -> Option<Response> {
+    match fault? {
+        Fault::GatewayTimeout => Some(html(StatusCode::GATEWAY_TIMEOUT, "504 Gateway Time-out")),
+        // An answer that breaks before its first byte: hyper drops the connection without a head.
+        Fault::Drop => Some(cut_at_once().into_response()),
+        _ => None,
+    }
+}
+
+fn html(status: StatusCode, title: &str) -> Response {
+    (status, [(header::CONTENT_TYPE, "text/html")], format!("<html><h1>{title}</h1></html>")).into_response()
+}
+
 /// The end of an answer: whole, garbled or cut.
 pub(crate) fn send(admitted: &Admitted, body: &Value) -> Response {
     let text = body.to_string();
     let json = [(header::CONTENT_TYPE, "application/json")];
+    let half = (0..=text.len() / 2).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
     match admitted.fault {
-        Some(Fault::Cut) => {
-            let half = text.len() / 2;
-            let half = (0..=half).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
-            (json, cut_body(vec![Bytes::from(text[..half].to_owned())])).into_response()
-        }
+        Some(Fault::Cut) => (json, cut_body(vec![Bytes::from(text[..half].to_owned())])).into_response(),
+        Some(Fault::Truncated) => (json, text[..half].to_owned()).into_response(),
         Some(Fault::Malformed) => (json, format!("{{\"id\": \"sim\", oops {}", text.len())).into_response(),
         Some(Fault::NoChoices) => {
             let usage = &body["usage"];
@@ -378,4 +410,11 @@ pub(crate) fn cut_body(chunks: Vec<Bytes>) -> Body {
         Err(std::io::Error::other("cut on demand"))
     });
     Body::from_stream(futures::stream::iter(chunks.into_iter().map(Ok)).chain(broken))
+}
+
+/// No chunk at all: the connection breaks before a head is sent.
+fn cut_at_once() -> Body {
+    Body::from_stream(futures::stream::once(async {
+        Err::<Bytes, _>(std::io::Error::other("dropped on demand"))
+    }))
 }

@@ -318,7 +318,7 @@ async fn a_server_in_trouble_is_transient_and_only_a_proxy_hides_what_was_billed
 
 #[tokio::test]
 async fn an_answer_that_never_comes_or_breaks_off_may_have_billed() {
-    for fault in ["hang", "cut"] {
+    for fault in ["hang", "cut", "drop", "truncated", "504"] {
         let (error, sim) = fails_with(fault).await;
         assert!(error.error.is_transient(), "{error:?}");
         assert_eq!(error.billed, Billed::Unknown);

@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use atlas_openai_sim::{Meter, RunningSim, Sim, SimOptions};
+use atlas_openai_sim::{Fault, Meter, RunningSim, Sim, SimOptions};
 use serde_json::{Value, json};
 
 struct Client {
@@ -69,6 +69,38 @@ async fn a_cut_stream_is_billed_and_breaks_off() {
     assert!(response.status().is_success());
     assert!(response.text().await.is_err());
     assert!(client.meter().await.total_tokens > 0);
+}
+
+#[tokio::test]
+async fn every_billed_call_is_listed_and_rates_can_be_changed_at_any_time() {
+    let client = Client::start(SimOptions::default()).await;
+    client.chat("task-a.1.draft", &hello(&json!({}))).await;
+    let put = |rates: &'static str| client.http.put(client.url("/sim/faults")).body(rates).send();
+    assert!(put("drop=1").await.unwrap().status().is_success());
+    let dropped = client
+        .http
+        .post(client.url("/v1/chat/completions"))
+        .header("X-Client-Request-Id", "task-a.2.draft")
+        .json(&hello(&json!({})));
+    assert!(dropped.send().await.is_err(), "not a byte of an answer");
+    assert!(put("504=1").await.unwrap().status().is_success());
+    assert_eq!(client.chat("task-b.1.draft", &hello(&json!({}))).await.status(), 504);
+    assert_eq!(put("boom=1").await.unwrap().status(), 400);
+    assert!(put("").await.unwrap().status().is_success());
+    assert_eq!(client.chat("task-b.2.draft", &hello(&json!({}))).await.status(), 200);
+
+    let calls = client.sim.billed_calls();
+    let listed: Vec<(&str, Option<Fault>)> =
+        calls.iter().map(|call| (call.request_id.as_str(), call.fault)).collect();
+    let expected = [
+        ("task-a.1.draft", None),
+        ("task-a.2.draft", Some(Fault::Drop)),
+        ("task-b.1.draft", Some(Fault::GatewayTimeout)),
+        ("task-b.2.draft", None),
+    ];
+    assert_eq!(listed, expected);
+    let sum: u64 = calls.iter().map(|call| call.prompt_tokens + call.completion_tokens).sum();
+    assert_eq!(sum, client.meter().await.total_tokens);
 }
 
 #[tokio::test]
