@@ -35,6 +35,10 @@ e2e: ## 200 requests through separate processes: emulator, Postgres, simulator, 
 mutations: ## Break the code on purpose, one mutation at a time: which test notices? (not in CI)
 	@scripts/mutate.sh
 
+.PHONY: chaos
+chaos: ## Break the fleet on purpose and reconcile the books: make chaos SEED=7 REQUESTS=10000
+	@scripts/chaos.sh
+
 .PHONY: lint
 lint: ## Clippy, as strict as CI
 	@$(CARGO) clippy --locked --workspace --all-targets -- -D warnings

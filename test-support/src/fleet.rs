@@ -20,6 +20,7 @@ use serde_json::Value;
 use crate::{
     emulator::Emulator,
     guard::Guarded,
+    proxy::Proxy,
     supabase::{Postgres, sign_key},
 };
 
@@ -41,11 +42,22 @@ pub struct FleetOptions {
     pub env: Vec<(String, String)>,
     /// A folder to index before workers start.
     pub index: Option<PathBuf>,
+    /// A Postgres of the fleet's own that keeps what was committed, so that it can be killed.
+    pub durable: bool,
+    /// A [`Proxy`] between workers and emulator.
+    pub proxied: bool,
 }
 
 impl Default for FleetOptions {
     fn default() -> Self {
-        Self { workers: 2, sim: Vec::new(), env: Vec::new(), index: Some(workspace().join("docs")) }
+        Self {
+            workers: 2,
+            sim: Vec::new(),
+            env: Vec::new(),
+            index: Some(workspace().join("docs")),
+            durable: false,
+            proxied: false,
+        }
     }
 }
 
@@ -85,6 +97,10 @@ pub struct Fleet {
     pub gateway: Process,
     /// The workers.
     pub workers: Vec<Process>,
+    /// The fleet's own database server, if it is to be durable.
+    pub postgres: Option<Postgres>,
+    /// Between workers and emulator, if there is to be one.
+    pub proxy: Option<Proxy>,
     /// Settings that all processes share; what `atlas` needs to work on this fleet.
     pub env: BTreeMap<String, String>,
     dir: tempfile::TempDir,
@@ -109,30 +125,39 @@ impl Fleet {
         let emulator = Emulator::start()
             .await
             .map_err(|reason| FleetError::Missing { service: "the Pub/Sub emulator", reason })?;
-        let postgres =
-            Postgres::shared().await.map_err(|reason| FleetError::Missing { service: "Postgres", reason })?;
+        let missing = |reason| FleetError::Missing { service: "Postgres", reason };
+        let (own, database) = if options.durable {
+            let own = Postgres::durable().await.map_err(missing)?;
+            let database = own.create_empty_database().await.map_err(anyhow::Error::msg)?;
+            let url = own.url(&database);
+            (Some(own), url)
+        } else {
+            let shared = Postgres::shared().await.map_err(missing)?;
+            let database = shared.create_empty_database().await.map_err(anyhow::Error::msg)?;
+            (None, shared.url(&database))
+        };
         if Command::new("curl").arg("--version").output().is_err() {
             let reason = "it is not installed (Debian package `curl`)".to_owned();
             return Err(FleetError::Missing { service: "curl", reason });
         }
-        Ok(Self::start_on(emulator, postgres, options).await?)
+        Ok(Self::start_on(emulator, own, database, options).await?)
     }
 
     async fn start_on(
         emulator: Emulator,
-        postgres: &Postgres,
+        postgres: Option<Postgres>,
+        db_url: String,
         options: FleetOptions,
     ) -> anyhow::Result<Self> {
         let dir = tempfile::Builder::new().prefix("atlas-fleet-").tempdir()?;
-        let database = postgres.create_empty_database().await.map_err(anyhow::Error::msg)?;
-        let db_url = postgres.url(&database);
+        let proxy = if options.proxied { Some(Proxy::start(&emulator.host).await?) } else { None };
         let [postgrest_port, sim_port, gateway_port] = [free_port()?, free_port()?, free_port()?];
         let sim_url = format!("http://127.0.0.1:{sim_port}");
         let gateway_url = format!("http://127.0.0.1:{gateway_port}");
 
         let mut env: BTreeMap<String, String> = [
             ("PUBSUB_PROJECT_ID", PROJECT.to_owned()),
-            ("PUBSUB_EMULATOR_HOST", emulator.host.clone()),
+            ("PUBSUB_EMULATOR_HOST", proxy.as_ref().map_or_else(|| emulator.host.clone(), Proxy::host)),
             ("SUPABASE_URL", format!("http://127.0.0.1:{postgrest_port}")),
             ("SUPABASE_SERVICE_ROLE_KEY", sign_key(JWT_SECRET, "service_role")),
             ("SUPABASE_DB_URL", db_url.clone()),
@@ -185,18 +210,6 @@ impl Fleet {
             ],
             format!("{gateway_url}/health/ready"),
         );
-        let mut workers = Vec::new();
-        for number in 1..=options.workers {
-            let port = free_port()?;
-            workers.push(process(
-                &format!("worker-{number}"),
-                "atlas-worker",
-                Vec::new(),
-                &[("WORKER_LISTEN", format!("127.0.0.1:{port}"))],
-                format!("http://127.0.0.1:{port}/health/ready"),
-            ));
-        }
-
         postgrest.start().await?;
         sim.start().await?;
         gateway.start().await?;
@@ -204,10 +217,13 @@ impl Fleet {
             let indexed = atlas(&env, &["index", &folder.display().to_string()])?;
             ensure!(indexed.status.success(), "atlas index: {}", String::from_utf8_lossy(&indexed.stderr));
         }
-        for worker in &mut workers {
-            worker.start().await?;
+        let workers = Vec::new();
+        let mut fleet =
+            Self { emulator, sim_url, db_url, postgrest, sim, gateway, workers, postgres, proxy, env, dir };
+        for _ in 0..options.workers {
+            fleet.add_worker(&[])?.start().await?;
         }
-        Ok(Self { emulator, sim_url, db_url, postgrest, sim, gateway, workers, env, dir })
+        Ok(fleet)
     }
 
     /// Where the emulator's REST API has this resource of the project.
@@ -288,20 +304,30 @@ impl Fleet {
 }
 
 impl Process {
-    /// Starts it and waits until it is ready.
-    pub async fn start(&mut self) -> anyhow::Result<()> {
+    /// What it is called.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Starts it; returns before it is ready.
+    pub fn spawn(&mut self) -> anyhow::Result<()> {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(&self.log)?;
         let errors = log.try_clone()?;
         let running = Guarded::spawn(binary(self.binary)?, &self.args, |command| {
             command.envs(&self.env).stdout(log).stderr(errors);
         })?;
         self.running = Some(running);
+        Ok(())
+    }
+
+    /// Starts it and waits until it is ready.
+    pub async fn start(&mut self) -> anyhow::Result<()> {
+        self.spawn()?;
         let answers = async {
             let mut ticks = tokio::time::interval(Duration::from_millis(50));
             loop {
                 ticks.tick().await;
-                let Ok(response) = reqwest::get(&self.ready_url).await else { continue };
-                if response.status().is_success() || self.binary == "atlas-postgrest" {
+                if self.is_ready().await {
                     return;
                 }
             }
@@ -310,6 +336,41 @@ impl Process {
             bail!("{} is not ready:\n{}", self.name, self.log_tail());
         }
         Ok(())
+    }
+
+    /// Does it say that it can work? The REST server, which has no probe: does it answer at all?
+    pub async fn is_ready(&self) -> bool {
+        match reqwest::get(&self.ready_url).await {
+            Ok(response) => response.status().is_success() || self.binary == "atlas-postgrest",
+            Err(_) => false,
+        }
+    }
+
+    /// Sends a signal, by its name without `SIG`.
+    pub fn signal(&mut self, name: &str) -> anyhow::Result<()> {
+        let running = self.running.as_mut().with_context(|| format!("{} does not run", self.name))?;
+        Ok(running.signal(name)?)
+    }
+
+    /// Waits until it ends by itself, at most `bound`; returns its exit code.
+    pub async fn exit_code(&mut self, bound: Duration) -> anyhow::Result<i32> {
+        let running = self.running.as_mut().with_context(|| format!("{} does not run", self.name))?;
+        let file = self.log.with_extension("exit");
+        let _ = std::fs::remove_file(&file);
+        running.report_exit(&file)?;
+        let reported = async {
+            loop {
+                match std::fs::read_to_string(&file) {
+                    Ok(text) if text.ends_with('\n') => return text,
+                    _ => tokio::time::sleep(Duration::from_millis(20)).await,
+                }
+            }
+        };
+        let Ok(text) = tokio::time::timeout(bound, reported).await else {
+            bail!("{} did not end within {bound:?}:\n{}", self.name, self.log_tail());
+        };
+        self.running = None;
+        text.trim().parse().with_context(|| format!("exit code {text:?}"))
     }
 
     /// `SIGKILL`, as a crash or an out-of-memory kill would.

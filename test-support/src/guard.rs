@@ -2,11 +2,12 @@
 //!
 //! A test process that is killed runs no destructor, so the child is started by a small shell that
 //! reads from a pipe whose other end the test process holds: when the pipe closes, for whatever
-//! reason, the shell kills the child's process group.
+//! reason, the shell kills the child's process group. What is written to the pipe is the name of a signal
+//! for the child, or `wait FILE`: then the shell writes the child's exit code to the file when it ends.
 
 use std::{
     ffi::OsStr,
-    io,
+    io::{self, Write as _},
     path::Path,
     process::{Child, Command, Stdio},
 };
@@ -24,9 +25,19 @@ impl Guarded {
         args: impl IntoIterator<Item = S>,
         configure: impl FnOnce(&mut Command),
     ) -> io::Result<Self> {
-        const SCRIPT: &str =
-            r#""$@" </dev/null & child=$!; read -r _; kill -9 "$child" 2>/dev/null; kill -9 -$$"#;
+        const SCRIPT: &str = r#""$@" </dev/null & child=$!
+            while read -r word file; do case $word in
+                wait) wait "$child"; echo $? >"$file" ;;
+                *) kill -s "$word" "$child" 2>/dev/null ;;
+            esac; done
+            kill -9 "$child" 2>/dev/null; kill -9 -$$"#;
         Self::spawn_script(SCRIPT, "guard".as_ref(), program, args, configure)
+    }
+
+    /// Removes `folder` when this is dropped, or with the test process.
+    pub fn remove_folder_later(folder: &Path) -> io::Result<Self> {
+        const SCRIPT: &str = r#"read -r _; rm -rf -- "$0" || { sleep 1; rm -rf -- "$0"; }"#;
+        Self::spawn_script(SCRIPT, folder.as_os_str(), "", [""; 0], |_| {})
     }
 
     /// The same for a program that keeps its files in `folder`, a temporary one: it is asked to end (SIGINT)
@@ -41,6 +52,26 @@ impl Guarded {
             i=0; while kill -0 "$child" 2>/dev/null && [ $i -lt 100 ]; do sleep 0.1; i=$((i+1)); done
             kill -9 "$child" 2>/dev/null; rm -rf -- "$0""#;
         Self::spawn_script(SCRIPT, folder.as_os_str(), program, args, configure)
+    }
+
+    /// Sends the child a signal, by its name without `SIG`: `TERM`, `STOP`, `CONT`.
+    ///
+    /// For children of [`Guarded::spawn`].
+    pub fn signal(&mut self, name: &str) -> io::Result<()> {
+        self.say(name)
+    }
+
+    /// Lets the child's exit code appear in `file` once it has ended. Signals after this are not
+    /// delivered before that.
+    ///
+    /// For children of [`Guarded::spawn`].
+    pub fn report_exit(&mut self, file: &Path) -> io::Result<()> {
+        self.say(&format!("wait {}", file.display()))
+    }
+
+    fn say(&mut self, line: &str) -> io::Result<()> {
+        let pipe = self.shell.stdin.as_mut().ok_or(io::ErrorKind::BrokenPipe)?;
+        writeln!(pipe, "{line}")
     }
 
     fn spawn_script<S: AsRef<OsStr>>(

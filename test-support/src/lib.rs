@@ -7,9 +7,11 @@
 
 use std::io::Write as _;
 
+pub mod chaos;
 pub mod emulator;
 pub mod fleet;
 pub mod guard;
+pub mod proxy;
 pub mod supabase;
 
 /// Reports that `test` cannot run here because `service` is missing, or fails when services are required.

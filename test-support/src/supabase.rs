@@ -5,6 +5,7 @@
 //! from a migrated template, so tests neither wait for each other nor see each other's rows.
 
 use std::{
+    ffi::{OsStr, OsString},
     io,
     net::{Ipv4Addr, SocketAddr, TcpListener},
     os::unix::{fs::chown, process::CommandExt as _},
@@ -35,7 +36,36 @@ const JWT_SECRET: &str = "a-secret-for-tests-only-of-at-least-32-bytes";
 #[derive(Debug)]
 pub struct Postgres {
     port: u16,
-    _server: Guarded,
+    dir: PathBuf,
+    launch: Launch,
+    server: Option<Guarded>,
+    /// Removes the folder of a server that may be stopped and started again.
+    folder: Option<Guarded>,
+}
+
+/// How a server is started, and started again.
+#[derive(Debug)]
+struct Launch {
+    program: PathBuf,
+    args: Vec<OsString>,
+    account: Option<(u32, u32)>,
+}
+
+/// Whether what was committed must survive a crash.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Durability {
+    /// Fast: the data is thrown away, nothing is gained by surviving a power cut.
+    ThrownAway,
+    /// As in production: `fsync` and `synchronous_commit` are on.
+    Kept,
+}
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        // The server first: what it writes while its folder is removed would be left behind.
+        self.server = None;
+        self.folder = None;
+    }
 }
 
 impl Postgres {
@@ -43,7 +73,9 @@ impl Postgres {
     pub async fn shared() -> Result<&'static Self, String> {
         static SERVER: OnceCell<Result<Postgres, String>> = OnceCell::const_new();
         SERVER
-            .get_or_init(|| async { Self::start().await.map_err(|error| format!("{error:#}")) })
+            .get_or_init(|| async {
+                Self::start(Durability::ThrownAway).await.map_err(|error| format!("{error:#}"))
+            })
             .await
             .as_ref()
             .map_err(Clone::clone)
@@ -51,11 +83,16 @@ impl Postgres {
 
     /// A server for one test that changes its settings.
     pub async fn private() -> Result<Self, String> {
-        Self::start().await.map_err(|error| format!("{error:#}"))
+        Self::start(Durability::ThrownAway).await.map_err(|error| format!("{error:#}"))
+    }
+
+    /// A server that keeps what was committed, as in production: it may be killed and started again.
+    pub async fn durable() -> Result<Self, String> {
+        Self::start(Durability::Kept).await.map_err(|error| format!("{error:#}"))
     }
 
     /// Starts a server. Needs Postgres 15 or newer installed (Debian package `postgresql`).
-    async fn start() -> anyhow::Result<Self> {
+    async fn start(durability: Durability) -> anyhow::Result<Self> {
         let binaries = binaries().context("Postgres is not installed (Debian package `postgresql`)")?;
         let account = unprivileged_account()?;
         let dir = tempfile::Builder::new().prefix("atlas-postgres-").tempdir()?.keep();
@@ -77,43 +114,116 @@ impl Postgres {
         anyhow::ensure!(output.status.success(), "initdb: {}", String::from_utf8_lossy(&output.stderr));
 
         let port = free_port()?;
-        let log = std::fs::File::create(dir.join("log"))?;
-        let args = [
-            "-D".as_ref(),
-            data.as_os_str(),
-            "-k".as_ref(),
-            dir.as_os_str(),
-            "-p".as_ref(),
-            port.to_string().as_ref(),
-            // The data is thrown away: nothing is gained by surviving a power cut.
-            "-clisten_addresses=127.0.0.1".as_ref(),
-            "-cfsync=off".as_ref(),
-            "-cfull_page_writes=off".as_ref(),
-            "-csynchronous_commit=off".as_ref(),
-            "-cwal_level=logical".as_ref(),
-            "-cmax_connections=400".as_ref(),
-        ]
-        .map(std::ffi::OsStr::to_owned);
-        let server = Guarded::spawn_in_folder(&dir, binaries.join("postgres"), args, |command| {
+        let mut args: Vec<OsString> =
+            ["-D".as_ref(), data.as_os_str(), "-k".as_ref(), dir.as_os_str()].map(OsStr::to_owned).to_vec();
+        args.extend(["-p".into(), port.to_string().into()]);
+        args.extend(
+            ["-clisten_addresses=127.0.0.1", "-cwal_level=logical", "-cmax_connections=400"]
+                .map(OsString::from),
+        );
+        let volatile = ["-cfsync=off", "-cfull_page_writes=off", "-csynchronous_commit=off"];
+        let kept = ["-cfsync=on", "-cfull_page_writes=on", "-csynchronous_commit=on"];
+        let wanted = if durability == Durability::Kept { kept } else { volatile };
+        args.extend(wanted.map(OsString::from));
+        let launch = Launch { program: binaries.join("postgres"), args, account };
+        let mut postgres = Self { port, dir, launch, server: None, folder: None };
+        if durability == Durability::Kept {
+            postgres.folder = Some(Guarded::remove_folder_later(&postgres.dir)?);
+            postgres.start_again()?;
+            postgres.until_ready().await?;
+            return Ok(postgres);
+        }
+        let log = postgres.log()?;
+        let Launch { program, args, .. } = &postgres.launch;
+        postgres.server = Some(Guarded::spawn_in_folder(&postgres.dir, program, args, |command| {
             as_account(command);
             command.stdout(Stdio::null()).stderr(log);
-        })?;
-        let postgres = Self { port, _server: server };
+        })?);
+        let connected = postgres.until_ready().await?;
+        connected.batch_execute(&format!("create database {TEMPLATE}")).await?;
+        migrate(&postgres.url(TEMPLATE)).await?;
+        Ok(postgres)
+    }
 
+    /// Starts a durable server again after it was stopped or killed; returns before it answers.
+    pub fn start_again(&mut self) -> io::Result<()> {
+        let log = self.log()?;
+        let Launch { program, args, account } = &self.launch;
+        self.server = Some(Guarded::spawn(program, args, |command| {
+            if let Some((uid, gid)) = *account {
+                command.uid(uid).gid(gid);
+            }
+            command.current_dir("/").stdout(Stdio::null()).stderr(log);
+        })?);
+        Ok(())
+    }
+
+    /// `SIGKILL` for the server and all its processes at once, as a crash of the machine would be. What
+    /// was committed is on disk.
+    pub fn crash(&mut self) -> io::Result<()> {
+        let pids = self.processes();
+        if !pids.is_empty() {
+            Command::new("kill")
+                .arg("-9")
+                .args(pids.iter().map(u32::to_string))
+                .stderr(Stdio::null())
+                .status()?;
+        }
+        self.server = None;
+        Ok(())
+    }
+
+    /// Stops the server as an administrator would: clients are disconnected, transactions rolled back.
+    pub async fn stop(&mut self) -> io::Result<()> {
+        if let Some(server) = &mut self.server {
+            server.signal("INT")?;
+        }
+        let gone = async {
+            while self.dir.join("data/postmaster.pid").exists() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        // One that does not end is killed with its guard.
+        let _ = tokio::time::timeout(Duration::from_secs(20), gone).await;
+        self.server = None;
+        Ok(())
+    }
+
+    /// The server's process and its children.
+    fn processes(&self) -> Vec<u32> {
+        let Some(server) = std::fs::read_to_string(self.dir.join("data/postmaster.pid"))
+            .ok()
+            .and_then(|text| text.lines().next()?.parse::<u32>().ok())
+        else {
+            return Vec::new();
+        };
+        let children = std::fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| {
+            let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+            let stat = std::fs::read_to_string(entry.path().join("stat")).ok()?;
+            // After the name in brackets: the state, then the parent.
+            let parent: u32 = stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()?;
+            (parent == server).then_some(pid)
+        });
+        std::iter::once(server).chain(children).collect()
+    }
+
+    fn log(&self) -> io::Result<std::fs::File> {
+        std::fs::OpenOptions::new().create(true).append(true).open(self.dir.join("log"))
+    }
+
+    /// Waits until it answers, at most [`START_TIMEOUT`].
+    async fn until_ready(&self) -> anyhow::Result<tokio_postgres::Client> {
         let deadline = tokio::time::Instant::now() + START_TIMEOUT;
-        let connected = loop {
-            match connect(&postgres.url("postgres")).await {
-                Ok(client) => break client,
+        loop {
+            match connect(&self.url("postgres")).await {
+                Ok(client) => return Ok(client),
                 Err(error) if tokio::time::Instant::now() > deadline => {
-                    let said = std::fs::read_to_string(dir.join("log")).unwrap_or_default();
+                    let said = std::fs::read_to_string(self.dir.join("log")).unwrap_or_default();
                     return Err(error.context(format!("Postgres did not come up:\n{said}")));
                 }
                 Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
             }
-        };
-        connected.batch_execute(&format!("create database {TEMPLATE}")).await?;
-        migrate(&postgres.url(TEMPLATE)).await?;
-        Ok(postgres)
+        }
     }
 
     /// Where `database` is, as its superuser.

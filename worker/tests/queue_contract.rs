@@ -12,7 +12,10 @@ use atlas_shared::{
     config::{Process, PubSubConfig, QueueConfig},
     message::{Answer, AnswerStatus, AnswerType},
 };
-use atlas_test_support::emulator::Emulator;
+use atlas_test_support::{
+    emulator::Emulator,
+    proxy::{Cut, Proxy},
+};
 use atlas_worker::queue::{
     self, BacklogScope, Delivery, MAX_PUBLISH_BYTES, Queues, RequestQueue, Topics, Tuning,
 };
@@ -717,4 +720,134 @@ async fn a_dead_server_is_a_transient_error_within_the_bound() {
         .with("PUBSUB_TIMEOUT_SECONDS", "2");
     let error = timeout(BOUND, queue::open(&load(env))).await.expect("bounded").err().expect("nobody there");
     assert!(error.is_transient(), "{error}");
+}
+
+/// A rig behind a proxy that can break its network.
+async fn rig_behind_proxy(test: &str) -> Option<(Rig, Proxy)> {
+    let emulator = emulator(test).await?;
+    let proxy = Proxy::start(&emulator.host).await.unwrap();
+    let rig = Rig::on(&proxy.host(), &format!("test-{}", Uuid::new_v4().simple()));
+    Some((rig, proxy))
+}
+
+/// A publisher that the proxy does not disturb.
+async fn undisturbed(rig: &Rig, test: &str) -> Option<Queues> {
+    let direct = Rig::on(&emulator(test).await?.host, &rig.pubsub_config().project_id);
+    Some(direct.open().await)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_connection_loses_nothing_and_pulling_goes_on() {
+    let test = "a_cut_connection_loses_nothing_and_pulling_goes_on";
+    let Some((rig, proxy)) = rig_behind_proxy(test).await else { return };
+    let queues = rig.open().await;
+    let Some(direct) = undisturbed(&rig, test).await else { return };
+    let mut published = BTreeSet::new();
+    for how in [Cut::Reset, Cut::Finish, Cut::Reset] {
+        for _ in 0..5 {
+            published.insert(rig.publish(&direct, b"x").await);
+        }
+        // One is held while the connection breaks; what became of its ack nobody knows.
+        let held = pull(&queues.requests).await;
+        assert!(proxy.cut_all(how) > 0, "there was a connection to cut");
+        let id = published_id(&held);
+        let _ = timeout(BOUND, held.handle.ack()).await.expect("it ends, acked or not");
+        published.remove(&id);
+    }
+    let rest = async {
+        while !published.is_empty() {
+            let delivery = pull(&queues.requests).await;
+            published.remove(&published_id(&delivery));
+            ack(delivery).await;
+        }
+    };
+    timeout(BOUND, rest).await.expect("everything else comes");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pulling_resumes_soon_after_the_server_is_back() {
+    let test = "pulling_resumes_soon_after_the_server_is_back";
+    let Some((rig, proxy)) = rig_behind_proxy(test).await else { return };
+    let queues = rig.open().await;
+    let Some(direct) = undisturbed(&rig, test).await else { return };
+    rig.publish(&direct, b"before").await;
+    ack(pull(&queues.requests).await).await;
+    // Or the ack may be lost with the connection, and the message come again.
+    queues.requests.flush(BOUND).await.unwrap();
+    let waiting = tokio::spawn({
+        let requests = queues.requests.clone();
+        async move { pull_within(&requests, Duration::from_mins(3)).await }
+    });
+
+    // Long enough for the client's own backoff to have grown, and for our probe to have seen it.
+    proxy.go_down();
+    let noticed = async {
+        while queues.requests.check().await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(BOUND, noticed).await.expect("the outage is reported");
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    proxy.come_back();
+    rig.publish(&direct, b"after").await;
+    // The client alone may take a minute; the probe looks every second.
+    let delivery = timeout(Duration::from_secs(20), waiting).await.expect("pulling resumes").unwrap();
+    assert_eq!(&delivery.data[..], b"after");
+    ack(delivery).await;
+    queues.requests.check().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_network_that_goes_silent_is_noticed_and_pulling_resumes() {
+    let test = "a_network_that_goes_silent_is_noticed_and_pulling_resumes";
+    let Some((rig, proxy)) = rig_behind_proxy(test).await else { return };
+    let queues = rig.open().await;
+    let Some(direct) = undisturbed(&rig, test).await else { return };
+    rig.publish(&direct, b"before").await;
+    ack(pull(&queues.requests).await).await;
+    // Or the ack may be lost with the connection, and the message come again.
+    queues.requests.flush(BOUND).await.unwrap();
+    let waiting = tokio::spawn({
+        let requests = queues.requests.clone();
+        async move { pull_within(&requests, Duration::from_mins(3)).await }
+    });
+    // Connections that nobody closes and nothing comes through: only a probe can tell.
+    proxy.go_silent();
+    let noticed = async {
+        while timeout(Duration::from_secs(2), queues.requests.check()).await.is_ok_and(|check| check.is_ok())
+        {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(BOUND, noticed).await.expect("the silence is reported");
+    // The old connections never speak again.
+    proxy.cut_all(Cut::Finish);
+    proxy.come_back();
+    rig.publish(&direct, b"after").await;
+    let delivery = timeout(BOUND, waiting).await.expect("pulling resumes").unwrap();
+    assert_eq!(&delivery.data[..], b"after");
+    ack(delivery).await;
+}
+
+async fn pull_within(queue: &Arc<dyn RequestQueue>, bound: Duration) -> Delivery {
+    timeout(bound, queue.pull()).await.expect("a message in time").unwrap().expect("not draining")
+}
+
+#[tokio::test]
+async fn a_created_subscription_has_the_policies_that_a_run_needs() {
+    let Some(rig) = Rig::pubsub("a_created_subscription_has_the_policies_that_a_run_needs").await else {
+        return;
+    };
+    rig.open().await;
+    let get = async |name: &str| {
+        rest(&rig, reqwest::Method::GET, &format!("subscriptions/{name}"), serde_json::json!({})).await
+    };
+    let requests = get("architect_in-atlas").await;
+    assert!(requests["retryPolicy"]["maximumBackoff"].is_string(), "{requests}");
+    let policy = &requests["deadLetterPolicy"];
+    assert_eq!(policy["maxDeliveryAttempts"], MAX_DELIVERY_ATTEMPTS, "{requests}");
+    assert!(policy["deadLetterTopic"].as_str().unwrap().ends_with("/topics/architect_dlq"), "{requests}");
+    let letters = get("architect_dlq-atlas").await;
+    assert!(letters["topic"].as_str().unwrap().ends_with("/topics/architect_dlq"), "{letters}");
+    assert!(letters.get("deadLetterPolicy").is_none(), "dead letters are the end of the road: {letters}");
 }
