@@ -23,8 +23,10 @@ use crate::{
 
 pub mod docs;
 mod settings;
+mod source_urls;
 
 pub use settings::{Group, SETTINGS, Setting};
+pub use source_urls::{SourceLines, SourceUrls};
 
 /// A source of settings: the process environment, or a map in tests. `NAME_FILE` is read for every
 /// secret, so that Docker and Kubernetes secrets need no environment variable.
@@ -187,6 +189,8 @@ pub struct OpenAiConfig {
     pub max_completion_tokens: u32,
     /// `OPENAI_MIN_COMPLETION_TOKENS`: below this an answer is not worth asking for.
     pub min_completion_tokens: u32,
+    /// Answers are streamed when somebody listens.
+    pub stream: bool,
 }
 
 /// `OPENAI_RESPONSE_FORMAT`.
@@ -256,6 +260,12 @@ pub struct WorkerConfig {
     pub max_searches: u32,
     /// How long old rows are kept.
     pub retention: RetentionConfig,
+    /// Messages with text while it is written, for runs that ask for them (`metadata.stream`); 0: none.
+    pub stream_chunks: u32,
+    /// The shortest time between two of them.
+    pub stream_interval: Duration,
+    /// Where cited files can be read.
+    pub source_urls: SourceUrls,
 }
 
 /// How long old rows of the store are kept; `None`: for ever. Runs, results and day accounts always are.
@@ -424,6 +434,11 @@ impl Reader<'_> {
                     ledger: self.days("RETENTION_LEDGER_DAYS", 2),
                     dead_letters: self.days("RETENTION_DEAD_LETTERS_DAYS", 1),
                 },
+                stream_chunks: self.small("STREAM_CHUNKS", 0..=10_000),
+                stream_interval: Duration::from_millis(
+                    self.number("STREAM_INTERVAL_MILLISECONDS", 20..=60_000),
+                ),
+                source_urls: self.source_urls(),
             },
             resilience: ResilienceConfig {
                 max_attempts: self.small("RETRY_MAX_ATTEMPTS", 1..=20),
@@ -566,6 +581,7 @@ impl Reader<'_> {
                 "lower it, or raise OPENAI_MAX_COMPLETION_TOKENS",
             );
         }
+        let stream = self.flag("OPENAI_STREAM");
         if api_key.is_none() && !base_url_set {
             return None;
         }
@@ -578,6 +594,7 @@ impl Reader<'_> {
             timeout,
             max_completion_tokens,
             min_completion_tokens,
+            stream,
         })
     }
 
@@ -664,6 +681,18 @@ impl Reader<'_> {
             chunk_tokens,
             chunk_overlap_tokens,
         }
+    }
+
+    fn source_urls(&mut self) -> SourceUrls {
+        let text = self.text("SOURCE_URL_TEMPLATE").unwrap_or_default();
+        SourceUrls::parse(&text).unwrap_or_else(|problem| {
+            self.fault(
+                "SOURCE_URL_TEMPLATE",
+                problem,
+                "write https://git.example.com/team/app/blob/{commit}/{path}#L{start}-L{end}, or COLLECTION=TEMPLATE, separated by spaces",
+            );
+            SourceUrls::default()
+        })
     }
 
     fn api_keys(&mut self) -> Vec<(String, Secret)> {

@@ -71,6 +71,8 @@ pub struct TaskOptions {
     pub reply_to: Option<String>,
     /// What kind of document is wanted.
     pub kind: Option<String>,
+    /// The sender watches: text may be sent while it is written. Anything but `true` is no.
+    pub stream: bool,
 }
 
 /// A command for the whole fleet.
@@ -335,6 +337,7 @@ impl TaskOptions {
                 .transpose()?,
             reply_to: name(metadata, "reply_to")?,
             kind: name(metadata, "kind")?,
+            stream: metadata.get("stream") == Some(&Value::Bool(true)),
         })
     }
 }

@@ -152,12 +152,32 @@ pub struct ModelError {
     pub billed: Billed,
 }
 
+/// Hears what a model writes, while it writes it. What was heard is a preview: only the answer that
+/// the call returns counts.
+pub trait Listener: Send + Sync {
+    /// An attempt begins: what was heard of an earlier one is void.
+    fn begins(&self);
+
+    /// The next piece of the answer's text. Called in order; must not block.
+    fn wrote(&self, piece: &str);
+}
+
 /// A chat model behind an OpenAI-compatible API. One attempt a call: retries, fallback and booking
 /// belong to the caller.
 #[async_trait]
 pub trait ChatModel: Send + Sync {
     /// Calls the model once.
     async fn complete(&self, request: &ChatRequest) -> Result<ChatAnswer, ModelError>;
+
+    /// As [`complete`](Self::complete), and tells `listener` what is written as it is written. The
+    /// answer and what it billed are the same. A model that cannot stream tells it all at the end.
+    async fn stream(&self, request: &ChatRequest, listener: &dyn Listener) -> Result<ChatAnswer, ModelError> {
+        let answer = self.complete(request).await?;
+        if let Some(content) = &answer.content {
+            listener.wrote(content);
+        }
+        Ok(answer)
+    }
 
     /// An upper bound of the prompt tokens this request can bill: the whole serialised request
     /// counted with the model's tokenizer plus a margin, or its bytes where the tokenizer is unknown.

@@ -7,10 +7,17 @@
 //!
 //! - [`params`]: what each family of models accepts, in one table.
 //! - [`bound`]: upper bounds of prompt tokens, for reservations.
+//! - [`stream`]: reads answers while they are written.
 //! - [`answer`]: reads answers, also those of servers that bend the format.
 //! - [`rate`]: what `x-ratelimit-*` headers said last.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use async_openai::{Client, config::OpenAIConfig, error::OpenAIError, types::embeddings::EmbeddingInput};
 use async_trait::async_trait;
@@ -21,7 +28,7 @@ use crate::{
     config::OpenAiConfig,
     http_client,
     ledger::Usage,
-    model::{Billed, ChatAnswer, ChatModel, ChatRequest, Embedder, Embeddings, ModelError},
+    model::{Billed, ChatAnswer, ChatModel, ChatRequest, Embedder, Embeddings, Listener, ModelError},
 };
 
 mod answer;
@@ -29,6 +36,7 @@ mod bound;
 mod params;
 mod rate;
 mod service;
+mod stream;
 
 pub use params::best_response_format;
 pub use rate::{RateLimitState, RateLimits};
@@ -134,12 +142,18 @@ impl Endpoint {
 pub struct OpenAiChat {
     endpoint: Arc<Endpoint>,
     margins: Arc<bound::Margins>,
+    /// Set once the server refused to stream: it is not asked again.
+    no_streams: Arc<AtomicBool>,
 }
 
 impl OpenAiChat {
     /// Makes the client; connects on first use.
     pub fn new(config: &OpenAiConfig) -> Result<Self, UpstreamError> {
-        Ok(Self { endpoint: Arc::new(Endpoint::new(config, Dependency::Model)?), margins: Arc::default() })
+        Ok(Self {
+            endpoint: Arc::new(Endpoint::new(config, Dependency::Model)?),
+            margins: Arc::default(),
+            no_streams: Arc::default(),
+        })
     }
 
     /// What the API said last about its rate limits.
@@ -165,6 +179,24 @@ impl ChatModel for OpenAiChat {
                 .map_err(|usage| endpoint.unreadable(endpoint.sanitised(&error.to_string()), usage)),
             Err(error) => Err(endpoint.failure(error)),
         }
+    }
+
+    async fn stream(&self, request: &ChatRequest, listener: &dyn Listener) -> Result<ChatAnswer, ModelError> {
+        if self.endpoint.config.stream && !self.no_streams.load(Ordering::Relaxed) {
+            match stream::complete(&self.endpoint, request, listener).await {
+                // It was refused, so nothing was billed: ask as if nobody listened.
+                Err(refused) if stream::is_unsupported(&refused) => {
+                    self.no_streams.store(true, Ordering::Relaxed);
+                    tracing::warn!(error = %refused, "the server does not stream; answers come whole from here on");
+                }
+                result => return result,
+            }
+        }
+        let answer = self.complete(request).await?;
+        if let Some(content) = &answer.content {
+            listener.wrote(content);
+        }
+        Ok(answer)
     }
 
     fn prompt_tokens_upper_bound(&self, request: &ChatRequest) -> Tokens {

@@ -179,6 +179,12 @@ pub static SETTINGS: &[Setting] = &[
         "An answer shorter than this is not worth asking for: the run fails with a clear error instead.",
     ),
     setting(
+        "OPENAI_STREAM",
+        Some("true"),
+        Group::Model,
+        "Stream answers for requests that somebody watches (`metadata.stream`). Others are never streamed. `false` for servers that stream badly or do not say `usage` in a stream.",
+    ),
+    setting(
         "TOKEN_BUDGET_PER_RUN",
         Some("12000"),
         Group::Budget,
@@ -248,6 +254,24 @@ pub static SETTINGS: &[Setting] = &[
         Some("90"),
         Group::Retention,
         "Dead letters that were replayed. Others stay until somebody replays or purges them.",
+    ),
+    setting(
+        "STREAM_CHUNKS",
+        Some("400"),
+        Group::Worker,
+        "Messages on `architect_out` with text while it is written, at most, for one attempt of a run whose request asks for them (`metadata.stream: true`). 0: never, for nobody.",
+    ),
+    setting(
+        "STREAM_INTERVAL_MILLISECONDS",
+        Some("250"),
+        Group::Worker,
+        "The shortest time between two such messages of one run.",
+    ),
+    setting(
+        "SOURCE_URL_TEMPLATE",
+        None,
+        Group::Worker,
+        "Where cited files can be read: `https://…/blob/{commit}/{path}#L{start}-L{end}`; also `{repo}` and `{collection}`. Several, separated by spaces, as `COLLECTION=TEMPLATE`; one without a name is for all others. Unset: *Sources* has no links.",
     ),
     setting("RAG_URL", None, Group::Retrieval, "Address of the gateway."),
     secret("RAG_API_KEY", Group::Retrieval, "The worker's key for the gateway."),

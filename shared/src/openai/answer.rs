@@ -82,15 +82,22 @@ pub(super) fn lenient(raw: &str) -> Result<ChatAnswer, Option<Usage>> {
         content,
         refusal,
         tool_calls,
-        finish_reason: match value.pointer("/choices/0/finish_reason").and_then(Value::as_str) {
-            Some("stop" | "eos" | "end_turn" | "stop_sequence") => FinishReason::Stop,
-            Some("length" | "max_tokens") => FinishReason::Length,
-            Some("tool_calls" | "function_call" | "tool_use") => FinishReason::ToolCalls,
-            Some("content_filter") => FinishReason::ContentFilter,
-            _ => FinishReason::Other,
-        },
+        finish_reason: finish_reason(
+            value.pointer("/choices/0/finish_reason").and_then(Value::as_str).unwrap_or_default(),
+        ),
         usage,
     })
+}
+
+/// Why the model stopped, in the words of the API and in those of others.
+pub(super) fn finish_reason(word: &str) -> FinishReason {
+    match word {
+        "stop" | "eos" | "end_turn" | "stop_sequence" => FinishReason::Stop,
+        "length" | "max_tokens" => FinishReason::Length,
+        "tool_calls" | "function_call" | "tool_use" => FinishReason::ToolCalls,
+        "content_filter" => FinishReason::ContentFilter,
+        _ => FinishReason::Other,
+    }
 }
 
 /// Embeddings as the API defines them.
@@ -147,7 +154,7 @@ fn checked(
     Ok(Embeddings { vectors, usage })
 }
 
-fn usage_of(value: &Value) -> Option<Usage> {
+pub(super) fn usage_of(value: &Value) -> Option<Usage> {
     let usage = value.get("usage")?;
     let completion = usage.get("completion_tokens").and_then(Value::as_u64).unwrap_or(0);
     said(usage.get("prompt_tokens")?.as_u64()?, completion)

@@ -73,29 +73,16 @@ impl tower::Service<HttpRequestFactory> for OneAttempt {
 impl OneAttempt {
     async fn attempt(&self, factory: HttpRequestFactory) -> Result<reqwest::Response, ModelError> {
         let endpoint = &self.endpoint;
-        let not_sent = |error: UpstreamError| ModelError { error, billed: Billed::Nothing };
-        let mut request = factory.build().await.map_err(|error| {
-            not_sent(UpstreamError::permanent(
+        let request = factory.build().await.map_err(|error| ModelError {
+            error: UpstreamError::permanent(
                 endpoint.dependency,
                 "invalid_request",
                 endpoint.sanitised(&error.to_string()),
-            ))
+            ),
+            billed: Billed::Nothing,
         })?;
-        set_headers(endpoint, &self.request_id, request.headers_mut()).map_err(not_sent)?;
-
-        let response = endpoint.http.execute(request).await.map_err(|error| {
-            // Without a connection nothing was sent; after that nobody can know.
-            let billed =
-                if error.is_connect() || error.is_builder() { Billed::Nothing } else { Billed::Unknown };
-            ModelError { error: unreachable(endpoint, &error), billed }
-        })?;
+        let response = self.send(request).await?;
         let (status, headers) = (response.status(), response.headers().clone());
-        endpoint.limits.note(&self.model, &headers, status == StatusCode::TOO_MANY_REQUESTS);
-
-        if !status.is_success() {
-            let body = http_client::bounded_body(response, MAX_ERROR_BYTES).await.unwrap_or_default();
-            return Err(self.refusal(status, &headers, &ErrorBody::read(&body)));
-        }
         let body =
             http_client::bounded_body(response, self.max_answer_bytes).await.map_err(|error| ModelError {
                 error: UpstreamError::transient(endpoint.dependency, error),
@@ -105,6 +92,26 @@ impl OneAttempt {
         *whole.status_mut() = status;
         *whole.headers_mut() = headers;
         Ok(whole.into())
+    }
+
+    /// Sends a request, once, and gives the answer if its status says success; its body is not read.
+    pub(super) async fn send(&self, mut request: reqwest::Request) -> Result<reqwest::Response, ModelError> {
+        let endpoint = &self.endpoint;
+        set_headers(endpoint, &self.request_id, request.headers_mut())
+            .map_err(|error| ModelError { error, billed: Billed::Nothing })?;
+        let response = endpoint.http.execute(request).await.map_err(|error| {
+            // Without a connection nothing was sent; after that nobody can know.
+            let billed =
+                if error.is_connect() || error.is_builder() { Billed::Nothing } else { Billed::Unknown };
+            ModelError { error: unreachable(endpoint, &error), billed }
+        })?;
+        let (status, headers) = (response.status(), response.headers().clone());
+        endpoint.limits.note(&self.model, &headers, status == StatusCode::TOO_MANY_REQUESTS);
+        if status.is_success() {
+            return Ok(response);
+        }
+        let body = http_client::bounded_body(response, MAX_ERROR_BYTES).await.unwrap_or_default();
+        Err(self.refusal(status, &headers, &ErrorBody::read(&body)))
     }
 
     /// What an answer with an error status means.
@@ -184,6 +191,14 @@ impl OneAttempt {
         let refused = !hides && (!status.is_server_error() || body.is_json);
         ModelError { error, billed: if refused { Billed::Nothing } else { Billed::Unknown } }
     }
+}
+
+/// True for server-sent events.
+pub(super) fn is_event_stream(headers: &HeaderMap) -> bool {
+    headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .is_some_and(|kind| kind.trim_start().to_ascii_lowercase().starts_with("text/event-stream"))
 }
 
 /// Sets the key (or none) and the request id.
