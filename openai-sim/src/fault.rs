@@ -67,6 +67,24 @@ pub enum Fault {
     Length,
     /// Cites passages that were not given. Billed.
     BadCitations,
+    /// Decisions without alternatives, empty sections, marketing. Billed.
+    Sloppy,
+    /// HTML, script links, forged sources, orders to the reader. Billed.
+    Hostile,
+    /// Almost JSON: an unquoted key, a missing bracket. Billed.
+    InvalidJson,
+    /// Diagrams that do not render. Billed.
+    BrokenMermaid,
+    /// Wants to say 50,000 tokens; stops at the cap. Billed.
+    Endless,
+    /// Says 50,000 tokens whatever the cap is, as a broken server would. Billed.
+    IgnoresCap,
+    /// Calls the search tool, again and again, even when it is not on offer. Billed.
+    ToolLoop,
+    /// Half of the answer, then `finish_reason: content_filter`. Billed.
+    Filtered,
+    /// 400 when the answer should be streamed; a good answer otherwise.
+    NoStream,
     /// Bills twice as many prompt tokens as were sent. Billed, twice.
     Overbill,
     /// Takes `slow_ms` longer (a script's step may say how long; 2 s otherwise). Billed.
@@ -101,6 +119,15 @@ impl Fault {
         Self::Refusal,
         Self::Length,
         Self::BadCitations,
+        Self::Sloppy,
+        Self::Hostile,
+        Self::InvalidJson,
+        Self::BrokenMermaid,
+        Self::Endless,
+        Self::IgnoresCap,
+        Self::ToolLoop,
+        Self::Filtered,
+        Self::NoStream,
         Self::Overbill,
         Self::Slow,
     ];

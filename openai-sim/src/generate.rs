@@ -7,7 +7,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::prompt::Prompt;
+use crate::{author, prompt::Prompt};
 
 /// Below this, optional properties and items are left out, so that recursive schemas end.
 const SOFT_DEPTH: usize = 8;
@@ -28,7 +28,22 @@ pub(crate) struct Generator<'a> {
 
 /// An instance of `schema` with lists of `list_len` items.
 pub(crate) fn instance(schema: &Value, prompt: &Prompt, list_len: u64, bad_citations: bool) -> Value {
-    Generator { prompt, root: schema, list_len, bad_citations, made: 0 }.value(schema, "", 0, 0)
+    let mut generator = Generator { prompt, root: schema, list_len, bad_citations, made: 0 };
+    if is_document(schema) {
+        let document = author::document(prompt, list_len);
+        return generator.fitted(schema, Some(&document), "", 0);
+    }
+    generator.value(schema, "", 0, 0)
+}
+
+/// True for the schema of an architecture document, or of some fields of one.
+fn is_document(schema: &Value) -> bool {
+    let Some(properties) = schema["properties"].as_object() else { return false };
+    let telling =
+        |name: &String| !matches!(name.as_str(), "title" | "summary" | "options" | "outcome" | "context");
+    !properties.is_empty()
+        && properties.keys().all(|name| author::FIELDS.contains(&name.as_str()))
+        && properties.keys().any(telling)
 }
 
 /// An answer in prose, with citations in brackets.
@@ -49,6 +64,31 @@ pub(crate) fn subject(prompt: &Prompt) -> String {
 }
 
 impl Generator<'_> {
+    /// What was written, bent to the schema: properties that it does not name are left out, missing
+    /// ones are made.
+    fn fitted(&mut self, schema: &Value, written: Option<&Value>, name: &str, depth: usize) -> Value {
+        let resolved = self.resolved(schema, depth);
+        match (kind(&resolved, depth), written) {
+            ("object", Some(Value::Object(written))) => resolved["properties"]
+                .as_object()
+                .into_iter()
+                .flatten()
+                .map(|(name, inner)| (name.clone(), self.fitted(inner, written.get(name), name, depth + 1)))
+                .collect(),
+            ("array", Some(Value::Array(_))) if name == "citations" && self.bad_citations => {
+                json!([9_001, 9_002])
+            }
+            ("array", Some(Value::Array(written))) => written
+                .iter()
+                .map(|item| self.fitted(&resolved["items"], Some(item), name, depth + 1))
+                .collect(),
+            ("string", Some(Value::String(_))) | ("integer", Some(Value::Number(_))) => {
+                written.cloned().unwrap_or_default()
+            }
+            _ => self.value(schema, name, 0, depth),
+        }
+    }
+
     fn value(&mut self, schema: &Value, name: &str, index: usize, depth: usize) -> Value {
         if depth > HARD_DEPTH {
             return Value::Null;

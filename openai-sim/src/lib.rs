@@ -26,6 +26,7 @@
 //! request id and how often that id was seen, so it does not depend on the order in which concurrent
 //! requests arrive.
 
+mod author;
 mod chat;
 mod embed;
 mod fault;

@@ -20,7 +20,9 @@ const AFTER_HELP: &str = r#"Examples:
 Faults that are not billed: 400, 401, 404, 429, 429_html, 500, 502, 503, insufficient_quota,
   context_length, content_filter.
 Faults that are billed: 504, hang, cut, drop, truncated, malformed, no_choices, no_usage,
-  wrong_schema, not_json, empty, refusal, length, bad_citations, overbill, slow.
+  wrong_schema, not_json, empty, refusal, length, bad_citations, sloppy, hostile, invalid_json,
+  broken_mermaid, endless, ignores_cap, tool_loop, filtered, overbill, slow.
+  Only where the client wants a stream, and not billed: no_stream.
 
 A step of a script: match (part of X-Client-Request-Id or of the prompt), kind (chat, embedding, any),
   times, fault, retry_after, delay_ms, content (the answer), tool_calls ([{"name", "arguments"}]),
@@ -37,7 +39,7 @@ struct Arguments {
     /// How long every call takes at least.
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 0)]
     latency_ms: u64,
-    /// How much longer a call takes for each completion token.
+    /// How much longer a call takes for each completion token; a stream comes at this pace.
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 0)]
     token_latency_us: u64,
     /// How often which fault strikes: FAULT=RATE,… with rates from 0 to 1.

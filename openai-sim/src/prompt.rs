@@ -8,6 +8,10 @@ use crate::tokens::content_text;
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Passage {
     pub(crate) number: u64,
+    /// `path:start-end`.
+    pub(crate) place: String,
+    /// What stands in brackets after it.
+    pub(crate) heading: String,
     pub(crate) text: String,
 }
 
@@ -63,10 +67,19 @@ fn passages(text: &str) -> Vec<Passage> {
         let mut passages: Vec<Passage> = Vec::new();
         let mut open = false;
         for line in text.lines() {
-            if let Some(number) = header(line, fenced_only) {
+            if let Some((number, place)) = header(line, fenced_only) {
                 open = !passages.iter().any(|passage| passage.number == number);
                 if open {
-                    passages.push(Passage { number, text: String::new() });
+                    let (place, heading) = match place.split_once(" (") {
+                        Some((place, heading)) => (place, heading.trim_end().trim_end_matches(')')),
+                        None => (place, ""),
+                    };
+                    passages.push(Passage {
+                        number,
+                        place: place.trim().to_owned(),
+                        heading: heading.to_owned(),
+                        text: String::new(),
+                    });
                 }
             } else if line.ends_with(">>>") || line.starts_with("<<<") {
                 open = false;
@@ -81,7 +94,7 @@ fn passages(text: &str) -> Vec<Passage> {
     if fenced.is_empty() { found(false) } else { fenced }
 }
 
-fn header(line: &str, fenced_only: bool) -> Option<u64> {
+fn header(line: &str, fenced_only: bool) -> Option<(u64, &str)> {
     let rest = match line.strip_prefix("<<<") {
         Some(fenced) => fenced.split_once(' ')?.1,
         None if fenced_only => return None,
@@ -91,7 +104,7 @@ fn header(line: &str, fenced_only: bool) -> Option<u64> {
     if !place.starts_with(' ') || place.trim().is_empty() {
         return None;
     }
-    number.parse().ok()
+    Some((number.parse().ok()?, place))
 }
 
 /// The schema after the words "JSON schema:".
@@ -150,6 +163,10 @@ mod tests {
         let numbers: Vec<u64> = prompt.passages.iter().map(|passage| passage.number).collect();
         assert_eq!(numbers, [1, 2], "[9] is the request's own text");
         assert_eq!(prompt.passages[0].text.trim(), "The queue is durable.");
+        assert_eq!(
+            (prompt.passages[0].place.as_str(), prompt.passages[0].heading.as_str()),
+            ("docs/a.md:1-3", "Intro")
+        );
         assert_eq!(prompt.schema, Some(json!({"type": "object"})));
     }
 
