@@ -18,7 +18,7 @@ use atlas_shared::{
         CallKind, Closing, Denial, LedgerError, Limits, Reservation, ReserveOutcome, ReserveRequest, Tokens,
         Usage,
     },
-    model::{Billed, ChatAnswer, ChatModel, ChatRequest, ModelError},
+    model::{Billed, ChatAnswer, ChatModel, ChatRequest, Listener, ModelError},
     resilience::{self, CircuitBreaker, CircuitState, RetryPolicy},
 };
 use uuid::Uuid;
@@ -74,6 +74,8 @@ pub(crate) struct Caller<'a> {
     pub(crate) step: &'a str,
     /// Stops the call.
     pub(crate) stop: &'a Stop,
+    /// Hears what is written while it is written; then the answer is streamed.
+    pub(crate) listener: Option<&'a dyn Listener>,
 }
 
 /// How a call ended.
@@ -200,7 +202,7 @@ impl ModelCalls {
             crash_point!("reserved");
             let began = Instant::now();
             let result = tokio::select! {
-                result = self.model.complete(request) => result,
+                result = self.ask(caller, request) => result,
                 reason = caller.stop.stopped() => {
                     // It was in flight: nobody can know what it billed.
                     *waited += began.elapsed();
@@ -301,6 +303,13 @@ impl ModelCalls {
                 }
             }
         }
+    }
+
+    /// One attempt, streamed where somebody listens.
+    async fn ask(&self, caller: &Caller<'_>, request: &ChatRequest) -> Result<ChatAnswer, ModelError> {
+        let Some(listener) = caller.listener else { return self.model.complete(request).await };
+        listener.begins();
+        self.model.stream(request, listener).await
     }
 
     /// Waits until the circuit lets a call through. A run that is under way waits in place: an outage

@@ -19,6 +19,7 @@ mod crash;
 mod gate;
 mod intake;
 mod limiter;
+mod live;
 mod metrics;
 mod outbox;
 mod resilient;

@@ -17,15 +17,16 @@
 //! the next sweep, can go on from.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU32},
     time::{Duration, Instant},
 };
 
 use atlas_shared::{
     Dependency, Tokens, UpstreamError,
     gateway_api::{Passage, QueryChatRequest, QueryFilter},
-    ledger::{Denial, DeniedBy, LedgerError},
+    ledger::{Closing, Denial, DeniedBy, LedgerError},
     message::{Answer, AnswerStatus, AnswerType, Task},
+    model::Listener,
     resilience,
     trace_context::TraceParent,
 };
@@ -33,11 +34,12 @@ use serde_json::{Map, Value, json};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
-    agent::{AgentOptions, Draft, DraftInput, Finished, Next, offline},
+    agent::{AgentOptions, Draft, DraftInput, Finished, Lookup, Next, lookup, offline},
     call::{Answered, CallEnd, Caller},
     context::{Context, attributes},
     crash::crash_point,
     limiter::Permit,
+    live::{Live, Rest, Speaker},
     resilient,
     stop::{Stop, StopReason},
     store::{Checkpoint, ClaimedRun, FinalStatus, Finish, Lease, Published, Settlement},
@@ -111,6 +113,9 @@ pub(crate) async fn execute(
         model: None,
         fallbacks: Vec::new(),
         stages: Map::new(),
+        chunks: Arc::new(AtomicU32::new(context.config.worker.stream_chunks)),
+        rest: None,
+        readable: Tokens(u64::MAX),
     };
 
     let ending = if cancel_requested {
@@ -163,6 +168,12 @@ struct Run<'a> {
     fallbacks: Vec<String>,
     /// Milliseconds a stage, for the answer's metadata.
     stages: Map<String, Value>,
+    /// Messages with text that may still be sent.
+    chunks: Arc<AtomicU32>,
+    /// Text of the last call that may still be on its way.
+    rest: Option<Rest>,
+    /// What the model can read at once, as far as its refusals showed.
+    readable: Tokens,
 }
 
 /// A model call that was answered and is not stored yet.
@@ -186,14 +197,14 @@ impl Run<'_> {
         let mut draft = match restore(&self.task, steps) {
             Some(draft) => draft,
             None => {
-                self.progress("retrieving", "Searching the team's documents.");
-                let (passages, degraded) = match self.retrieve(&self.task.content.clone()).await {
+                self.progress("retrieving", 5, "Searching the team's documents.");
+                let (passages, degraded) = match self.look_up(parent.as_ref()).await {
                     Ok(found) => found,
                     Err(Interrupted::Stop(reason)) => return self.stopped(reason, deferrals).await,
                     Err(Interrupted::Upstream(error)) => return self.try_later(&error, deferrals).await,
                 };
                 crash_point!("retrieved");
-                self.progress("writing", &format!("{} passages found, writing.", passages.len()));
+                self.progress("writing", 20, &format!("{} passages found, writing.", passages.len()));
                 let input = DraftInput {
                     task: self.task.clone(),
                     passages,
@@ -203,8 +214,10 @@ impl Run<'_> {
                 };
                 if self.context.calls.is_none() {
                     self.model = Some(offline::MODEL.to_owned());
-                    let finished = offline::draft(&input);
-                    return self.finish(finished, None).await;
+                    return match offline::draft(&input) {
+                        Ok(finished) => self.finish(finished, None).await,
+                        Err(failure) => self.fail(&failure.code, &failure.message, None).await,
+                    };
                 }
                 Draft::new(input)
             }
@@ -223,7 +236,7 @@ impl Run<'_> {
                         return self.try_later(&error, deferrals).await;
                     }
                     Err(CallEnd::Failed { error: error @ UpstreamError::Misconfigured { .. }, .. }) => {
-                        self.progress("paused", &error.to_string());
+                        self.progress("paused", draft.percent(), &error.to_string());
                         return self.release(self.context.config.resilience.circuit_open).await;
                     }
                     Err(CallEnd::Failed { error, .. }) => {
@@ -235,8 +248,9 @@ impl Run<'_> {
                     Err(CallEnd::Answered(_)) => {}
                 },
                 Next::Search(search) => {
-                    self.progress("searching", &format!("Searching for {:?}.", search.query));
-                    match self.retrieve(&search.query).await {
+                    let (percent, number) = (draft.percent(), draft.searches() + 1);
+                    self.searches(percent, number, &search.query);
+                    match self.retrieve(&Lookup { query: search.query.clone(), path: None }).await {
                         Ok((_, Some(_))) | Err(Interrupted::Upstream(_)) => draft.search_failed(),
                         Ok((passages, None)) => draft.found(passages),
                         Err(Interrupted::Stop(reason)) => return self.stopped(reason, deferrals).await,
@@ -274,22 +288,41 @@ impl Run<'_> {
         })
     }
 
+    /// The passages to begin with: those for the request, and those that its parent stood on.
+    async fn look_up(
+        &mut self,
+        parent: Option<&Value>,
+    ) -> Result<(Vec<Passage>, Option<String>), Interrupted> {
+        let request = self.task.content.clone();
+        let (found, degraded) = self.retrieve(&lookup::first(&request, parent)).await?;
+        let Some(parent) = parent.filter(|_| degraded.is_none()) else { return Ok((found, degraded)) };
+        let mut cited = Vec::new();
+        for lookup in lookup::again(&request, parent) {
+            // The request's own passages are there: what fails here makes them no worse.
+            match self.retrieve(&lookup).await {
+                Ok((passages, _)) => cited.extend(passages),
+                Err(stop @ Interrupted::Stop(_)) => return Err(stop),
+                Err(Interrupted::Upstream(_)) => break,
+            }
+        }
+        Ok((lookup::merge(found, cited, parent), None))
+    }
+
     /// Asks the gateway. With `RAG_FAIL_OPEN` a dead gateway gives no passages and a reason.
-    async fn retrieve(&mut self, query: &str) -> Result<(Vec<Passage>, Option<String>), Interrupted> {
+    async fn retrieve(&mut self, lookup: &Lookup) -> Result<(Vec<Passage>, Option<String>), Interrupted> {
         let began = Instant::now();
         let rag = &self.context.config.rag;
         let request = QueryChatRequest {
-            query: query.to_owned(),
+            query: lookup.query.clone(),
             top_k: Some(rag.top_k),
             collection: Some(self.task.options.collection.clone().unwrap_or_else(|| rag.collection.clone())),
             relevancy_threshold: rag.relevancy_threshold,
             collapse_by_file: None,
-            filter: self
-                .task
-                .options
-                .tenant
-                .clone()
-                .map(|tenant| QueryFilter { tenant: Some(tenant), ..QueryFilter::default() }),
+            filter: (lookup.path.is_some() || self.task.options.tenant.is_some()).then(|| QueryFilter {
+                path: lookup.path.clone(),
+                tenant: self.task.options.tenant.clone(),
+                ..QueryFilter::default()
+            }),
         };
         let gateway = self.context.gateway.traced(self.trace.child());
         let result = tokio::select! {
@@ -334,7 +367,7 @@ impl Run<'_> {
             return Err(CallEnd::Failed { error, throttled: false });
         };
         let run_limit = self.context.run_limit();
-        let mut available = run_limit.saturating_sub(self.spent);
+        let mut available = run_limit.saturating_sub(self.spent).min(self.readable);
         // Counted for the first model of the chain; the reservation counts for the one that is asked.
         let model = calls.chain.first().cloned().unwrap_or_default();
         let count = |request: &atlas_shared::model::ChatRequest| {
@@ -343,13 +376,29 @@ impl Run<'_> {
                 ..request.clone()
             })
         };
+        if draft.is_repairing() {
+            self.progress(
+                "repairing",
+                draft.percent(),
+                "The answer has faults: asking for them to be mended.",
+            );
+        }
         // Set once a whole day's limit is less than the call wants.
         let mut too_large_for_any_day = None;
+        // Set once the model said that the call is more than it can read.
+        let mut too_large_for_the_model = None;
         loop {
             if let Err(does_not_fit) = draft.squeeze(available, count) {
                 if let Some(denial) = too_large_for_any_day {
                     // It waits for a higher limit; nothing is lost because somebody set a low one.
                     return Err(CallEnd::Denied(denial));
+                }
+                if let Some(error) = too_large_for_the_model {
+                    draft.cannot_call(
+                        "context_length_exceeded",
+                        &format!("Not even the shortest prompt fits into the model's context: {error}"),
+                    );
+                    return Ok(None);
                 }
                 draft.cannot_call(
                     "run_budget_exhausted",
@@ -361,15 +410,18 @@ impl Run<'_> {
                 return Ok(None);
             }
             let Next::Call(call) = draft.next() else { return Ok(None) };
+            let live = self.listen(draft, step);
             let caller = Caller {
                 lease: &self.lease,
                 tenant: self.task.options.tenant.as_deref(),
                 preferred: self.task.options.model.as_deref(),
                 step,
                 stop: &self.stop,
+                listener: live.as_ref().map(|live| live as &dyn Listener),
             };
             let began = Instant::now();
             let end = calls.call(&caller, &call.request).await;
+            self.rest = live.and_then(Live::end);
             self.observe("generate", began.elapsed());
             let answered = match end {
                 CallEnd::Answered(answered) => answered,
@@ -400,6 +452,15 @@ impl Run<'_> {
                     );
                     return Ok(None);
                 }
+                // Nothing was billed: a smaller call, until one fits or none is left.
+                CallEnd::Failed { error, .. } if error.code() == "context_length_exceeded" => {
+                    let asked = count(&call.request) + Tokens(u64::from(call.request.max_completion_tokens));
+                    available = Tokens(asked.min(available).0 * 3 / 4);
+                    self.readable = available;
+                    self.fallbacks.push(format!("{error}; tried again with at most {available} tokens"));
+                    too_large_for_the_model = Some(error);
+                    continue;
+                }
                 end => {
                     if matches!(end, CallEnd::Failed { throttled: true, .. }) {
                         permit.throttled();
@@ -417,11 +478,27 @@ impl Run<'_> {
         }
     }
 
+    /// Tells what the next call writes, where the request asks for it.
+    fn listen(&self, draft: &Draft, step: &str) -> Option<Live> {
+        if !self.task.options.stream {
+            return None;
+        }
+        let speaker = Speaker {
+            task_id: self.task.task_id,
+            run_attempt: self.lease.attempt,
+            step: step.to_owned(),
+            kind: draft.kind(),
+            trace: self.trace,
+        };
+        Live::start(self.context, speaker, &self.chunks)
+    }
+
     /// Feeds an answer to the draft and packs what must be stored of it.
     fn take(&mut self, draft: &mut Draft, step: &str, input_hash: &str, answered: Answered) -> Unsettled {
         let Answered { answer, model, settlement, usage, fallbacks, waited, .. } = answered;
         self.waited += waited;
         self.spent += usage.total();
+        draft.billed(&model, usage, matches!(settlement.closing, Closing::Assumed));
         self.model = Some(model);
         self.fallbacks.extend(fallbacks);
         draft.answered(&answer);
@@ -529,6 +606,9 @@ impl Run<'_> {
             FinalStatus::Done => "done",
             FinalStatus::Failed => "failed",
         };
+        if let Some(rest) = self.rest.take() {
+            rest.sent().await;
+        }
         self.publish(&outbox).await;
         let metrics = &self.context.metrics;
         metrics.run_seconds.with_label_values(&[status]).observe(self.began.elapsed().as_secs_f64());
@@ -636,7 +716,7 @@ impl Run<'_> {
             task_id = %self.task.task_id, error = %error, error_code = error.code(), retry_in_s = retry_in.as_secs(),
             "run put back"
         );
-        self.progress("waiting", &format!("{error}. Trying again in {} s.", retry_in.as_secs()));
+        self.progress("waiting", 0, &format!("{error}. Trying again in {} s.", retry_in.as_secs()));
         self.release(retry_in).await
     }
 
@@ -670,11 +750,23 @@ impl Run<'_> {
     }
 
     /// Tells whoever watches. Best effort: a lost progress message loses nothing.
-    fn progress(&self, stage: &str, message: &str) {
+    fn progress(&self, stage: &str, percent: u32, message: &str) {
+        self.context.publish_soon(self.stage(stage, percent, message), self.trace);
+    }
+
+    /// Tells that the model asked for a search, the `number`th.
+    fn searches(&self, percent: u32, number: u32, query: &str) {
+        let mut answer = self.stage("searching", percent, &format!("Searching for {query:?}."));
+        answer.metadata.insert("searches".to_owned(), json!(number));
+        self.context.publish_soon(answer, self.trace);
+    }
+
+    fn stage(&self, stage: &str, percent: u32, message: &str) -> Answer {
         let mut answer = Answer::to_task(&self.task, AnswerType::Progress, AnswerStatus::InProgress, message);
         answer.metadata.insert("stage".to_owned(), json!(stage));
+        answer.metadata.insert("percent".to_owned(), json!(percent));
         answer.metadata.insert("attempt".to_owned(), json!(self.lease.attempt));
-        self.context.publish_soon(answer, self.trace);
+        answer
     }
 }
 

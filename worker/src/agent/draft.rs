@@ -1,11 +1,12 @@
 //! The state machine of one document: see the module above for how to drive it.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 use atlas_shared::{
     Config, Tokens,
-    config::ResponseFormatSetting,
+    config::{ResponseFormatSetting, SourceUrls},
     gateway_api::Passage,
+    ledger::Usage,
     message::Task,
     model::{ChatAnswer, ChatMessage, ChatRequest, FinishReason, ResponseFormat, ToolCall, ToolSpec},
 };
@@ -56,7 +57,7 @@ pub struct DraftInput {
 }
 
 /// Limits and dialect of the model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AgentOptions {
     /// `OPENAI_RESPONSE_FORMAT`.
     pub response_format: ResponseFormatSetting,
@@ -66,6 +67,9 @@ pub struct AgentOptions {
     pub max_completion_tokens: u32,
     /// `OPENAI_MIN_COMPLETION_TOKENS`.
     pub min_completion_tokens: u32,
+    /// `SOURCE_URL_TEMPLATE`.
+    #[serde(default)]
+    pub source_urls: SourceUrls,
 }
 
 impl AgentOptions {
@@ -78,6 +82,7 @@ impl AgentOptions {
             max_searches: config.worker.max_searches,
             max_completion_tokens: openai.map_or(4000, |openai| openai.max_completion_tokens),
             min_completion_tokens: openai.map_or(800, |openai| openai.min_completion_tokens),
+            source_urls: config.worker.source_urls.clone(),
         }
     }
 }
@@ -152,9 +157,58 @@ pub struct Draft {
     completion_cap: u32,
     /// Why a repair round was spent, if one was.
     repaired: Option<String>,
+    /// What the calls so far billed, and for what.
+    #[serde(default)]
+    token_use: TokenUse,
     /// The best document so far, from an answer that had faults.
     fallback: Option<Reading>,
     stage: Stage,
+}
+
+/// Where a document's tokens went: `metadata.token_use`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct TokenUse {
+    /// Every call that was answered, in order.
+    pub(super) calls: Vec<CallUse>,
+    /// Prompt tokens by what they were spent on, all calls together. The API bills a prompt as one
+    /// number; it is divided in proportion to bytes.
+    pub(super) prompt: BTreeMap<String, u64>,
+}
+
+/// What one call billed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct CallUse {
+    /// Step name.
+    pub(super) step: String,
+    /// The model that answered.
+    pub(super) model: String,
+    /// What it billed.
+    #[serde(flatten)]
+    pub(super) usage: Usage,
+    /// The server did not say: this is what was booked.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) assumed: bool,
+}
+
+impl TokenUse {
+    fn add(&mut self, call: CallUse, parts: &[(&'static str, u64)]) {
+        let all: u64 = parts.iter().map(|(_, bytes)| bytes).sum();
+        let prompt = call.usage.prompt.0;
+        let mut left = prompt;
+        for (name, bytes) in parts {
+            let share = u64::try_from(u128::from(prompt) * u128::from(*bytes) / u128::from(all.max(1)))
+                .unwrap_or(u64::MAX);
+            if share > 0 {
+                *self.prompt.entry((*name).to_owned()).or_default() += share;
+                left = left.saturating_sub(share);
+            }
+        }
+        // So that the parts add up to what was billed.
+        if left > 0 {
+            *self.prompt.entry("framing".to_owned()).or_default() += left;
+        }
+        self.calls.push(call);
+    }
 }
 
 /// What the document is about.
@@ -224,7 +278,6 @@ impl Draft {
         shelf.add(passages);
         Self {
             kind,
-            options,
             subject: Subject { request, parent, max_chars: MAX_SUBJECT_CHARS, fence },
             shelf,
             degraded: degraded.map(|why| clean::line(&why)),
@@ -232,7 +285,9 @@ impl Draft {
             searches: 0,
             may_search: options.max_searches > 0,
             completion_cap: options.max_completion_tokens,
+            options,
             repaired: None,
+            token_use: TokenUse::default(),
             fallback: None,
             stage,
         }
@@ -241,6 +296,72 @@ impl Draft {
     /// What kind of document this is.
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// Searches that the model asked for and that were made.
+    pub fn searches(&self) -> u32 {
+        self.searches
+    }
+
+    /// About how much of the work is done, 0 to 100.
+    pub fn percent(&self) -> u32 {
+        match &self.stage {
+            Stage::Drafting { again: None } | Stage::Searching { .. } => {
+                let rounds = u32::try_from(self.rounds.len()).unwrap_or(u32::MAX);
+                20 + 50 * rounds.min(self.options.max_searches) / (self.options.max_searches + 1)
+            }
+            Stage::Drafting { again: Some(_) } | Stage::Mending { .. } => 75,
+            Stage::Finished { .. } | Stage::Failed(_) => 100,
+        }
+    }
+
+    /// True while the pending call is the one repair round.
+    pub fn is_repairing(&self) -> bool {
+        matches!(self.stage, Stage::Drafting { again: Some(_) } | Stage::Mending { .. })
+    }
+
+    /// Notes what the pending call billed; call it before [`answered`](Self::answered). `assumed`: the
+    /// server did not say, and this is the bound that was booked.
+    pub fn billed(&mut self, model: &str, usage: Usage, assumed: bool) {
+        let step = self.step();
+        let parts = self.prompt_parts();
+        self.token_use.add(CallUse { step, model: model.to_owned(), usage, assumed }, &parts);
+    }
+
+    /// What the pending prompt is made of, in bytes.
+    fn prompt_parts(&self) -> Vec<(&'static str, u64)> {
+        let Ok(request) = self.request() else { return Vec::new() };
+        let bytes = |text: &str| text.len() as u64;
+        let cut = |text: &str| bytes(text).min(self.subject.max_chars as u64);
+        let schema = match &request.response_format {
+            ResponseFormat::JsonSchema { schema, .. } => bytes(&schema.to_string()),
+            ResponseFormat::Text | ResponseFormat::JsonObject => 0,
+        };
+        let tools = request.tools.iter().map(|tool| bytes(&tool.parameters.to_string())).sum::<u64>();
+        let mut parts = vec![("schema", schema + tools)];
+        let mut said: u64 = 0;
+        for message in &request.messages {
+            match message {
+                ChatMessage::System { content } => parts.push(("rules", bytes(content))),
+                ChatMessage::User { content } | ChatMessage::Tool { content, .. } => said += bytes(content),
+                ChatMessage::Assistant { tool_calls, .. } => {
+                    said += tool_calls.iter().map(|call| bytes(&call.arguments)).sum::<u64>();
+                }
+            }
+        }
+        let own = match &self.stage {
+            Stage::Mending { shown, .. } => vec![("earlier_answer", bytes(shown))],
+            _ => vec![
+                ("request", cut(&self.subject.request)),
+                ("parent", self.subject.parent.as_deref().map_or(0, cut)),
+                ("passages", self.shelf.packed_bytes()),
+            ],
+        };
+        // What is between and around them: headings, fences, the order to write.
+        let framing = said.saturating_sub(own.iter().map(|(_, bytes)| bytes).sum());
+        parts.extend(own);
+        parts.push(("framing", framing));
+        parts
     }
 
     /// Everything, for `run_steps.output`.
@@ -282,6 +403,8 @@ impl Draft {
                 degraded: self.degraded.as_deref(),
                 searches: self.searches,
                 repaired: self.repaired.as_deref(),
+                token_use: &self.token_use,
+                source_urls: &self.options.source_urls,
             }))),
             Stage::Failed(failure) => Next::Failed(failure.clone()),
         }
@@ -687,7 +810,7 @@ fn failure(code: &str, message: &str) -> Failure {
     Failure { code: code.to_owned(), message: message.to_owned() }
 }
 
-fn unknown_kind(asked: &str) -> Failure {
+pub(super) fn unknown_kind(asked: &str) -> Failure {
     let known = Kind::ALL.map(Kind::as_str).join(", ");
     failure("unknown_kind", &format!("`metadata.kind` is {asked:?}. Known kinds: {known}."))
 }

@@ -6,12 +6,15 @@ use std::{
     sync::LazyLock,
 };
 
+use atlas_shared::config::{SourceLines, SourceUrls};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::{
-    clean, mermaid,
+    clean,
+    draft::TokenUse,
+    mermaid,
     passages::Shelf,
     prompt, render,
     spec::{Field, Kind, Spec},
@@ -57,6 +60,9 @@ pub struct Citation {
     pub repo: Option<String>,
     /// Commit, when known.
     pub commit: Option<String>,
+    /// Where these lines can be read (`SOURCE_URL_TEMPLATE`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
     /// `atlas_shared::gateway_api::quote_hash` of these lines: anybody with the file can check that
     /// it still says what was cited.
     pub text_hash: String,
@@ -102,11 +108,14 @@ pub(super) struct Draft<'a> {
     pub(super) degraded: Option<&'a str>,
     pub(super) searches: u32,
     pub(super) repaired: Option<&'a str>,
+    pub(super) token_use: &'a TokenUse,
+    pub(super) source_urls: &'a SourceUrls,
 }
 
 /// Finishes a document.
 pub(super) fn finish(draft: Draft<'_>) -> Finished {
-    let Draft { kind, mut spec, request, shelf, notes, degraded, searches, repaired } = draft;
+    let Draft { kind, mut spec, request, shelf, notes, degraded, searches, repaired, token_use, source_urls } =
+        draft;
 
     for item in spec.items(kind) {
         let mut found = Vec::new();
@@ -142,6 +151,14 @@ pub(super) fn finish(draft: Draft<'_>) -> Finished {
                 collection: passage.collection.clone(),
                 repo: passage.repo.clone(),
                 commit: passage.commit.clone(),
+                url: source_urls.link(&SourceLines {
+                    collection: &passage.collection,
+                    path: &passage.source,
+                    start: passage.start_line,
+                    end: passage.end_line,
+                    commit: passage.commit.as_deref(),
+                    repo: passage.repo.as_deref(),
+                }),
             })
         })
         .collect();
@@ -168,6 +185,12 @@ pub(super) fn finish(draft: Draft<'_>) -> Finished {
     set("citation_faults", json!(checked.faults));
     set("general_knowledge", json!(checked.uncited));
     set("passages_given", json!(given));
+    set("passages_left_out", json!(shelf.len() - given));
+    set("passages_duplicate", json!(shelf.duplicates()));
+    set("passages_trimmed", json!(shelf.trimmed()));
+    if !token_use.calls.is_empty() {
+        set("token_use", json!(token_use));
+    }
     set("searches", json!(searches));
     set("diagrams_broken", json!(broken));
     set("context_degraded", json!(degraded.is_some()));

@@ -1,6 +1,8 @@
 //! Documents that attack: whatever a passage, a parent or a request says, the prompt shows it as
 //! data, and what a model that obeyed would write is sanitised.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 use atlas_shared::model::ChatMessage;
 use serde_json::json;
 
@@ -127,7 +129,7 @@ fn secrets_in_passages_requests_and_answers_go_nowhere() {
         json!([{"section": "All", "change": format!("Print {key}"), "reason": "asked", "citations": []}]);
     draft.answered(&says(answer));
     assert!(!finished(&mut draft).markdown.contains(&key));
-    let extract = offline::draft(&input).markdown;
+    let extract = offline::draft(&input).unwrap().markdown;
     assert!(!extract.contains(&key) && !extract.contains(&aws), "{extract}");
 }
 
@@ -146,7 +148,7 @@ fn hostile_requests_and_parents_are_fenced_too() {
 
 #[test]
 fn the_offline_drafter_quotes_attacks_harmlessly() {
-    let done = offline::draft(&hostile_input());
+    let done = offline::draft(&hostile_input()).unwrap();
     assert!(!done.markdown.contains("<script"), "{}", done.markdown);
     assert!(!done.markdown.contains("javascript:"), "{}", done.markdown);
     assert!(matches!(Draft::new(hostile_input()).next(), Next::Call(_)));

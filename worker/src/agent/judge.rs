@@ -359,25 +359,48 @@ fn components(page: &Page<'_>) -> Check {
     check(NAME, if all.is_empty() { 0.0 } else { share(told, all.len()) }, detail)
 }
 
-fn citations(page: &Page<'_>) -> Check {
+/// An entry of *Sources*.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// Its number in the text.
+    pub n: u32,
+    /// Path of the file.
+    pub path: String,
+    /// First line, counted from 1.
+    pub start: u32,
+    /// Last line, included.
+    pub end: u32,
+}
+
+/// The sources that a document lists, those whose lines can be read.
+pub fn sources(markdown: &str) -> Vec<Source> {
+    let page = Page::read(markdown);
+    let listed = page.sections.get("Sources").map_or(&[][..], Vec::as_slice);
+    listed.iter().filter_map(|line| source(line)).collect()
+}
+
+fn source(line: &str) -> Option<Source> {
     static SOURCE: LazyLock<Option<Regex>> =
-        LazyLock::new(|| Regex::new(r"^- \[(\d{1,5})\] `[^`]+:(\d+)-(\d+)`").ok());
+        LazyLock::new(|| Regex::new(r"^- \[(\d{1,5})\] `([^`]+):(\d+)-(\d+)`").ok());
+    let found = SOURCE.as_ref()?.captures(line)?;
+    let source = Source {
+        n: found[1].parse().ok()?,
+        path: found[2].to_owned(),
+        start: found[3].parse().ok()?,
+        end: found[4].parse().ok()?,
+    };
+    (1 <= source.start && source.start <= source.end).then_some(source)
+}
+
+fn citations(page: &Page<'_>) -> Check {
     let sources = page.sections.get("Sources").map_or(&[][..], Vec::as_slice);
     let (mut listed, mut malformed) = (BTreeSet::new(), 0);
     for line in sources.iter().filter(|line| line.starts_with("- ")) {
-        let found = SOURCE.as_ref().and_then(|source| source.captures(line));
-        let lines = found.as_ref().and_then(|found| {
-            Some((
-                found[1].parse::<u32>().ok()?,
-                found[2].parse::<u32>().ok()?,
-                found[3].parse::<u32>().ok()?,
-            ))
-        });
-        match lines {
-            Some((n, start, end)) if 1 <= start && start <= end => {
-                listed.insert(n);
+        match source(line) {
+            Some(source) => {
+                listed.insert(source.n);
             }
-            _ => malformed += 1,
+            None => malformed += 1,
         }
     }
     let cited: BTreeSet<u32> = page
@@ -490,6 +513,8 @@ fn safety(page: &Page<'_>) -> Check {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
     use proptest::prelude::*;
     use serde_json::{Value, json};
 
@@ -548,7 +573,7 @@ mod tests {
             ("sloppy", document(&sloppy(), request, "spec")),
             ("broken", document(&broken(), request, "spec")),
             ("hostile", document(&hostile(), request, "spec")),
-            ("offline", offline::draft(&input()).markdown),
+            ("offline", offline::draft(&input()).unwrap().markdown),
             ("not a document", "# Hello\n\nworld <script>".to_owned()),
         ]
         .into_iter()

@@ -43,13 +43,16 @@ mod finish;
 #[cfg(test)]
 mod hostile;
 pub mod judge;
+pub mod lookup;
 mod mermaid;
 pub mod offline;
 mod passages;
 mod prompt;
 mod read;
 mod render;
+pub mod rubric;
 mod schema;
+mod sketch;
 mod spec;
 #[cfg(test)]
 mod testing;
@@ -57,9 +60,11 @@ mod words;
 
 pub use draft::{AgentOptions, Call, DoesNotFit, Draft, DraftInput, Failure, Next, Search};
 pub use finish::{Citation, CitationFault, Finished};
+pub use lookup::Lookup;
 pub use mermaid::check as check_mermaid;
 pub use prompt::version as prompt_version;
 pub use schema::of_kind as schema_of;
+pub use sketch::Sketch;
 pub use spec::{
     Alternative, Change, Choice, Claim, Component, Consequences, Decision, Diagram, Field, Finding, Kind,
     Outcome, Requirements, Risk, Severity, Spec,

@@ -4,17 +4,21 @@
 //! citation, or a question about what no passage says.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     fmt::Write as _,
 };
 
+use serde_json::Value;
+
 use super::{
     clean,
-    draft::DraftInput,
+    draft::{DraftInput, Failure, TokenUse, unknown_kind},
     finish::{self, Finished, Note},
     passages::{Entry, Shelf},
+    prompt::parent_text,
     spec::{
-        Alternative, Claim, Component, Decision, Diagram, Field, Kind, Requirements, Risk, Severity, Spec,
+        Alternative, Change, Choice, Claim, Component, Consequences, Decision, Diagram, Field, Finding, Kind,
+        Requirements, Risk, Severity, Spec,
     },
     words,
 };
@@ -29,16 +33,24 @@ const MAX_QUOTES: usize = 4;
 /// Characters of one quotation.
 const MAX_QUOTE_CHARS: usize = 220;
 
-/// Assembles a document from the passages at hand. Needs no model, bills nothing.
-pub fn draft(input: &DraftInput) -> Finished {
+/// Assembles a document from the passages at hand. Needs no model, bills nothing. Fails only for a
+/// request of an unknown kind, as with a model.
+pub fn draft(input: &DraftInput) -> Result<Finished, Failure> {
+    let parent = input.parent.as_ref().filter(|parent| parent_text(parent).is_some());
+    let kind = Kind::of(&input.task, parent.is_some()).map_err(|asked| unknown_kind(&asked))?;
     let request = clean::text(&input.task.content);
     let mut shelf = Shelf::new(&request);
     shelf.add(input.passages.clone());
     // The reader of the passages is this function, and it reads all of them.
     shelf.mark_given();
-    let spec = assemble(&request, &shelf);
-    finish::finish(finish::Draft {
-        kind: Kind::Spec,
+    let spec = match kind {
+        Kind::Spec => assemble(&request, &shelf),
+        Kind::Adr => record(&request, &shelf),
+        Kind::Review => review(&request, &shelf),
+        Kind::Refine => refinement(&request, parent, &shelf),
+    };
+    Ok(finish::finish(finish::Draft {
+        kind,
         spec,
         request: &request,
         shelf: &shelf,
@@ -46,7 +58,212 @@ pub fn draft(input: &DraftInput) -> Finished {
         degraded: input.degraded.as_deref(),
         searches: 0,
         repaired: None,
-    })
+        token_use: &TokenUse::default(),
+        source_urls: &input.options.source_urls,
+    }))
+}
+
+/// What every extract begins with: the quotable sentences, and the files they come from.
+struct Material<'a> {
+    quotes: Vec<Quote<'a>>,
+    files: Vec<(&'a str, Vec<&'a Entry>)>,
+    used: HashSet<String>,
+}
+
+impl<'a> Material<'a> {
+    fn of(request: &str, shelf: &'a Shelf) -> Self {
+        let quotes = quotes(shelf, &words::of(request));
+        Self { quotes, files: files(shelf), used: HashSet::new() }
+    }
+
+    /// Relevant sentences that hold one of these phrases.
+    fn saying(&mut self, phrases: &[&str]) -> Vec<Claim> {
+        claims(&self.quotes, &mut self.used, |quote| quote.relevance > 0.0 && says(quote, phrases))
+    }
+
+    /// What is relevant and was not quoted yet.
+    fn rest(&mut self) -> Vec<Claim> {
+        claims(&self.quotes, &mut self.used, |quote| quote.relevance > 0.0)
+    }
+}
+
+/// True for a sentence with one of these phrases, in lower case, as whole words.
+fn says(quote: &Quote<'_>, phrases: &[&str]) -> bool {
+    let line: String = quote
+        .sentence
+        .to_lowercase()
+        .chars()
+        .map(|c| if c.is_alphanumeric() || c == '\'' { c } else { ' ' })
+        .collect();
+    let line = format!(" {} ", line.split_whitespace().collect::<Vec<_>>().join(" "));
+    phrases.iter().any(|phrase| line.contains(&format!(" {phrase} ")))
+}
+
+const MUSTS: &[&str] = &["must", "never", "at most", "at least", "always", "only if"];
+const CHOICES: &[&str] =
+    &["instead of", "instead", "rather than", "alternative", "alternatives", "option", "because", "decided"];
+const GAINS: &[&str] = &["so that", "without", "cannot", "guarantee", "guarantees", "ensures", "exactly"];
+const COSTS: &[&str] = &["costs", "cost", "slower", "at the price", "however", "waits", "slow", "too many"];
+const PROOFS: &[&str] =
+    &["test", "tests", "tested", "checked", "checks", "metric", "metrics", "alert", "verified", "shows"];
+const STRENGTHS: &[&str] =
+    &["so that", "never", "always", "exactly", "guarantee", "guarantees", "tested", "idempotent", "atomic"];
+const WEAKNESSES: &[&str] = &[
+    "not yet",
+    "todo",
+    "does not",
+    "do not",
+    "cannot",
+    "missing",
+    "unknown",
+    "limitation",
+    "workaround",
+    "unmaintained",
+    "deprecated",
+    "fails",
+    "no test",
+    "slow",
+    "ignored",
+];
+
+/// A decision record: what the passages say about the choice. Which option is taken is for a person.
+fn record(request: &str, shelf: &Shelf) -> Spec {
+    let mut material = Material::of(request, shelf);
+    let choices = material.saying(CHOICES);
+    let drivers = material.saying(MUSTS);
+    let confirmation = material.saying(PROOFS);
+    let (good, bad) = (material.saying(GAINS), material.saying(COSTS));
+    let options = choices
+        .iter()
+        .filter_map(|claim| {
+            let entry = shelf.get(*claim.citations.first()?)?;
+            Some(Choice {
+                name: place_name(entry),
+                description: claim.text.clone(),
+                citations: claim.citations.clone(),
+                ..Choice::default()
+            })
+        })
+        .collect();
+    let mut open_questions = unknown_words(request, shelf);
+    open_questions.push(
+        "Which option is it? An extract shows what was written about the choice; deciding needs a person or a model."
+            .to_owned(),
+    );
+    Spec {
+        title: title(request),
+        summary: summary(shelf, &material.files),
+        context: material.rest(),
+        drivers,
+        options,
+        consequences: Consequences { good, bad },
+        confirmation,
+        diagrams: diagram(&title(request), &material.files).into_iter().collect(),
+        open_questions,
+        ..Spec::default()
+    }
+}
+
+/// A review: what the passages promise, and what they admit. Judging it is for a person.
+fn review(request: &str, shelf: &Shelf) -> Spec {
+    let mut material = Material::of(request, shelf);
+    let weaknesses = material.saying(WEAKNESSES);
+    let strengths = material.saying(STRENGTHS);
+    let risks =
+        material.saying(&["fail", "failure", "crash", "timeout", "lost", "lose", "outage", "dies", "dead"]);
+    let findings = weaknesses
+        .into_iter()
+        .filter_map(|claim| {
+            let entry = shelf.get(*claim.citations.first()?)?;
+            Some(Finding {
+                title: place_name(entry),
+                severity: Severity::Medium,
+                finding: claim.text,
+                recommendation: "Judge whether this matters here: the sentence was found by its words alone"
+                    .to_owned(),
+                citations: claim.citations,
+            })
+        })
+        .collect();
+    let mut open_questions = unknown_words(request, shelf);
+    open_questions.push(
+        "Is the design sound? An extract finds what the documents admit themselves, not what they overlook. \
+         Every severity is set to medium, because none was judged."
+            .to_owned(),
+    );
+    Spec {
+        title: title(request),
+        summary: summary(shelf, &material.files),
+        context: material.rest(),
+        strengths,
+        findings,
+        risks: risks
+            .into_iter()
+            .map(|claim| Risk {
+                risk: claim.text,
+                severity: Severity::Medium,
+                mitigation: String::new(),
+                citations: claim.citations,
+            })
+            .collect(),
+        diagrams: diagram(&title(request), &material.files).into_iter().collect(),
+        open_questions,
+        ..Spec::default()
+    }
+}
+
+/// A new extract for request and parent together, and what is quoted now that was not before. The
+/// change itself is only named: working it in needs a person or a model.
+fn refinement(request: &str, parent: Option<&Value>, shelf: &Shelf) -> Spec {
+    let mut spec = assemble(request, shelf);
+    let name = parent.and_then(|parent| parent["spec"]["title"].as_str()).unwrap_or_default();
+    if !name.trim().is_empty() {
+        spec.title = clean::cut(&clean::line(name), 110);
+    }
+    spec.changes.push(Change {
+        section: "Request".to_owned(),
+        change: first_sentences(request, 400),
+        reason: String::new(),
+        citations: Vec::new(),
+    });
+    spec.open_questions.insert(
+        0,
+        "How does the change fit in? Without a model it is named above, and not worked into the sections."
+            .to_owned(),
+    );
+    let before: BTreeSet<&str> = parent
+        .and_then(|parent| parent["metadata"]["citations"].as_array())
+        .into_iter()
+        .flatten()
+        .filter_map(|citation| citation["source"].as_str())
+        .collect();
+    let now = files(shelf);
+    for (source, entries) in now.iter().filter(|(source, _)| !before.contains(source)).take(MAX_QUOTES) {
+        spec.changes.push(Change {
+            section: "Sources".to_owned(),
+            change: format!("`{source}` was found for this request; the earlier document did not cite it"),
+            reason: String::new(),
+            citations: entries.first().map(|entry| entry.n).into_iter().collect(),
+        });
+    }
+    let gone: Vec<String> = before
+        .iter()
+        .filter(|source| now.iter().all(|(known, _)| known != *source))
+        .take(MAX_QUOTES)
+        .map(|source| format!("`{source}`"))
+        .collect();
+    if !gone.is_empty() {
+        spec.open_questions.push(format!(
+            "The earlier document cited {}, where nothing was found this time. Does it still hold?",
+            gone.join(", ")
+        ));
+    }
+    spec
+}
+
+/// What a passage is called: its heading, or its file.
+fn place_name(entry: &Entry) -> String {
+    entry.passage.heading.clone().unwrap_or_else(|| format!("From {}", entry.passage.source))
 }
 
 /// A section that is filled with the sentences that speak about its subject.
@@ -435,11 +652,7 @@ fn decisions(quotes: &[Quote<'_>], used: &mut HashSet<String>) -> Vec<Decision> 
             quote.relevance > 0.0 && REASONS.iter().any(|reason| line.contains(reason))
         })
     {
-        let passage = &quote.entry.passage;
-        let title = match &passage.heading {
-            Some(heading) => heading.clone(),
-            None => format!("From {}", passage.source),
-        };
+        let title = place_name(quote.entry);
         decisions.push(Decision {
             title,
             decision: quoted(quote),
@@ -527,10 +740,13 @@ fn label(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
     use serde_json::json;
 
     use super::{
         super::{
+            judge::judge,
             mermaid,
             testing::{input, task},
         },
@@ -539,7 +755,7 @@ mod tests {
 
     #[test]
     fn the_extract_quotes_and_cites_and_says_what_it_is() {
-        let done = draft(&input());
+        let done = draft(&input()).unwrap();
         insta::assert_snapshot!("offline", done.markdown);
         assert!(done.markdown.starts_with("> **Note:** No language model was configured"));
         assert_eq!(done.metadata["citations_invalid"], json!(0));
@@ -553,7 +769,7 @@ mod tests {
     #[test]
     fn every_quotation_stands_in_the_passage_that_is_cited() {
         let input = input();
-        let done = draft(&input);
+        let done = draft(&input).unwrap();
         let mut spec = done.spec;
         let mut quotations = 0;
         for item in spec.items(Kind::Spec) {
@@ -578,7 +794,7 @@ mod tests {
 
     #[test]
     fn without_passages_it_says_so() {
-        let done = draft(&DraftInput { passages: Vec::new(), ..input() });
+        let done = draft(&DraftInput { passages: Vec::new(), ..input() }).unwrap();
         insta::assert_snapshot!("offline_empty", done.markdown);
     }
 
@@ -589,9 +805,32 @@ mod tests {
         for (passage, source) in input.passages.iter_mut().zip(["a \"b\"/end", "x", "<i>/`y`;#.md"]) {
             passage.source = source.to_owned();
         }
-        let done = draft(&input);
+        let done = draft(&input).unwrap();
         assert_eq!(done.spec.diagrams[0].fault, None, "{}", done.spec.diagrams[0].mermaid);
         assert_eq!(mermaid::check(&done.spec.diagrams[0].mermaid), Ok(()));
+    }
+
+    #[test]
+    fn every_kind_has_its_structure_and_says_what_an_extract_cannot() {
+        let parent = json!({"msg_type": "spec", "content": "# Run leases\n\nOld.", "spec": {"title": "Run leases"},
+            "metadata": {"citations": [{"source": "docs/leases.md"}, {"source": "docs/gone.md"}]}});
+        let mut documents = Vec::new();
+        for (kind, parent) in [(Kind::Adr, None), (Kind::Review, None), (Kind::Refine, Some(parent))] {
+            let mut input = DraftInput { parent, ..input() };
+            input.task = task(&input.task.content, &json!({"kind": kind.as_str()}));
+            let done = draft(&input).unwrap();
+            assert_eq!(judge(&done.markdown).kind, kind);
+            assert_eq!(
+                (&done.metadata["kind"], &done.metadata["citations_invalid"]),
+                (&json!(kind), &json!(0))
+            );
+            assert!(done.markdown.starts_with("> **Note:** No language model was configured"));
+            documents.push(done.markdown);
+        }
+        insta::assert_snapshot!("offline_kinds", documents.join("\n=====\n\n"));
+        let mut input = input();
+        input.task = task("Design a cache", &json!({"kind": "poem"}));
+        assert_eq!(draft(&input).unwrap_err().code, "unknown_kind");
     }
 
     #[test]

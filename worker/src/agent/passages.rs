@@ -27,6 +27,12 @@ pub(super) struct Shelf {
     frozen: bool,
     /// What the document is about, for cutting long passages.
     about: String,
+    /// Passages that were dropped because they say what another one says.
+    #[serde(default)]
+    duplicates: u32,
+    /// Passages that were cut to their relevant lines.
+    #[serde(default)]
+    trimmed: u32,
 }
 
 /// A passage and its number.
@@ -77,17 +83,23 @@ impl Shelf {
         let about = words::of(&self.about);
         let mut numbers = Vec::new();
         for passage in passages {
+            let length = passage.text.len();
             let Some((passage, text_hash)) = tidy(passage, &about) else { continue };
+            let trimmed = length > MAX_PASSAGE_CHARS;
             let bag = words::of(&passage.text);
             let known = self.entries.iter().find(|entry| {
                 contains(&entry.passage, &passage)
                     || words::similarity(&words::of(&entry.passage.text), &bag) > SAME
             });
             let n = match known {
-                Some(entry) => entry.n,
+                Some(entry) => {
+                    self.duplicates += 1;
+                    entry.n
+                }
                 None if self.entries.len() >= MAX_PASSAGES => continue,
                 None => {
                     let n = u32::try_from(self.entries.len() + 1).unwrap_or(u32::MAX);
+                    self.trimmed += u32::from(trimmed);
                     self.entries.push(Entry {
                         n,
                         passage,
@@ -114,6 +126,21 @@ impl Shelf {
     /// How many there are.
     pub(super) fn len(&self) -> usize {
         self.entries.len()
+    }
+
+    /// How many were dropped because they say what another one says.
+    pub(super) fn duplicates(&self) -> u32 {
+        self.duplicates
+    }
+
+    /// How many were cut to their relevant lines.
+    pub(super) fn trimmed(&self) -> u32 {
+        self.trimmed
+    }
+
+    /// What is in the next prompt, in bytes.
+    pub(super) fn packed_bytes(&self) -> u64 {
+        self.entries.iter().filter(|entry| entry.packed).map(|entry| entry.size() as u64).sum()
     }
 
     /// How many are in the next prompt.

@@ -3,7 +3,7 @@
 //! Order is for prompt caches: the system message is the same for every request of a kind, the
 //! first user message the same for every round of a task.
 
-use std::sync::LazyLock;
+use std::{borrow::Cow, sync::LazyLock};
 
 use atlas_shared::{gateway_api::Passage, message::Task};
 use minijinja::{Environment, UndefinedBehavior, context, syntax::SyntaxConfig};
@@ -33,13 +33,16 @@ const TEMPLATES: &[(&str, &str)] = &[
     ("again.j2", include_str!("../../prompts/again.j2")),
 ];
 
+/// The judge's rules: a prompt of its own, no part of [`version`].
+const JUDGE: (&str, &str) = ("judge.j2", include_str!("../../prompts/judge.j2"));
+
 static ENVIRONMENT: LazyLock<Environment<'static>> = LazyLock::new(|| {
     let mut environment = Environment::new();
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
     if let Ok(syntax) = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build() {
         environment.set_syntax(syntax);
     }
-    for (name, text) in TEMPLATES {
+    for (name, text) in TEMPLATES.iter().chain([&JUDGE]) {
         // A template that does not parse is missing here and an error where it is rendered;
         // a test renders every one.
         let _ = environment.add_template(name, text);
@@ -63,7 +66,7 @@ pub fn version() -> &'static str {
     &VERSION
 }
 
-fn hex(bytes: &[u8], digits: usize) -> String {
+pub(super) fn hex(bytes: &[u8], digits: usize) -> String {
     use std::fmt::Write as _;
     let mut text = bytes.iter().fold(String::new(), |mut text, byte| {
         // Writing to a String cannot fail.
@@ -133,6 +136,60 @@ pub(super) fn parent_text(parent: &Value) -> Option<String> {
     (!body.is_empty()).then(|| body.to_owned())
 }
 
+/// At most about `max` characters of a parent: its diagrams go first, then the end of every section
+/// that is longer than its share. The headings stay, so that the model sees what there was.
+pub(super) fn squeezed(parent: &str, max: usize) -> Cow<'_, str> {
+    if parent.chars().count() <= max {
+        return Cow::Borrowed(parent);
+    }
+    let mut sections: Vec<String> = vec![String::new()];
+    let mut in_fence = false;
+    for line in parent.lines() {
+        if line.starts_with("```") {
+            if !in_fence && let Some(section) = sections.last_mut() {
+                section.push_str("(a diagram, left out)\n");
+            }
+            in_fence = !in_fence;
+            continue;
+        }
+        if in_fence {
+            continue;
+        }
+        if line.starts_with("## ") {
+            sections.push(String::new());
+        }
+        if let Some(section) = sections.last_mut() {
+            section.push_str(line);
+            section.push('\n');
+        }
+    }
+    // What short sections do not use is for the long ones.
+    let mut lengths: Vec<usize> = sections.iter().map(|section| section.chars().count()).collect();
+    lengths.sort_unstable();
+    let (mut left, mut share) = (max, max);
+    for (index, length) in lengths.iter().enumerate() {
+        share = left / (lengths.len() - index);
+        if *length > share {
+            break;
+        }
+        left -= length;
+        share = max;
+    }
+    let text: Vec<String> = sections
+        .iter()
+        .map(|section| {
+            let text = clean::cut(section.trim_end(), share);
+            if text.len() < section.trim_end().len() {
+                format!("{text} (left out: the rest of this section)")
+            } else {
+                text
+            }
+        })
+        .collect();
+    // Too many headings even for that: the middle goes.
+    Cow::Owned(clean::cut_middle(&text.join("\n\n"), max + 40 * sections.len()).into_owned())
+}
+
 /// The system message.
 pub(super) fn system(kind: Kind, schema: Option<&Value>) -> Result<String, minijinja::Error> {
     let schema = schema.map(ToString::to_string);
@@ -153,7 +210,7 @@ pub(super) fn request(subject: &Subject, shelf: &Shelf, words: u32) -> Result<St
         context! {
             fence,
             request => show(&subject.request),
-            parent => subject.parent.as_deref().map(show),
+            parent => subject.parent.as_deref().map(|parent| unfenced(&squeezed(parent, subject.max_chars), fence)),
             passages,
             words,
         },
@@ -212,6 +269,11 @@ pub(super) fn mend(
 /// The message that asks to start over.
 pub(super) fn again(why: Again, words: u32) -> Result<String, minijinja::Error> {
     render("again.j2", context! { why => why.as_str(), words => words / 2 })
+}
+
+/// The system message of a judge.
+pub(super) fn judge(schema: Option<&str>) -> Result<String, minijinja::Error> {
+    render("judge.j2", context! { schema => schema })
 }
 
 /// A passage as `passage.j2` shows it.

@@ -318,7 +318,7 @@ impl Page {
             return;
         }
         for citation in input.citations {
-            let Citation { n, source, start_line, end_line, heading, repo, commit, .. } = citation;
+            let Citation { n, source, start_line, end_line, heading, repo, commit, url, .. } = citation;
             let mut line = format!("[{n}] {}", code(&format!("{source}:{start_line}-{end_line}")));
             if let Some(heading) = heading.as_deref().map(inline).filter(|heading| !heading.is_empty()) {
                 let _ = write!(line, ", {heading}");
@@ -331,6 +331,10 @@ impl Page {
             };
             if let Some(origin) = origin {
                 let _ = write!(line, " ({origin})");
+            }
+            if let Some(url) = url {
+                // Made from our own template; what was put into it is percent-encoded.
+                let _ = write!(line, " — [open](<{url}>)");
             }
             if input.weak.iter().any(|fault| fault.fault == "weak" && fault.n == *n) {
                 line.push_str("; *weak: shares hardly a word with a statement that cites it*");
@@ -360,7 +364,7 @@ fn labelled(label: &str, text: &str) -> String {
 /// A text on one line that ends like a sentence.
 fn sentence(text: &str) -> String {
     let text = inline(text);
-    if text.is_empty() || text.ends_with(['.', '!', '?', ':', ';', '…', '”', '`', ')']) {
+    if text.is_empty() || text.ends_with(['.', '!', '?', ':', ';', '…', '”']) {
         text
     } else {
         format!("{text}.")
@@ -387,7 +391,7 @@ fn block(text: &str) -> String {
 }
 
 /// One line of escaped text. Spans in backticks stay code; everything else is words.
-fn inline(text: &str) -> String {
+pub(super) fn inline(text: &str) -> String {
     let text = clean::line(text);
     // Without a partner a backtick is noise, and with the last one gone all have partners.
     let mut parts: Vec<&str> = text.split('`').collect();

@@ -78,7 +78,7 @@ fn of_field(field: Field) -> Value {
     }
 }
 
-fn object<'a>(properties: impl IntoIterator<Item = (&'a str, Value)>) -> Value {
+pub(super) fn object<'a>(properties: impl IntoIterator<Item = (&'a str, Value)>) -> Value {
     let properties: Map<String, Value> =
         properties.into_iter().map(|(name, schema)| (name.to_owned(), schema)).collect();
     let required: Vec<&String> = properties.keys().collect();
@@ -86,11 +86,11 @@ fn object<'a>(properties: impl IntoIterator<Item = (&'a str, Value)>) -> Value {
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "reads as nested calls")]
-fn array(items: Value) -> Value {
+pub(super) fn array(items: Value) -> Value {
     json!({ "type": "array", "items": items })
 }
 
-fn string() -> Value {
+pub(super) fn string() -> Value {
     json!({ "type": "string" })
 }
 

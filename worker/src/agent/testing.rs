@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use atlas_shared::{
     Tokens,
-    config::ResponseFormatSetting,
+    config::{ResponseFormatSetting, SourceUrls},
     gateway_api::Passage,
     message::{Inbound, Task},
     model::{ChatAnswer, ChatMessage, ChatRequest, FinishReason, ToolCall},
@@ -59,6 +59,7 @@ pub(super) fn options() -> AgentOptions {
         max_searches: 3,
         max_completion_tokens: 4000,
         min_completion_tokens: 800,
+        source_urls: SourceUrls::default(),
     }
 }
 

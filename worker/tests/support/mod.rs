@@ -1,0 +1,199 @@
+//! A whole worker on the embedded store and queue, a real HTTP gateway of given passages, and the
+//! simulator of the model API.
+
+#![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+
+use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+
+use atlas_openai_sim::{RunningSim, Sim, SimOptions};
+use atlas_shared::{
+    Config, Env, TaskId, Tokens,
+    config::Process,
+    gateway_api::{Passage, QueryChatRequest},
+    message::{Answer, AnswerType},
+};
+use atlas_worker::{
+    RunningWorker, Worker,
+    queue::{self, Queues},
+    store::{self, RunDetail, RunStatus, RunStore},
+};
+use axum::{Json, Router, extract::State, routing::post};
+use serde_json::{Value, json};
+
+/// Nothing here takes this long; a test that does has failed.
+pub(crate) const BOUND: Duration = Duration::from_secs(120);
+
+/// Finds passages for a query.
+pub(crate) type Search = Arc<dyn Fn(&QueryChatRequest) -> Vec<Passage> + Send + Sync>;
+
+/// One folder, one gateway, one simulator.
+pub(crate) struct Stack {
+    _dir: tempfile::TempDir,
+    env: Env,
+    pub(crate) sim: RunningSim,
+}
+
+impl Stack {
+    /// With the simulator as the model API and two passages for every question.
+    pub(crate) async fn start() -> Self {
+        Self::with_search(Arc::new(two_passages)).await
+    }
+
+    /// With these passages.
+    pub(crate) async fn with_search(search: Search) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let gateway = gateway(search).await;
+        let sim = Sim::start(SimOptions::default()).await.unwrap();
+        let env = Env::default()
+            .with("ATLAS_DATA_DIR", dir.path().display().to_string())
+            .with("WORKER_LISTEN", "127.0.0.1:0")
+            .with("RAG_URL", format!("http://{gateway}"))
+            .with("OPENAI_BASE_URL", sim.base_url())
+            .with("OPENAI_API_KEY", "sk-test-key")
+            .with("SWEEP_INTERVAL_SECONDS", "1")
+            .with("RETRY_BASE_MILLISECONDS", "1")
+            .with("CIRCUIT_OPEN_SECONDS", "1")
+            .with("STREAM_INTERVAL_MILLISECONDS", "20")
+            .with("LOG_LEVEL", "warn");
+        Self { _dir: dir, env, sim }
+    }
+
+    pub(crate) fn with(mut self, name: &str, value: &str) -> Self {
+        self.env = self.env.with(name, value);
+        self
+    }
+
+    /// The simulator's next answers.
+    pub(crate) fn script(self, steps: Value) -> Self {
+        self.sim.script(steps).unwrap();
+        self
+    }
+
+    pub(crate) fn config(&self) -> Config {
+        Config::load(&self.env, Process::Worker).unwrap()
+    }
+
+    pub(crate) async fn worker(&self) -> RunningWorker {
+        Worker::start(&self.config()).await.unwrap()
+    }
+
+    pub(crate) async fn store(&self) -> Arc<dyn RunStore> {
+        store::open(&self.config()).await.unwrap()
+    }
+
+    async fn queues(&self) -> Queues {
+        queue::open(&self.config()).await.unwrap()
+    }
+
+    /// Publishes a message as it is.
+    pub(crate) async fn publish(&self, message: &Value) {
+        let publisher = self.queues().await.publisher;
+        publisher.publish("architect_in", message.to_string().into(), Vec::new()).await.unwrap();
+    }
+
+    /// Publishes a request and gives every message about it, the last one last.
+    pub(crate) async fn messages(&self, content: &str, metadata: Value) -> Vec<Answer> {
+        let task = TaskId::random();
+        let config = self.config();
+        let mut answers = queue::watch_answers(&config, task).await.unwrap();
+        let message = json!({"task_id": task, "role": "architect", "msg_type": "chat", "content": content, "metadata": metadata});
+        let publisher = self.queues().await.publisher;
+        publisher.publish("architect_in", message.to_string().into(), Vec::new()).await.unwrap();
+        bounded("the last answer", async {
+            let mut all = Vec::new();
+            loop {
+                let answer = answers.next().await.unwrap();
+                let last = matches!(answer.msg_type, AnswerType::Spec | AnswerType::Error);
+                all.push(answer);
+                if last {
+                    return all;
+                }
+            }
+        })
+        .await
+    }
+
+    /// Publishes a request and waits for its last answer.
+    pub(crate) async fn ask(&self, content: &str, metadata: Value) -> Answer {
+        self.messages(content, metadata).await.pop().unwrap()
+    }
+
+    pub(crate) async fn run(&self, task: TaskId) -> RunDetail {
+        self.store().await.get_run(task).await.unwrap().unwrap()
+    }
+
+    /// What the ledger says was used today, and what the simulator billed. Nothing may be open.
+    pub(crate) async fn books(&self) -> (u64, u64) {
+        let budget = self.store().await.budget(self.config().limits).await.unwrap();
+        assert_eq!(budget.reserved, Tokens(0), "nothing may be left open");
+        (budget.used.0, self.sim.meter().total_tokens())
+    }
+
+    /// The run is final in the store, as it was answered.
+    pub(crate) async fn assert_final(&self, answer: &Answer) {
+        let detail = self.run(answer.task_id).await;
+        let wanted = match answer.msg_type {
+            AnswerType::Spec => RunStatus::Done,
+            _ => RunStatus::Failed,
+        };
+        assert_eq!(detail.run.status, wanted, "{answer:?}");
+    }
+}
+
+/// The same two passages whatever is asked.
+fn two_passages(request: &QueryChatRequest) -> Vec<Passage> {
+    let collection = request.collection.clone().unwrap_or_default();
+    vec![
+        passage(
+            &collection,
+            "docs/queue.md",
+            3,
+            "The event bus is Google Pub/Sub, because the team runs on Google Cloud.\nEvery topic has a dead-letter topic.",
+        ),
+        passage(
+            &collection,
+            "docs/store.md",
+            10,
+            "Results are stored in Postgres.\nWrites go through SQL functions, so that each is one transaction.",
+        ),
+    ]
+}
+
+pub(crate) fn passage(collection: &str, source: &str, start_line: u32, text: &str) -> Passage {
+    let lines = u32::try_from(text.lines().count().max(1)).unwrap();
+    Passage {
+        text: text.to_owned(),
+        similarity: None,
+        source: source.to_owned(),
+        start_line,
+        end_line: start_line + lines - 1,
+        heading: None,
+        score: 0.03,
+        collection: collection.to_owned(),
+        lang: None,
+        repo: None,
+        commit: None,
+    }
+}
+
+async fn gateway(search: Search) -> SocketAddr {
+    async fn query(
+        State(search): State<Search>,
+        Json(request): Json<QueryChatRequest>,
+    ) -> Json<Vec<Passage>> {
+        Json(search(&request))
+    }
+    let app = Router::new()
+        .route("/v1/query_chat", post(query))
+        .route("/health/ready", axum::routing::get(|| async { Json(json!({"status": "ready"})) }))
+        .with_state(search);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+    addr
+}
+
+pub(crate) async fn bounded<T>(what: &str, work: impl Future<Output = T>) -> T {
+    tokio::time::timeout(BOUND, work).await.unwrap_or_else(|_| panic!("waited {BOUND:?} for {what}"))
+}
