@@ -15,6 +15,7 @@ mod citations;
 mod commands;
 mod context;
 mod error;
+mod live;
 mod lock;
 mod metrics;
 mod migrations;
@@ -96,6 +97,7 @@ enum Command {
     Demo(commands::demo::Demo),
     Dev(commands::dev::Dev),
     Ask(commands::ask::Ask),
+    Judge(commands::judge::Judge),
     Publish(commands::publish::Publish),
     Index(commands::index::Index),
     Search(commands::search::Search),
@@ -138,6 +140,7 @@ async fn run(command: Command, context: &Context) -> Result<()> {
         Command::Demo(command) => Box::pin(command.run(context)).await,
         Command::Dev(command) => Box::pin(command.run(context)).await,
         Command::Ask(command) => Box::pin(command.run(context)).await,
+        Command::Judge(command) => Box::pin(command.run(context)).await,
         Command::Publish(command) => Box::pin(command.run(context)).await,
         Command::Index(command) => Box::pin(command.run(context)).await,
         Command::Search(command) => Box::pin(command.run(context)).await,

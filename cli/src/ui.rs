@@ -77,6 +77,14 @@ impl Ui {
         }
     }
 
+    /// Text without a line's end, to standard error at once: it goes on.
+    pub(crate) fn write(self, text: impl fmt::Display) {
+        if !self.quiet {
+            let mut out = anstream::stderr().lock();
+            let _ = write!(out, "{text}").and_then(|()| out.flush());
+        }
+    }
+
     /// A note for `--verbose`.
     pub(crate) fn detail(self, line: impl fmt::Display) {
         if self.verbose {

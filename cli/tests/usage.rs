@@ -7,13 +7,14 @@ mod support;
 use insta::assert_snapshot;
 use support::Sandbox;
 
-const COMMANDS: [&[&str]; 28] = [
+const COMMANDS: [&[&str]; 29] = [
     &[],
     &["demo"],
     &["dev"],
     &["ask"],
     &["publish"],
     &["index"],
+    &["judge"],
     &["search"],
     &["runs"],
     &["runs", "list"],

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::IsTerminal as _,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -17,6 +18,7 @@ use crate::{
     commands::publish::queue_config,
     context::Context,
     error::{CliError, Result},
+    live::LiveText,
     request::{Request, read_text},
     signals::Stop,
     stack::{Parts, Stack, running_dev},
@@ -35,7 +37,7 @@ const GIVE_BACK: Duration = Duration::from_secs(1);
   atlas ask \"Use Redis instead\" --parent 67e55044-10b1-426f-9247-bb680e5fe0c8
 
 The spec goes to standard output, the stages to standard error. Citations come from what
-`atlas index` has indexed. With PUBSUB_PROJECT_ID the request goes to the fleet; else the running
+`atlas index` has indexed. On a terminal the text is shown while it is written (--live). With PUBSUB_PROJECT_ID the request goes to the fleet; else the running
 `atlas dev` serves it; else this command starts the embedded stack for this one question.
 Ctrl-C leaves the request in place: `atlas runs show ID` gives the answer later.")]
 pub(crate) struct Ask {
@@ -69,6 +71,32 @@ pub(crate) struct Ask {
     /// Print the whole answer message as JSON
     #[arg(long)]
     json: bool,
+
+    /// Show the text while it is written, on standard error: auto (on a terminal), always, never
+    #[arg(long, value_enum, default_value_t, value_name = "WHEN", hide_possible_values = true)]
+    live: Live,
+}
+
+/// When to show text while it is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum Live {
+    /// When a person looks at standard error.
+    #[default]
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
+impl Live {
+    fn wanted(self, ui: Ui) -> bool {
+        match self {
+            Self::Auto => !ui.quiet && std::io::stderr().is_terminal(),
+            Self::Always => true,
+            Self::Never => false,
+        }
+    }
 }
 
 impl Ask {
@@ -78,7 +106,7 @@ impl Ask {
         if let Some(path) = &self.out {
             check_writable(path)?;
         }
-        let request = Request::chat(&content, self.metadata());
+        let request = Request::chat(&content, self.metadata(context.ui));
         let mut stop = Stop::listen()?;
         let stack = stop.unless_stopped(self.stack(context)).await?;
         let answer = self.ask(&config, &request, context, &mut stop).await;
@@ -112,8 +140,11 @@ impl Ask {
         answer
     }
 
-    fn metadata(&self) -> Map<String, Value> {
+    fn metadata(&self, ui: Ui) -> Map<String, Value> {
         let mut metadata = Map::new();
+        if self.live.wanted(ui) {
+            metadata.insert("stream".to_owned(), json!(true));
+        }
         let parent = self.parent.map(|parent| parent.to_string());
         for (name, value) in [
             ("collection", self.collection.as_ref()),
@@ -196,6 +227,7 @@ pub(crate) struct Waiter {
     task_id: TaskId,
     answers: Box<dyn AnswerStream>,
     started: Instant,
+    live: LiveText,
     ui: Ui,
 }
 
@@ -207,7 +239,7 @@ impl Waiter {
         };
         let answers = Box::pin(queue::watch_answers(config, task_id)).await?;
         let started = Instant::now();
-        let waiter = Self { task_id, answers, started, ui };
+        let waiter = Self { task_id, answers, started, live: LiveText::default(), ui };
         if let Err(error) = Box::pin(request.publish(config)).await {
             waiter.close().await;
             return Err(error);
@@ -237,8 +269,28 @@ impl Waiter {
                         .fix(later));
                 }
             };
+            if answer.msg_type == AnswerType::Progress
+                && answer.metadata.get("stage").and_then(Value::as_str) == Some("text")
+            {
+                if let Some(printed) = self.live.take(&answer.metadata, spec_text(&answer)) {
+                    if printed.starts_anew {
+                        self.ui.note("");
+                        self.stage("written anew");
+                    }
+                    self.ui.write(paint(DIM, printed.text));
+                }
+                continue;
+            }
+            if self.live.shown {
+                self.ui.note("");
+            }
             match (answer.msg_type, status(&answer)) {
-                (AnswerType::Spec, _) => return Ok(answer),
+                (AnswerType::Spec, _) => {
+                    if self.live.shown {
+                        self.stage("finished; what counts is the checked document, with its sources");
+                    }
+                    return Ok(answer);
+                }
                 (AnswerType::Error, _) => {
                     let code = answer.metadata.get("error_code").and_then(Value::as_str).unwrap_or("error");
                     return Err(CliError::failure(format!("the request failed ({code})"))

@@ -8,6 +8,7 @@ pub(crate) mod dev;
 pub(crate) mod dlq;
 pub(crate) mod doctor;
 pub(crate) mod index;
+pub(crate) mod judge;
 pub(crate) mod migrate;
 pub(crate) mod publish;
 pub(crate) mod runs;

@@ -1,0 +1,291 @@
+//! `atlas judge`: a score card for spec files, and a second opinion from a model.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use atlas_shared::{
+    Config, TaskId, Tokens,
+    config::OpenAiConfig,
+    ledger::{self, CallKind, Closing, Ledger, ReserveOutcome, ReserveRequest, Usage},
+    model::{Billed, ChatModel, ChatRequest},
+    openai::{OpenAiChat, best_response_format},
+};
+use atlas_worker::agent::{
+    judge::{self, ScoreCard},
+    rubric::{self, CitedText, Mark, Opinion},
+};
+use serde::Serialize;
+
+use crate::{
+    context::Context,
+    error::{CliError, Result},
+    request::read_text,
+    ui::{BOLD, DIM, GREEN, RED, Ui, YELLOW, paint, thousands},
+};
+
+/// No spec is longer.
+const MAX_FILE_BYTES: usize = 4 << 20;
+
+/// Score spec files: complete, cited, weighed, readable?
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  atlas judge spec.md
+  atlas judge specs/*.md --min 90
+  atlas ask \"Design a rate limiter\" | atlas judge - --json
+  OPENAI_API_KEY=… atlas judge spec.md --model
+
+Ten checks without a model; the same file always gets the same card. They tell whether a document is
+complete, honest about its sources and readable, not whether it is right: docs/JUDGE.md explains each.
+--model asks OPENAI_MODEL for groundedness and usefulness by the rubric in docs/JUDGE.md. It reads the
+cited lines from the files under --root, costs tokens, and books them in the ledger that workers use,
+under the same daily limit.")]
+pub(crate) struct Judge {
+    /// Markdown files; - reads standard input
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+
+    /// Fail (exit code 1) when a file scores less, 0 to 100
+    #[arg(long, value_name = "SCORE", value_parser = clap::value_parser!(u32).range(0..=100))]
+    min: Option<u32>,
+
+    /// Ask a model too; costs tokens
+    #[arg(long)]
+    model: bool,
+
+    /// Where the cited files are, for --model
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    root: PathBuf,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// One file's result, as `--json` prints it.
+#[derive(Debug, Serialize)]
+struct Judged {
+    file: String,
+    score: u32,
+    #[serde(flatten)]
+    card: ScoreCard,
+    /// Only with `--model`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    opinion: Option<Paid>,
+}
+
+/// An opinion and its price.
+#[derive(Debug, Serialize)]
+struct Paid {
+    model: String,
+    #[serde(flatten)]
+    opinion: Opinion,
+    /// What was booked.
+    tokens: Tokens,
+}
+
+impl Judge {
+    pub(crate) async fn run(self, context: &Context) -> Result<()> {
+        // Every file is read before a model is paid.
+        let mut texts = Vec::new();
+        for path in &self.files {
+            let stdin = path.as_os_str() == "-";
+            let text = read_text(stdin.then_some("-"), (!stdin).then_some(path), MAX_FILE_BYTES)?;
+            texts.push((path.display().to_string(), text));
+        }
+        let court = if self.model { Some(Court::open(context).await?) } else { None };
+        let mut results = Vec::new();
+        for (file, text) in texts {
+            let card = judge::judge(&text);
+            let opinion = match &court {
+                Some(court) => Some(court.opinion(&text, &self.root).await?),
+                None => None,
+            };
+            results.push(Judged { file, score: card.score(), card, opinion });
+        }
+        if self.json {
+            context.ui.json(&results)?;
+        } else {
+            for judged in &results {
+                show(context.ui, judged);
+            }
+        }
+        let Some(min) = self.min else { return Ok(()) };
+        let below: Vec<String> = results
+            .iter()
+            .filter(|judged| judged.score < min)
+            .map(|judged| format!("{} ({})", judged.file, judged.score))
+            .collect();
+        if below.is_empty() {
+            return Ok(());
+        }
+        Err(CliError::failure(format!("below {min}: {}", below.join(", ")))
+            .fix("the checks without full marks say what is missing"))
+    }
+}
+
+fn show(ui: Ui, judged: &Judged) {
+    let Judged { file, score, card, opinion } = judged;
+    let passed = card.checks.iter().filter(|check| check.passed()).count();
+    let color = match score {
+        90.. => GREEN,
+        70..90 => YELLOW,
+        _ => RED,
+    };
+    ui.out(format_args!(
+        "{}  {}  {}",
+        paint(BOLD, file),
+        paint(color, format_args!("{score} / 100")),
+        paint(DIM, format_args!("({}, {passed} of {} checks passed)", card.kind.as_str(), card.checks.len()))
+    ));
+    for check in &card.checks {
+        let mark = if check.passed() { paint(GREEN, "ok") } else { paint(YELLOW, "--") };
+        ui.out(format_args!(
+            "  {mark}  {:<12} {:>4.0} %  {}",
+            check.name,
+            (check.score * 100.0).floor(),
+            check.detail
+        ));
+    }
+    if let Some(Paid { model, opinion, tokens }) = opinion {
+        ui.out(format_args!("  {model} thinks ({} tokens):", thousands(tokens.0)));
+        for (name, Mark { score, reason }) in
+            [("groundedness", &opinion.groundedness), ("usefulness", &opinion.usefulness)]
+        {
+            ui.out(format_args!("      {name:<12}  {score} / 5  {reason}"));
+        }
+        for (name, list) in [("unsupported", &opinion.unsupported), ("missing", &opinion.missing)] {
+            for text in list {
+                ui.out(format_args!("      {name:<12}  {text}"));
+            }
+        }
+    }
+}
+
+/// A judge model, and the ledger that it is booked in.
+struct Court {
+    config: Config,
+    openai: OpenAiConfig,
+    model: OpenAiChat,
+    ledger: Arc<dyn Ledger>,
+}
+
+impl Court {
+    async fn open(context: &Context) -> Result<Self> {
+        let config = context.config()?;
+        let openai = config.openai.clone().ok_or_else(|| {
+            CliError::usage("there is no model to ask")
+                .fix("set OPENAI_API_KEY, or OPENAI_BASE_URL for another server")
+                .fix("or leave out --model: the score card needs none")
+        })?;
+        let (model, ledger) = (OpenAiChat::new(&openai)?, ledger::open(&config).await?);
+        Ok(Self { config, openai, model, ledger })
+    }
+
+    /// Reserve, call, settle: as a worker does, without a run.
+    async fn opinion(&self, markdown: &str, root: &Path) -> Result<Paid> {
+        let name = self.openai.models.first().cloned().unwrap_or_default();
+        let format = best_response_format(&name, &self.openai.base_url, self.openai.response_format);
+        let request = rubric::request(markdown, &cited(markdown, root), format)
+            .map_err(|error| CliError::failure("the judge's prompt does not render").because(error))?;
+        let request =
+            ChatRequest { model: name.clone(), request_id: "judge.1.opinion".to_owned(), ..request };
+        let bound =
+            self.model.prompt_tokens_upper_bound(&request) + Tokens(u64::from(request.max_completion_tokens));
+        let reserve = ReserveRequest {
+            id: TaskId::random().0,
+            task_id: None,
+            attempt: None,
+            tenant: None,
+            model: name.clone(),
+            kind: CallKind::Chat,
+            tokens: bound,
+            limits: self.config.limits,
+        };
+        let reservation = match self.ledger.reserve(&reserve).await? {
+            ReserveOutcome::Granted(reservation) => reservation,
+            ReserveOutcome::Denied(denial) => {
+                return Err(CliError::failure(format!(
+                    "{} of the day's {} tokens are left, and an opinion may cost {}",
+                    denial.available, denial.limit, denial.requested
+                ))
+                .fix("try again after midnight UTC, raise the limit (atlas budget), or leave out --model"));
+            }
+        };
+        let tokens = reservation.tokens;
+        let booked = |usage: Option<Usage>| match usage {
+            Some(usage) => (Closing::Settled { usage }, usage.total()),
+            None => (Closing::Assumed, tokens),
+        };
+        match self.model.complete(&request).await {
+            Ok(answer) => {
+                let (closing, cost) = booked(answer.usage);
+                self.ledger.close(reservation, closing).await?;
+                let opinion =
+                    rubric::read(answer.content.as_deref().unwrap_or_default()).ok_or_else(|| {
+                        CliError::failure(format!(
+                            "{name} gave no marks (it cost {} tokens)",
+                            thousands(cost.0)
+                        ))
+                        .fix("try again, or another OPENAI_MODEL or OPENAI_RESPONSE_FORMAT")
+                    })?;
+                Ok(Paid { model: name, opinion, tokens: cost })
+            }
+            Err(failure) => {
+                let closing = match failure.billed {
+                    Billed::Nothing => Closing::Released,
+                    Billed::Known(usage) => Closing::Settled { usage },
+                    Billed::Unknown => Closing::Assumed,
+                };
+                self.ledger.close(reservation, closing).await?;
+                Err(failure.error.into())
+            }
+        }
+    }
+}
+
+/// The lines that the document cites, as the files have them now.
+fn cited(markdown: &str, root: &Path) -> Vec<CitedText> {
+    let root = root.canonicalize().ok();
+    judge::sources(markdown)
+        .into_iter()
+        .map(|source| CitedText {
+            text: root.as_deref().and_then(|root| lines(root, &source)),
+            place: format!("{}:{}-{}", source.path, source.start, source.end),
+            n: source.n,
+        })
+        .collect()
+}
+
+/// A source is somebody else's text: nothing outside `root` is read for it.
+fn lines(root: &Path, source: &judge::Source) -> Option<String> {
+    let path = root.join(&source.path).canonicalize().ok().filter(|path| path.starts_with(root))?;
+    if fs::metadata(&path).ok()?.len() > MAX_FILE_BYTES as u64 {
+        return None;
+    }
+    let text = fs::read_to_string(path).ok()?;
+    let lines: Vec<&str> = text.lines().collect();
+    let (start, end) = (source.start as usize, source.end as usize);
+    Some(lines.get(start - 1..end.min(lines.len()))?.join("\n")).filter(|text| !text.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use super::*;
+
+    #[test]
+    fn only_cited_lines_within_the_root_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root");
+        fs::create_dir(&root).unwrap();
+        fs::write(root.join("a.md"), "one\ntwo\nthree\n").unwrap();
+        fs::write(dir.path().join("outside.md"), "secret\n").unwrap();
+        let markdown = "# T\n\n## Sources\n\n- [1] `a.md:2-3`\n- [2] `../outside.md:1-1`\n- [3] `a.md:9-9`\n- [4] `gone.md:1-1`\n- [5] nonsense\n";
+        let texts: Vec<Option<String>> = cited(markdown, &root).into_iter().map(|cited| cited.text).collect();
+        assert_eq!(texts, [Some("two\nthree".to_owned()), None, None, None]);
+    }
+}

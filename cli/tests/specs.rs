@@ -1,0 +1,121 @@
+//! What people see: text while it is written, score cards, the examples in `docs/`.
+
+#![cfg(feature = "embedded")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::{collections::BTreeSet, fs, path::Path};
+
+use atlas_openai_sim::{RunningSim, Sim, SimOptions};
+use atlas_worker::agent::judge::{judge, sources};
+use serde_json::json;
+use support::Sandbox;
+
+const DOCUMENT: &str = "# Queue\n\nRequests wait in a queue until a worker pulls them.\n\
+    A worker acknowledges a request once its result is stored, because a crash before that must lose nothing.\n";
+
+/// A sandbox whose model API is the simulator. It serves as long as the runtime lives.
+fn simulated(runtime: &tokio::runtime::Runtime) -> (Sandbox, RunningSim) {
+    let sim = runtime.block_on(Sim::start(SimOptions::default())).unwrap();
+    let sandbox = Sandbox::new(&[("docs/queue.md", DOCUMENT)])
+        .with_env("OPENAI_BASE_URL", sim.base_url())
+        .with_env("OPENAI_API_KEY", "sk-test-key")
+        .with_env("OPENAI_EMBEDDING_MODEL", "none")
+        .with_env("SOURCE_URL_TEMPLATE", "https://git.example.com/app/{path}#L{start}-L{end}")
+        .with_env("STREAM_INTERVAL_MILLISECONDS", "20");
+    (sandbox, sim)
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+}
+
+#[test]
+fn a_spec_is_shown_while_it_is_written_then_judged() {
+    let runtime = runtime();
+    let (sandbox, sim) = simulated(&runtime);
+    sandbox.atlas(&["index", ".", "-q"]).ok();
+    let ask = ["ask", "Design the queue of requests", "--live", "always", "--out", "spec.md"];
+    let asked = sandbox.atlas(&ask).ok();
+    assert!(asked.stderr.contains("# Queue of requests\n\n## Summary"), "{}", asked.stderr);
+    assert!(!asked.stderr.contains("\"summary\""), "no JSON: {}", asked.stderr);
+    let spec = fs::read_to_string(sandbox.path().join("spec.md")).unwrap();
+    assert!(spec.contains("[open](<https://git.example.com/app/docs/queue.md#L1-L4>)"), "{spec}");
+    let used = sandbox.atlas(&["budget", "show", "--json"]).ok().json()["budget"]["used"].as_u64().unwrap();
+    assert_eq!(used, sim.meter().total_tokens(), "streamed, and billed to the token");
+
+    let quiet = sandbox.atlas(&["ask", "Design the queue of requests"]).ok();
+    assert!(!quiet.stderr.contains("## Summary"), "nobody watches: {}", quiet.stderr);
+
+    let card = sandbox.atlas(&["judge", "spec.md"]).ok();
+    assert!(card.stdout.contains("citations") && card.stdout.contains("/ 100"), "{}", card.stdout);
+    let json = sandbox.atlas(&["judge", "spec.md", "--json"]).ok().json();
+    assert_eq!(json[0]["kind"], "spec");
+    assert_eq!(json[0]["checks"].as_array().unwrap().len(), 10);
+
+    // A judge model: booked in the same ledger.
+    let marks = json!({"groundedness": {"score": 4, "reason": "Close to its passage."},
+        "usefulness": {"score": 3, "reason": "An outline."}, "unsupported": [], "missing": ["The load."]});
+    sim.script(json!([{"content": marks}])).unwrap();
+    let judged = sandbox.atlas(&["judge", "spec.md", "--model", "--json"]).ok().json();
+    assert_eq!(judged[0]["opinion"]["groundedness"]["score"], 4);
+    assert_eq!(judged[0]["opinion"]["missing"], json!(["The load."]));
+    let used = sandbox.atlas(&["budget", "show", "--json"]).ok().json()["budget"]["used"].as_u64().unwrap();
+    assert_eq!(used, sim.meter().total_tokens());
+    sim.script(json!([{"fault": "not_json"}])).unwrap();
+    let failed = sandbox.atlas(&["judge", "spec.md", "--model"]);
+    assert_eq!(failed.code, Some(1));
+    assert!(failed.stderr.contains("gave no marks"), "{}", failed.stderr);
+    let used = sandbox.atlas(&["budget", "show", "--json"]).ok().json()["budget"]["used"].as_u64().unwrap();
+    assert_eq!(used, sim.meter().total_tokens(), "what was paid for nothing is booked too");
+}
+
+#[test]
+fn a_score_below_the_minimum_fails() {
+    let sandbox = Sandbox::new(&[("bad.md", "# Hello\n\nworld <script>\n"), ("empty.md", "")]);
+    sandbox.atlas(&["judge", "bad.md"]).ok();
+    let failed = sandbox.atlas(&["judge", "bad.md", "--min", "80"]);
+    assert_eq!(failed.code, Some(1));
+    assert!(failed.stderr.contains("below 80: bad.md"), "{}", failed.stderr);
+    assert!(failed.stdout.contains("safety"), "the card is shown all the same: {}", failed.stdout);
+    for wrong in
+        [&["judge", "gone.md"][..], &["judge", "empty.md"], &["judge"], &["judge", "bad.md", "--min", "101"]]
+    {
+        assert_eq!(sandbox.atlas(wrong).code, Some(2), "{wrong:?}");
+    }
+    let no_model = sandbox.atlas(&["judge", "bad.md", "--model"]);
+    assert_eq!(no_model.code, Some(2));
+    assert!(no_model.stderr.contains("OPENAI_API_KEY"), "{}", no_model.stderr);
+}
+
+/// `docs/examples` are what `scripts/examples.sh` makes: their cards hold, and every file that they
+/// cite is there.
+#[test]
+fn the_examples_in_the_documentation_hold() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let mut cards = String::new();
+    let mut kinds = BTreeSet::new();
+    let mut files: Vec<_> =
+        fs::read_dir(root.join("docs/examples")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    for path in files.iter().filter(|path| path.file_name().is_none_or(|name| name != "README.md")) {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        let markdown = fs::read_to_string(path).unwrap();
+        let card = judge(&markdown);
+        assert!(card.score() >= 95, "{name}: {card}");
+        let cited = sources(&markdown);
+        assert!(!cited.is_empty(), "{name} cites nothing");
+        for source in cited {
+            assert!(
+                root.join(&source.path).is_file(),
+                "{name} cites {}, which is gone: run scripts/examples.sh",
+                source.path
+            );
+        }
+        kinds.insert(card.kind.as_str());
+        cards.push_str(&format!("{name}: {card}\n"));
+    }
+    assert_eq!(kinds.into_iter().collect::<Vec<_>>(), ["adr", "review", "spec"]);
+    insta::assert_snapshot!("examples", cards);
+}
