@@ -4,6 +4,8 @@
 //! - `POST /v1/chat/completions`: text, `json_object`, strict `json_schema` (the answer is an instance
 //!   of whatever schema was sent), tools, streaming with `include_usage`.
 //! - `POST /v1/embeddings`: deterministic vectors; similar texts are near each other.
+//! - `POST /v1/rerank`, `/v2/rerank` (Jina, Cohere) and `/rerank` (Text Embeddings Inference):
+//!   deterministic scores, with the scripted faults. Nothing of it is on the meter.
 //! - `GET /v1/models`, `GET /v1/models/{model}`.
 //! - `GET /sim/meter`, `DELETE /sim/meter`: what was billed, by model, task and kind.
 //! - `GET /sim/calls`: every billed call, in order ([`BilledCall`]).
@@ -33,6 +35,7 @@ mod fault;
 mod generate;
 mod meter;
 mod prompt;
+mod rerank;
 mod script;
 mod server;
 mod tokens;

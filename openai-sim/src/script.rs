@@ -12,7 +12,7 @@ pub struct Step {
     /// Only calls whose `X-Client-Request-Id` or prompt contains this.
     #[serde(rename = "match", skip_serializing_if = "Option::is_none")]
     pub matches: Option<String>,
-    /// `chat` (the default), `embedding` or `any`.
+    /// `chat` (the default), `embedding`, `rerank` or `any`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kind: Option<Kind>,
     /// For how many calls; 1 when missing.
@@ -46,7 +46,9 @@ pub enum Kind {
     Chat,
     /// `/v1/embeddings`.
     Embedding,
-    /// Both.
+    /// `/rerank`.
+    Rerank,
+    /// All of them.
     Any,
 }
 

@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use crate::{
     BilledCall, Fault, FaultRates, Meter, Shared, SimOptions, Strike, chat, embed,
     fault::{hash, mix},
+    rerank,
     script::{Kind, Script, Step},
 };
 
@@ -38,6 +39,9 @@ pub(crate) fn router(shared: Sim) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat::complete))
         .route("/v1/embeddings", post(embed::embed))
+        .route("/v1/rerank", post(rerank::documents))
+        .route("/v2/rerank", post(rerank::documents))
+        .route("/rerank", post(rerank::texts))
         .route("/v1/models", get(models))
         .route("/v1/models/{model}", get(model))
         .route("/sim/meter", get(meter).delete(reset_meter))

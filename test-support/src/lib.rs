@@ -12,6 +12,7 @@ pub mod emulator;
 pub mod fleet;
 pub mod guard;
 pub mod proxy;
+pub mod redis;
 pub mod supabase;
 
 /// Reports that `test` cannot run here because `service` is missing, or fails when services are required.
