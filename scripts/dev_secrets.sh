@@ -24,6 +24,8 @@ keep() {
 # Without a line end: some readers of these files would take it for a part of the secret.
 random() { printf '%s' "$(openssl rand -hex 24)"; }
 read_secret() { cat "$dir/$1"; }
+# As `atlas key hash` does it: the gateway's file of keys holds no key.
+hash_of() { openssl dgst -sha256 -r "$dir/$1" | cut -d ' ' -f 1; }
 base64url() { openssl base64 -A | tr '+/' '-_' | tr -d '='; }
 
 # RFC 7519, HS256; good for ten years, on this machine's stack only.
@@ -37,10 +39,16 @@ service_role_jwt() {
         "$(printf '%s.%s' "$head" "$body" | openssl dgst -sha256 -hmac "$(read_secret jwt_secret)" -binary | base64url)"
 }
 
+# A file of an older release holds the keys themselves, which the gateway no longer takes.
+if [[ -s $dir/api_keys ]] && ! grep -q ':sha256:' "$dir/api_keys"; then
+    rm "$dir/api_keys"
+fi
+
 for name in postgres_password authenticator_password jwt_secret worker_rag_api_key cli_rag_api_key grafana_password; do
     keep "$name" random
 done
 keep database_url printf 'postgres://postgres:%s@postgres:5432/postgres' "$(read_secret postgres_password)"
 keep authenticator_url printf 'postgres://authenticator:%s@postgres:5432/postgres' "$(read_secret authenticator_password)"
 keep service_role_key service_role_jwt
-keep api_keys printf 'worker:%s,cli:%s' "$(read_secret worker_rag_api_key)" "$(read_secret cli_rag_api_key)"
+keep api_keys printf 'worker:sha256:%s\ncli:sha256:%s\n' \
+    "$(hash_of worker_rag_api_key)" "$(hash_of cli_rag_api_key)"

@@ -106,6 +106,7 @@ enum Command {
     Budget(commands::budget::Budget),
     Migrate(commands::migrate::Migrate),
     Doctor(commands::doctor::Doctor),
+    Key(commands::key::Key),
     #[command(name = "config")]
     ConfigDocs(commands::config::ConfigDocs),
 }
@@ -149,6 +150,7 @@ async fn run(command: Command, context: &Context) -> Result<()> {
         Command::Budget(command) => Box::pin(command.run(context)).await,
         Command::Migrate(command) => Box::pin(command.run(context)).await,
         Command::Doctor(command) => Box::pin(command.run(context)).await,
+        Command::Key(command) => command.run(context),
         Command::ConfigDocs(command) => command.run(context),
     }
 }

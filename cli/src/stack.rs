@@ -10,7 +10,12 @@ use std::{
 };
 
 use atlas_rag_gateway::{Gateway, RunningGateway};
-use atlas_shared::{Config, config::IndexConfig, gateway_client::GatewayClient, ledger, telemetry};
+use atlas_shared::{
+    Config, Secret,
+    config::{ApiKey, IndexConfig},
+    gateway_client::GatewayClient,
+    ledger, telemetry,
+};
 use atlas_worker::{RunningWorker, Worker};
 use url::Url;
 
@@ -55,6 +60,12 @@ impl Stack {
             Some(dir) => Some(acquire(&dir, command, ui).await?),
             None => None,
         };
+        if config.rag.api_key.is_none() && known_key(&config).is_none() && !config.gateway.api_keys.is_empty()
+        {
+            // The gateway's keys are hashed: our own worker gets one for the life of this process.
+            let key = ApiKey::generate();
+            config.gateway.api_keys.push(ApiKey::new("atlas", key.expose(), None));
+        }
         let mut stack = Self { config: config.clone(), gateway: None, worker: None, lock };
         let ledger = ledger::open(&config).await?;
         let gateway = Box::pin(Gateway::start(&config, ledger)).await.map_err(|error| {
@@ -133,9 +144,15 @@ fn embedded_dir(config: &Config) -> Option<PathBuf> {
 fn point_at_gateway(config: &mut Config, addr: SocketAddr) {
     config.rag.url = http_url(addr);
     if config.rag.api_key.is_none() {
-        // Both ends are ours: the worker is the first of the gateway's callers.
-        config.rag.api_key = config.gateway.api_keys.first().map(|(_, key)| key.clone());
+        // Both ends are ours: the worker is one of the gateway's callers.
+        config.rag.api_key = known_key(config);
     }
+}
+
+/// A key that this process can show to a gateway of the same settings: those in a file are hashed.
+fn known_key(config: &Config) -> Option<Secret> {
+    let mut everybodys = config.gateway.api_keys.iter().filter(|key| key.tenant.is_none());
+    everybodys.find_map(|key| key.plain.clone())
 }
 
 fn http_url(addr: SocketAddr) -> Option<Url> {
@@ -256,7 +273,7 @@ impl GatewayAccess {
         {
             config.rag.url = owner.gateway;
             if config.rag.api_key.is_none() {
-                config.rag.api_key = config.gateway.api_keys.first().map(|(_, key)| key.clone());
+                config.rag.api_key = known_key(&config);
             }
         }
         if let Some(url) = &config.rag.url {

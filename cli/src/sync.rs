@@ -269,6 +269,7 @@ pub(crate) async fn run(
         let request = DeleteDocuments {
             collection: Some(target.collection.clone()),
             repo: Some(target.repo.clone()),
+            tenant: None,
             sources: sources.to_vec(),
         };
         if let Err(error) = client.delete_documents(&request).await {

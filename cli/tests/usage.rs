@@ -7,7 +7,7 @@ mod support;
 use insta::assert_snapshot;
 use support::Sandbox;
 
-const COMMANDS: [&[&str]; 29] = [
+const COMMANDS: [&[&str]; 32] = [
     &[],
     &["demo"],
     &["dev"],
@@ -35,6 +35,9 @@ const COMMANDS: [&[&str]; 29] = [
     &["migrate", "up"],
     &["migrate", "down"],
     &["doctor"],
+    &["key"],
+    &["key", "new"],
+    &["key", "hash"],
     &["config"],
     &["config", "env"],
 ];
@@ -73,6 +76,19 @@ fn wrong_settings_are_named_all_at_once_and_nothing_is_tried() {
     assert_eq!(ran.stdout, "");
     assert_snapshot!(ran.stderr);
     assert!(!sandbox.path().join(".atlas").exists());
+}
+
+#[test]
+fn a_new_key_and_its_line_belong_together() {
+    let sandbox = Sandbox::new(&[]);
+    let made = sandbox.atlas(&["--quiet", "key", "new", "ci", "--tenant", "acme"]).ok();
+    let (key, line) = (made.stderr.trim(), made.stdout.trim());
+    assert!(key.starts_with("atlas_") && key.len() == 70, "{key}");
+    assert!(!line.contains(key));
+    assert_eq!(line, atlas_shared::config::ApiKey::new("ci", key, Some("acme")).line());
+    assert_ne!(sandbox.atlas(&["key", "new", "ci"]).ok().stderr.trim(), key, "each is another one");
+    assert_eq!(sandbox.atlas(&["key", "new", "two words"]).code, Some(2));
+    assert_eq!(sandbox.atlas(&["key", "hash", "ci"]).code, Some(2), "nothing on standard input");
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //! the same daily limit as the workers' chat calls (kind `embedding`). A call runs in a task of its
 //! own: a client that hangs up cannot leave a reservation open.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use atlas_shared::{
     Dependency, Ledger, UpstreamError,
@@ -14,6 +14,8 @@ use atlas_shared::{
     resilience::{self, CircuitBreaker, RetryPolicy},
 };
 use futures::{StreamExt as _, TryStreamExt as _, stream};
+use moka::future::Cache;
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use uuid::Uuid;
 
 use crate::{error::GatewayError, metrics::Metrics};
@@ -26,6 +28,12 @@ const MAX_BATCH_BYTES: usize = 128 * 1024;
 
 /// Calls at once, for one request or job.
 const CONCURRENCY: usize = 4;
+
+/// Calls for queries at once: the next queries gather meanwhile.
+const QUERY_CALLS: usize = 2;
+
+/// Queries that may wait for their vectors.
+const MAX_WAITING: usize = 4096;
 
 /// An embedder that books what it spends.
 pub(crate) struct BookedEmbedder {
@@ -73,24 +81,24 @@ impl BookedEmbedder {
         self.breaker.cause()
     }
 
-    /// Embeds a query: one attempt, because the answer can do without.
-    pub(crate) async fn embed_query(
+    /// Embeds queries: one attempt, because their answers can do without.
+    async fn embed_queries(
         self: &Arc<Self>,
-        text: &str,
+        texts: Vec<String>,
         tenant: Option<&str>,
-    ) -> Result<Vec<f32>, GatewayError> {
+    ) -> Result<Vec<Vec<f32>>, GatewayError> {
         let permit = self.breaker.try_acquire()?;
-        let mut embedded = match self.attempt(vec![text.to_owned()], tenant).await {
+        self.metrics.embedding_query_calls.inc();
+        match self.attempt(texts, tenant).await {
             Ok(outcome) => {
                 permit.succeeded();
-                outcome?
+                Ok(outcome?.vectors)
             }
             Err(error) => {
                 permit.failed(&error);
-                return Err(error.into());
+                Err(error.into())
             }
-        };
-        embedded.vectors.pop().ok_or_else(|| unreadable("no vector for the query").into())
+        }
     }
 
     /// Embeds texts of any number: in batches, several at once, with retries.
@@ -176,6 +184,132 @@ impl BookedEmbedder {
             )));
         }
         Ok(Ok(Embedded { vectors, tokens }))
+    }
+}
+
+/// Embeds queries: remembers their vectors, and puts those that come at the same time into one call.
+///
+/// A query that finds nobody ahead of it is sent at once. While calls are under way, others gather and
+/// go together with the next one, so that no query waits for company, and many of them cost few calls.
+pub(crate) struct QueryEmbedder {
+    embedder: Arc<BookedEmbedder>,
+    /// Vectors by text; they depend on no collection and no tenant. `None` with `CACHE_TTL=0`.
+    vectors: Option<Cache<String, Arc<Vec<f32>>>>,
+    waiting: mpsc::Sender<Waiting>,
+    metrics: Metrics,
+}
+
+/// A query that waits for its vector.
+struct Waiting {
+    text: String,
+    tenant: Option<String>,
+    vector: oneshot::Sender<Result<Arc<Vec<f32>>, GatewayError>>,
+}
+
+impl QueryEmbedder {
+    /// Starts the task that gathers queries; it ends with this.
+    pub(crate) fn new(
+        embedder: Arc<BookedEmbedder>,
+        ttl: Duration,
+        max_entries: u64,
+        metrics: &Metrics,
+    ) -> Self {
+        let (waiting, queue) = mpsc::channel(MAX_WAITING);
+        tokio::spawn(gather(Arc::clone(&embedder), queue));
+        let vectors = || Cache::builder().max_capacity(max_entries).time_to_live(ttl).build();
+        Self { embedder, vectors: (!ttl.is_zero()).then(vectors), waiting, metrics: metrics.clone() }
+    }
+
+    /// The model's name.
+    pub(crate) fn model(&self) -> &str {
+        self.embedder.model()
+    }
+
+    /// Forgets all vectors.
+    pub(crate) fn forget(&self) {
+        if let Some(vectors) = &self.vectors {
+            vectors.invalidate_all();
+        }
+    }
+
+    /// The vector of a query, paid for by the first tenant that asks for it.
+    pub(crate) async fn embed(
+        &self,
+        text: &str,
+        tenant: Option<&str>,
+    ) -> Result<Arc<Vec<f32>>, GatewayError> {
+        self.metrics.embedding_queries.inc();
+        if let Some(vectors) = &self.vectors
+            && let Some(vector) = vectors.get(text).await
+        {
+            return Ok(vector);
+        }
+        let (sender, vector) = oneshot::channel();
+        let waiting = Waiting { text: text.to_owned(), tenant: tenant.map(str::to_owned), vector: sender };
+        let busy =
+            || UpstreamError::transient(Dependency::Embedder, "too many queries wait for their vectors");
+        self.waiting.try_send(waiting).map_err(|_| busy())?;
+        let vector = vector.await.map_err(|_| unreadable("the embedding task ended"))??;
+        if let Some(vectors) = &self.vectors {
+            vectors.insert(text.to_owned(), Arc::clone(&vector)).await;
+        }
+        Ok(vector)
+    }
+}
+
+async fn gather(embedder: Arc<BookedEmbedder>, mut queue: mpsc::Receiver<Waiting>) {
+    let slots = Arc::new(Semaphore::new(QUERY_CALLS));
+    let mut gathered = Vec::new();
+    loop {
+        // The slot first: what comes while all are taken goes together.
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+        if queue.recv_many(&mut gathered, MAX_BATCH_TEXTS).await == 0 {
+            return;
+        }
+        let embedder = Arc::clone(&embedder);
+        let batch = std::mem::take(&mut gathered);
+        tokio::spawn(async move {
+            let _slot = slot;
+            for (tenant, batch) in by_tenant(batch) {
+                embed_together(&embedder, tenant.as_deref(), batch).await;
+            }
+        });
+    }
+}
+
+/// Each tenant pays for its own queries.
+fn by_tenant(batch: Vec<Waiting>) -> BTreeMap<Option<String>, Vec<Waiting>> {
+    let mut tenants: BTreeMap<Option<String>, Vec<Waiting>> = BTreeMap::new();
+    for waiting in batch {
+        // Who has gone needs no vector.
+        if !waiting.vector.is_closed() {
+            tenants.entry(waiting.tenant.clone()).or_default().push(waiting);
+        }
+    }
+    tenants
+}
+
+async fn embed_together(embedder: &Arc<BookedEmbedder>, tenant: Option<&str>, batch: Vec<Waiting>) {
+    let mut by_text: BTreeMap<String, Vec<Waiting>> = BTreeMap::new();
+    for waiting in batch {
+        by_text.entry(waiting.text.clone()).or_default().push(waiting);
+    }
+    let all: Vec<String> = by_text.keys().cloned().collect();
+    for texts in batches(&all) {
+        let result = embedder.embed_queries(texts.clone(), tenant).await;
+        let mut vectors = result.map(|vectors| vectors.into_iter().map(Arc::new));
+        for text in texts {
+            let vector = match &mut vectors {
+                Ok(vectors) => {
+                    vectors.next().ok_or_else(|| GatewayError::from(unreadable("no vector for the query")))
+                }
+                Err(error) => Err(error.clone()),
+            };
+            for waiting in by_text.remove(&text).unwrap_or_default() {
+                // Whoever waited may have gone.
+                let _ = waiting.vector.send(vector.clone());
+            }
+        }
     }
 }
 

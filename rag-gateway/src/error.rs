@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use atlas_shared::{UpstreamError, ledger::Denial};
+use atlas_shared::{Dependency, UpstreamError, ledger::Denial};
 use jiff::Timestamp;
 
 /// A failed request or job.
@@ -46,6 +46,9 @@ pub(crate) enum GatewayError {
         "{0} index jobs are waiting or running, as many as MAX_INDEX_JOBS allows; send this one again later"
     )]
     TooManyJobs(usize),
+    /// Use a key that may, or leave the other tenant alone.
+    #[error("{0}")]
+    Forbidden(String),
     /// Something that the gateway needs failed.
     #[error(transparent)]
     Upstream(#[from] UpstreamError),
@@ -61,8 +64,14 @@ impl GatewayError {
             Self::EmbeddingMismatch { .. } => "embedding_mismatch",
             Self::BudgetExhausted(_) => "budget_exhausted",
             Self::TooManyJobs(_) => "too_many_jobs",
+            Self::Forbidden(_) => "forbidden",
             Self::Upstream(error) => error.code(),
         }
+    }
+
+    /// The index does not answer: a cached answer is better than none.
+    pub(crate) fn is_index_down(&self) -> bool {
+        matches!(self, Self::Upstream(UpstreamError::Transient { dependency: Dependency::VectorIndex, .. }))
     }
 
     /// When trying again may help.

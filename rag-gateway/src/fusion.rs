@@ -5,6 +5,8 @@
 
 use std::{cmp::Ordering, collections::HashMap};
 
+use uuid::Uuid;
+
 use crate::index::{Hit, Lists};
 
 /// The constant of the paper.
@@ -14,6 +16,8 @@ const K: f64 = 60.0;
 #[derive(Clone, Debug)]
 pub(crate) struct Fused {
     pub(crate) hit: Hit,
+    /// Which of the searched collections it is in.
+    pub(crate) collection: usize,
     pub(crate) score: f64,
     /// Cosine, where the dense list had it.
     pub(crate) cosine: Option<f32>,
@@ -32,26 +36,47 @@ impl Default for Weights {
     }
 }
 
-/// One list, best first; ties by source and line. Where two revisions of a document are found at the
-/// same moment, only the newer one stays.
-pub(crate) fn fuse(lists: Lists, weights: Weights) -> Vec<Fused> {
-    let newest = newest_revisions(&lists);
-    let current = |hit: &Hit| newest.get(&hit.record.doc).is_none_or(|rev| hit.record.rev == *rev);
-    let mut fused: HashMap<uuid::Uuid, Fused> = HashMap::new();
-    for (mut list, weight, is_dense) in
-        [(lists.dense, weights.dense, true), (lists.lexical, weights.lexical, false)]
-    {
-        list.retain(current);
-        list.sort_by(|a, b| b.score.total_cmp(&a.score).then_with(|| by_place(a, b)));
-        for (rank, hit) in list.into_iter().enumerate() {
+/// One list of what was found in each collection, best first; ties by place. Where two revisions of a
+/// document are found at the same moment, only the newer one stays.
+///
+/// Cosines of one model mean the same everywhere, so the dense lists are ranked as one. BM25 depends
+/// on a collection's own words and lengths, so each lexical list is ranked by itself.
+pub(crate) fn fuse(found: Vec<Lists>, weights: Weights) -> Vec<Fused> {
+    let mut dense: Vec<(usize, Hit)> = Vec::new();
+    let mut lexical: Vec<Vec<(usize, Hit)>> = Vec::with_capacity(found.len());
+    for (collection, mut lists) in found.into_iter().enumerate() {
+        let newest = newest_revisions(&lists);
+        let current = |hit: &Hit| newest.get(&hit.record.doc).is_none_or(|rev| hit.record.rev == *rev);
+        lists.dense.retain(current);
+        lists.lexical.retain(current);
+        dense.extend(lists.dense.into_iter().map(|hit| (collection, hit)));
+        lexical.push(lists.lexical.into_iter().map(|hit| (collection, hit)).collect());
+    }
+    let mut fused: HashMap<(usize, Uuid), Fused> = HashMap::new();
+    let mut add = |mut list: Vec<(usize, Hit)>, weight: f64, is_dense: bool| {
+        list.sort_by(|a, b| b.1.score.total_cmp(&a.1.score).then_with(|| by_place(a, b)));
+        for (rank, (collection, hit)) in list.into_iter().enumerate() {
             let cosine = is_dense.then(|| hit.score.clamp(0.0, 1.0));
-            let entry = fused.entry(hit.id).or_insert(Fused { hit, score: 0.0, cosine: None });
+            let entry = fused.entry((collection, hit.id)).or_insert(Fused {
+                hit,
+                collection,
+                score: 0.0,
+                cosine: None,
+            });
             entry.score += weight / (K + rank as f64 + 1.0);
             entry.cosine = entry.cosine.or(cosine);
         }
+    };
+    add(dense, weights.dense, true);
+    for list in lexical {
+        add(list, weights.lexical, false);
     }
     let mut fused: Vec<Fused> = fused.into_values().collect();
-    fused.sort_by(|a, b| b.score.total_cmp(&a.score).then_with(|| by_place(&a.hit, &b.hit)));
+    fused.sort_by(|a, b| {
+        b.score
+            .total_cmp(&a.score)
+            .then_with(|| place(a.collection, &a.hit).cmp(&place(b.collection, &b.hit)))
+    });
     fused
 }
 
@@ -64,15 +89,19 @@ fn newest_revisions(lists: &Lists) -> HashMap<String, i64> {
     newest
 }
 
-fn by_place(a: &Hit, b: &Hit) -> Ordering {
-    let key = |hit: &Hit| (hit.record.start, hit.record.n, hit.id);
-    (&a.record.source, &a.record.repo, key(a)).cmp(&(&b.record.source, &b.record.repo, key(b)))
+fn by_place(a: &(usize, Hit), b: &(usize, Hit)) -> Ordering {
+    place(a.0, &a.1).cmp(&place(b.0, &b.1))
+}
+
+/// Where a chunk stands: no two are at the same place.
+fn place(collection: usize, hit: &Hit) -> (&str, &str, u32, u32, usize, Uuid) {
+    let record = &hit.record;
+    (&record.source, &record.repo, record.start, record.n, collection, hit.id)
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use uuid::Uuid;
 
     use super::*;
     use crate::index::ChunkRecord;
@@ -88,7 +117,7 @@ mod tests {
     }
 
     fn order(lists: Lists) -> Vec<String> {
-        fuse(lists, Weights::default()).into_iter().map(|fused| fused.hit.record.source).collect()
+        fuse(vec![lists], Weights::default()).into_iter().map(|fused| fused.hit.record.source).collect()
     }
 
     #[test]
@@ -101,7 +130,7 @@ mod tests {
     #[test]
     fn the_cosine_survives_and_stays_within_bounds() {
         let lists = Lists { dense: vec![hit("a", 1.000_1), hit("b", -0.2)], lexical: vec![hit("c", 5.0)] };
-        let cosines: HashMap<String, Option<f32>> = fuse(lists, Weights::default())
+        let cosines: HashMap<String, Option<f32>> = fuse(vec![lists], Weights::default())
             .into_iter()
             .map(|fused| (fused.hit.record.source, fused.cosine))
             .collect();
@@ -116,9 +145,24 @@ mod tests {
         old.id = Uuid::from_u128(1);
         let mut new = hit("a", 5.0);
         new.record.rev = 2;
-        let fused = fuse(Lists { dense: Vec::new(), lexical: vec![old, new.clone()] }, Weights::default());
+        let lists = Lists { dense: Vec::new(), lexical: vec![old, new.clone()] };
+        let fused = fuse(vec![lists], Weights::default());
         assert_eq!(fused.len(), 1);
         assert_eq!(fused[0].hit.id, new.id);
+    }
+
+    #[test]
+    fn collections_are_fused_by_cosine_and_by_their_own_lexical_ranks() {
+        let found = vec![
+            Lists { dense: vec![hit("a", 0.5)], lexical: vec![hit("a", 100.0), hit("same", 90.0)] },
+            Lists { dense: vec![hit("b", 0.9)], lexical: vec![hit("same", 1.0)] },
+        ];
+        let fused: Vec<(String, usize)> = fuse(found, Weights::default())
+            .into_iter()
+            .map(|fused| (fused.hit.record.source, fused.collection))
+            .collect();
+        let expected = [("a", 0), ("b", 1), ("same", 1), ("same", 0)];
+        assert_eq!(fused, expected.map(|(source, collection)| (source.to_owned(), collection)));
     }
 
     proptest! {

@@ -3,22 +3,28 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use atlas_shared::{
-    Config, Dependency, Ledger, UpstreamError, metrics::MetricsError, model::Embedder,
-    openai::OpenAiEmbedder, ops::Checks, resilience::RetryPolicy,
+    Config, Dependency, Ledger, UpstreamError,
+    metrics::MetricsError,
+    model::Embedder,
+    openai::OpenAiEmbedder,
+    ops::Checks,
+    rerank::HttpReranker,
+    resilience::{CircuitBreaker, RetryPolicy},
 };
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    cache::{AnswerCache, CacheConfig, RedisCache},
     chunk::Chunker,
-    embed::BookedEmbedder,
+    embed::{BookedEmbedder, QueryEmbedder},
     http::{self, App},
     index::{self, VectorIndex},
     indexing::{Indexer, mismatch},
     jobs::Jobs,
     metrics::Metrics,
+    rerank::QueryReranker,
     search::{SearchConfig, Searcher},
-    versions::Versions,
 };
 
 /// How often readiness looks at what the gateway depends on.
@@ -26,6 +32,9 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Bound of one such look.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Bound of one call of the index for a query.
+const INDEX_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// How long requests and jobs may go on after shutdown began.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(15);
@@ -106,29 +115,14 @@ impl Gateway {
         let embedder = embedder.map(|embedder| {
             Arc::new(BookedEmbedder::new(embedder, ledger, config.limits, &config.resilience, &metrics))
         });
-        let versions = Arc::<Versions>::default();
         let indexer = Arc::new(Indexer::new(
             Arc::clone(&index),
             embedder.clone(),
             Chunker::new(config.gateway.chunk_tokens, config.gateway.chunk_overlap_tokens),
-            Arc::clone(&versions),
             metrics.clone(),
         ));
         let default_collection = config.rag.collection.clone();
-        let searcher = Searcher::new(
-            Arc::clone(&index),
-            embedder.clone(),
-            versions,
-            metrics.clone(),
-            SearchConfig {
-                default_collection: default_collection.clone(),
-                default_top_k: config.rag.top_k,
-                max_top_k: config.gateway.max_top_k,
-                default_threshold: config.rag.relevancy_threshold,
-                cache_ttl: config.gateway.cache_ttl,
-                cache_max_entries: config.gateway.cache_max_entries,
-            },
-        );
+        let searcher = Arc::new(searcher(config, &index, embedder.clone(), &metrics)?);
         let stop = CancellationToken::new();
         let (jobs, runner) = Jobs::new(
             config.gateway.max_index_jobs,
@@ -141,6 +135,7 @@ impl Gateway {
             checks: checks.clone(),
             index: Arc::clone(&index),
             embedder,
+            searcher: Arc::clone(&searcher),
             collection: default_collection.clone(),
         };
         watcher.look().await;
@@ -166,6 +161,46 @@ impl Gateway {
             index: IndexHandle(index),
         })
     }
+}
+
+/// The search pipeline with everything that this configuration gives it.
+fn searcher(
+    config: &Config,
+    index: &Arc<dyn VectorIndex>,
+    embedder: Option<Arc<BookedEmbedder>>,
+    metrics: &Metrics,
+) -> Result<Searcher, StartError> {
+    let gateway = &config.gateway;
+    let (ttl, max_entries) = (gateway.cache_ttl, gateway.cache_max_entries);
+    let reranker = match &gateway.rerank {
+        Some(rerank) => {
+            let http = Arc::new(HttpReranker::new(rerank)?);
+            Some(QueryReranker::new(http, rerank, &config.resilience, metrics))
+        }
+        None => None,
+    };
+    let redis = match &gateway.redis_url {
+        Some(url) if !ttl.is_zero() => Some(Arc::new(RedisCache::connect(url, &config.resilience, metrics)?)),
+        _ => None,
+    };
+    let cache = CacheConfig { ttl, stale: gateway.cache_stale, max_entries };
+    Ok(Searcher::new(
+        Arc::clone(index),
+        CircuitBreaker::new(Dependency::VectorIndex, &config.resilience).with_metrics(&metrics.upstream),
+        embedder.map(|embedder| QueryEmbedder::new(embedder, ttl, max_entries, metrics)),
+        reranker,
+        (!ttl.is_zero()).then(|| AnswerCache::new(cache, redis, metrics.clone())),
+        metrics.clone(),
+        SearchConfig {
+            default_collection: config.rag.collection.clone(),
+            default_top_k: config.rag.top_k,
+            max_top_k: gateway.max_top_k,
+            default_threshold: config.rag.relevancy_threshold,
+            passage_tokens: gateway.passage_tokens,
+            // A request must have time left for an answer from the cache.
+            timeout: (gateway.timeout / 2).min(INDEX_TIMEOUT),
+        },
+    ))
 }
 
 impl RunningGateway {
@@ -201,6 +236,7 @@ struct Watcher {
     checks: Checks,
     index: Arc<dyn VectorIndex>,
     embedder: Option<Arc<BookedEmbedder>>,
+    searcher: Arc<Searcher>,
     collection: String,
 }
 
@@ -220,8 +256,29 @@ impl Watcher {
         });
         self.checks.report(Dependency::VectorIndex, &index);
         self.look_at_embedder();
+        self.look_at_helpers().await;
         if index.is_ok() {
+            self.searcher.follow_epoch().await;
             self.look_at_collection().await;
+        }
+    }
+
+    /// Reranker and shared cache: answers are worse or slower without them, so never red.
+    async fn look_at_helpers(&self) {
+        match self.searcher.check_reranker() {
+            Some(Err(error)) => self
+                .checks
+                .degraded(Dependency::Reranker.as_str(), format!("answers are unreranked for now: {error}")),
+            Some(Ok(())) => self.checks.ok(Dependency::Reranker.as_str(), "ok"),
+            None => {}
+        }
+        match self.searcher.check_shared_cache().await {
+            Some(Err(error)) => self.checks.degraded(
+                Dependency::Cache.as_str(),
+                format!("each replica has its own cache only: {error}. Its address is in REDIS_URL"),
+            ),
+            Some(Ok(())) => self.checks.ok(Dependency::Cache.as_str(), "ok"),
+            None => {}
         }
     }
 

@@ -8,6 +8,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    mem,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicI64, Ordering},
@@ -30,9 +31,8 @@ use crate::{
     chunk::{self, Chunker},
     embed::BookedEmbedder,
     error::GatewayError,
-    index::{ChunkRecord, CollectionMeta, NewChunk, Selection, VectorIndex, term_count},
+    index::{ChangeId, ChunkRecord, CollectionMeta, NewChunk, Selection, VectorIndex, term_count},
     metrics::Metrics,
-    versions::Versions,
 };
 
 /// Bytes of documents that are chunked, embedded and written together.
@@ -68,7 +68,6 @@ pub(crate) struct Indexer {
     index: Arc<dyn VectorIndex>,
     embedder: Option<Arc<BookedEmbedder>>,
     chunker: Chunker,
-    versions: Arc<Versions>,
     metrics: Metrics,
     /// One writer a collection in this process.
     locks: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
@@ -101,14 +100,12 @@ impl Indexer {
         index: Arc<dyn VectorIndex>,
         embedder: Option<Arc<BookedEmbedder>>,
         chunker: Chunker,
-        versions: Arc<Versions>,
         metrics: Metrics,
     ) -> Self {
         Self {
             index,
             embedder,
             chunker,
-            versions,
             metrics,
             locks: Mutex::default(),
             weighed_at: Mutex::default(),
@@ -122,12 +119,25 @@ impl Indexer {
         &self,
         collection: &str,
         documents: Vec<Document>,
-        mut progress: impl FnMut(&[DocumentResult], u64) + Send,
+        progress: impl FnMut(&[DocumentResult], u64) + Send,
     ) -> Result<PutDocumentsResult, GatewayError> {
         let lock = self.lock_of(collection);
         let _writing = lock.lock().await;
+        let mut change = Change::of(&self.index, collection).await?;
+        let result = self.put_groups(collection, documents, progress, &mut change).await;
+        // What was written before a failure stays, so it is announced all the same.
+        change.end().await?;
+        result
+    }
+
+    async fn put_groups(
+        &self,
+        collection: &str,
+        documents: Vec<Document>,
+        mut progress: impl FnMut(&[DocumentResult], u64) + Send,
+        change: &mut Change,
+    ) -> Result<PutDocumentsResult, GatewayError> {
         let mut all = PutDocumentsResult { results: Vec::with_capacity(documents.len()), tokens: 0 };
-        let mut change = Change { versions: &self.versions, collection, happened: false };
         let rev = self.next_rev();
         let mut groups = stream::iter(groups(documents))
             .map(|group| self.prepare(collection, group, rev))
@@ -135,8 +145,15 @@ impl Indexer {
             .boxed();
         while let Some(group) = groups.next().await {
             let (mut results, prepared) = group?;
-            change.happened |= !prepared.is_empty();
+            let writes = !prepared.is_empty();
+            if writes {
+                change.begin().await?;
+            }
             let tokens = self.write(collection, prepared, rev, &mut results).await?;
+            if writes {
+                // Each group is searchable from here on, also for those who asked before.
+                change.announce().await?;
+            }
             for result in &results {
                 let outcome = match result.outcome {
                     DocumentOutcome::Unchanged => "unchanged",
@@ -149,7 +166,7 @@ impl Indexer {
             all.tokens += tokens;
             all.results.extend(results);
         }
-        if change.happened {
+        if change.has_begun() {
             self.keep_weights(collection).await?;
         }
         Ok(all)
@@ -166,19 +183,42 @@ impl Indexer {
         if self.index.meta(collection).await?.is_none() {
             return Err(GatewayError::UnknownCollection(collection.to_owned()));
         }
-        let repo = request.repo.as_deref().unwrap_or_default();
+        let name = |name: &Option<String>| name.clone().unwrap_or_default();
+        let (repo, tenant) = (name(&request.repo), name(&request.tenant));
+        let names = request.sources.iter().chain([&repo, &tenant]);
+        if names.into_iter().any(|name| name.chars().any(char::is_control)) {
+            let detail = "`sources`, `repo` and `tenant` have no control characters";
+            return Err(GatewayError::Invalid(detail.to_owned()));
+        }
         let docs: Vec<String> = request
             .sources
             .iter()
-            .map(|source| doc_key("", repo, source))
+            .map(|source| doc_key(&tenant, &repo, source))
             .collect::<HashSet<_>>()
             .into_iter()
             .collect();
-        let _change = Change { versions: &self.versions, collection, happened: true };
+        let mut change = Change::of(&self.index, collection).await?;
+        change.begin().await?;
+        let result = self.delete_docs(collection, &tenant, &docs).await;
+        change.end().await?;
+        result
+    }
+
+    async fn delete_docs(
+        &self,
+        collection: &str,
+        tenant: &str,
+        docs: &[String],
+    ) -> Result<DeleteDocumentsResult, GatewayError> {
         let mut deleted = 0;
         for docs in docs.chunks(PAGE) {
             deleted += self.stored(collection, docs).await?.len();
-            let selection = Selection { docs: Some(docs.to_vec()), ..Selection::default() };
+            // The keys say whose they are already; two locks hold better than one.
+            let selection = Selection {
+                docs: Some(docs.to_vec()),
+                tenants: Some(vec![tenant.to_owned()]),
+                ..Selection::default()
+            };
             self.index.delete(collection, selection).await?;
         }
         Ok(DeleteDocumentsResult { deleted })
@@ -189,11 +229,12 @@ impl Indexer {
         &self,
         collection: &str,
         repo: Option<&str>,
+        tenant: Option<&str>,
     ) -> Result<DocumentList, GatewayError> {
         let selection = Selection {
             first_chunks: true,
             repo: repo.map(str::to_owned),
-            tenants: Some(vec![String::new()]),
+            tenants: Some(vec![tenant.unwrap_or_default().to_owned()]),
             ..Selection::default()
         };
         let mut documents = Vec::new();
@@ -408,17 +449,59 @@ impl Indexer {
     }
 }
 
-/// Tells the caches when this ends, however it ends, that the collection may have changed.
-struct Change<'a> {
-    versions: &'a Versions,
-    collection: &'a str,
-    happened: bool,
+/// A change of a collection, from before its first write until it is announced.
+struct Change {
+    index: Arc<dyn VectorIndex>,
+    collection: String,
+    id: Option<ChangeId>,
+    /// Another writer began one that has not ended, perhaps because that writer died.
+    inherited: bool,
 }
 
-impl Drop for Change<'_> {
+impl Change {
+    async fn of(index: &Arc<dyn VectorIndex>, collection: &str) -> Result<Self, GatewayError> {
+        let inherited = index.version(&[collection.to_owned()]).await?.unfinished;
+        Ok(Self { index: Arc::clone(index), collection: collection.to_owned(), id: None, inherited })
+    }
+
+    async fn begin(&mut self) -> Result<(), GatewayError> {
+        if self.id.is_none() {
+            self.id = Some(self.index.begin_change(&self.collection).await?);
+        }
+        Ok(())
+    }
+
+    async fn announce(&self) -> Result<(), GatewayError> {
+        Ok(self.index.changed(&self.collection).await?)
+    }
+
+    fn has_begun(&self) -> bool {
+        self.id.is_some()
+    }
+
+    /// Where nothing was written but somebody else may have, that is announced instead.
+    async fn end(mut self) -> Result<(), GatewayError> {
+        if let Some(id) = self.id.take() {
+            self.index.end_change(&self.collection, id).await?;
+        } else if self.inherited {
+            self.announce().await?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Change {
+    /// A write that was given up half-way is announced in the background.
     fn drop(&mut self) {
-        if self.happened {
-            self.versions.changed(self.collection);
+        if let Some(id) = self.id.take()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            let (index, collection) = (Arc::clone(&self.index), mem::take(&mut self.collection));
+            runtime.spawn(async move {
+                if let Err(error) = index.end_change(&collection, id).await {
+                    tracing::warn!(collection, error = %error, "a change is announced by whoever writes next");
+                }
+            });
         }
     }
 }
@@ -563,6 +646,8 @@ fn records(
                 tenant: document.tenant.clone().unwrap_or_default(),
                 commit: document.commit.clone(),
                 terms: 0,
+                tokens: number(chunk.tokens),
+                glue: chunk.glue.map(str::to_owned),
                 text: chunk.text.to_owned(),
             };
             record.terms = term_count(&record.contextual_text());
@@ -585,7 +670,12 @@ fn doc_key(tenant: &str, repo: &str, source: &str) -> String {
 
 /// The same content gives the same ids: what an interrupted write left is overwritten, not doubled.
 fn chunk_id(record: &ChunkRecord) -> Uuid {
-    Uuid::new_v5(&CHUNK_NAMESPACE, format!("{}:{}:{}", record.doc, record.hash, record.n).as_bytes())
+    chunk_id_at(record, record.n)
+}
+
+/// The id of another chunk of the same document: of its neighbour, say.
+pub(crate) fn chunk_id_at(record: &ChunkRecord, n: u32) -> Uuid {
+    Uuid::new_v5(&CHUNK_NAMESPACE, format!("{}:{}:{n}", record.doc, record.hash).as_bytes())
 }
 
 fn mean_terms<'a>(records: impl Iterator<Item = &'a ChunkRecord>) -> Option<f64> {

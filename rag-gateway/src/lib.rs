@@ -7,6 +7,7 @@
 //!
 //! Architecture invariants: this crate knows no worker, and nothing outside `index/` knows an engine.
 
+mod cache;
 mod chunk;
 mod embed;
 mod error;
@@ -17,7 +18,7 @@ mod index;
 mod indexing;
 mod jobs;
 mod metrics;
+mod rerank;
 mod search;
-mod versions;
 
 pub use gateway::{Gateway, RunningGateway, StartError};

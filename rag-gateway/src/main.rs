@@ -25,8 +25,8 @@ use clap::Parser;
     version,
     after_help = "Examples:\n  \
                   ATLAS_DATA_DIR=.atlas atlas-rag-gateway\n  \
-                  curl -s localhost:8501/v1/query_chat -d '{\"query\":\"how are tokens reserved?\"}'\n\n\
-                  The API is described at /openapi.json, metrics are at /metrics.\n\
+                  curl -s localhost:8501/v1/query_chat --json '{\"query\":\"how are tokens reserved?\"}'\n\n\
+                  The API can be tried at /docs and is described at /openapi.json; metrics are at /metrics.\n\
                   Exit codes: 0 stopped, 1 failed, 2 wrong configuration."
 )]
 struct Arguments {

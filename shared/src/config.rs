@@ -21,10 +21,12 @@ use crate::{
     ledger::{Limits, Tokens},
 };
 
+mod api_key;
 pub mod docs;
 mod settings;
 mod source_urls;
 
+pub use api_key::ApiKey;
 pub use settings::{Group, SETTINGS, Setting};
 pub use source_urls::{SourceLines, SourceUrls};
 
@@ -309,10 +311,12 @@ pub struct GatewayConfig {
     pub redis_url: Option<Secret>,
     /// `CACHE_TTL`, seconds; zero switches the cache off.
     pub cache_ttl: Duration,
+    /// `CACHE_STALE_SECONDS`: how old an answer may be that is given while the index is down.
+    pub cache_stale: Duration,
     /// `CACHE_MAX_ENTRIES`.
     pub cache_max_entries: u64,
-    /// `API_KEYS`: caller name and key; empty means open to whoever reaches the port.
-    pub api_keys: Vec<(String, Secret)>,
+    /// `API_KEYS`; empty means open to whoever reaches the port.
+    pub api_keys: Vec<ApiKey>,
     /// `RATE_LIMIT_REQUESTS` in each window, a caller.
     pub rate_limit_requests: u32,
     /// `RATE_LIMIT_WINDOW_SECONDS`.
@@ -321,6 +325,10 @@ pub struct GatewayConfig {
     pub max_body_bytes: usize,
     /// `MAX_TOP_K`.
     pub max_top_k: usize,
+    /// `PASSAGE_TOKENS`: bound of a passage that is joined with its neighbours; zero: none is.
+    pub passage_tokens: usize,
+    /// `RERANK_URL` and its companions.
+    pub rerank: Option<RerankConfig>,
     /// `GATEWAY_TIMEOUT_SECONDS`: bound of one request.
     pub timeout: Duration,
     /// `GATEWAY_MAX_CONCURRENCY`: requests at once; more get 503.
@@ -331,6 +339,47 @@ pub struct GatewayConfig {
     pub chunk_tokens: usize,
     /// `CHUNK_OVERLAP_TOKENS`.
     pub chunk_overlap_tokens: usize,
+}
+
+/// A reranker's API.
+#[derive(Clone, Debug)]
+pub struct RerankConfig {
+    /// `RERANK_URL`: the endpoint itself.
+    pub url: Url,
+    /// `RERANK_API`.
+    pub api: RerankApi,
+    /// `RERANK_API_KEY`.
+    pub api_key: Option<Secret>,
+    /// `RERANK_MODEL`.
+    pub model: Option<String>,
+    /// `RERANK_CANDIDATES`.
+    pub candidates: usize,
+    /// `RERANK_TIMEOUT_MILLISECONDS`: bound of one query's reranking.
+    pub timeout: Duration,
+}
+
+/// What a reranker speaks: `RERANK_API`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RerankApi {
+    /// `documents` in, `results[].relevance_score` out.
+    Jina,
+    /// The same without `return_documents`.
+    Cohere,
+    /// `texts` in, a list of `score` out.
+    Tei,
+}
+
+impl FromStr for RerankApi {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "jina" => Ok(Self::Jina),
+            "cohere" => Ok(Self::Cohere),
+            "tei" => Ok(Self::Tei),
+            _ => Err("use jina, cohere or tei".to_owned()),
+        }
+    }
 }
 
 /// `VectorIndex` adapter.
@@ -669,12 +718,15 @@ impl Reader<'_> {
             index,
             redis_url: self.secret("REDIS_URL"),
             cache_ttl: self.seconds("CACHE_TTL", 0..=604_800),
+            cache_stale: self.seconds("CACHE_STALE_SECONDS", 0..=604_800),
             cache_max_entries: self.number("CACHE_MAX_ENTRIES", 1..=10_000_000),
             api_keys: self.api_keys(),
             rate_limit_requests: self.small("RATE_LIMIT_REQUESTS", 1..=10_000_000),
             rate_limit_window: self.seconds("RATE_LIMIT_WINDOW_SECONDS", 1..=86_400),
             max_body_bytes: self.size("MAX_BODY_BYTES", 1024..=1_073_741_824),
             max_top_k: self.size("MAX_TOP_K", 1..=1000),
+            passage_tokens: self.size("PASSAGE_TOKENS", 0..=100_000),
+            rerank: self.rerank(),
             timeout: self.seconds("GATEWAY_TIMEOUT_SECONDS", 1..=3600),
             max_concurrency: self.size("GATEWAY_MAX_CONCURRENCY", 1..=100_000),
             max_index_jobs: self.size("MAX_INDEX_JOBS", 1..=100_000),
@@ -695,23 +747,51 @@ impl Reader<'_> {
         })
     }
 
-    fn api_keys(&mut self) -> Vec<(String, Secret)> {
-        let Some(keys) = self.secret("API_KEYS") else { return Vec::new() };
-        let mut pairs = Vec::new();
-        for entry in keys.expose().split([',', '\n']).map(str::trim).filter(|entry| !entry.is_empty()) {
-            match entry.split_once(':') {
-                Some((name, key)) if !name.is_empty() && key.len() >= 8 => {
-                    pairs.push((name.to_owned(), Secret::new(key)));
-                }
+    fn rerank(&mut self) -> Option<RerankConfig> {
+        let api = self.parse("RERANK_API", "one of jina, cohere and tei", RerankApi::Jina);
+        let api_key = self.secret("RERANK_API_KEY");
+        let model = self.text("RERANK_MODEL");
+        let candidates = self.size("RERANK_CANDIDATES", 1..=1000);
+        let timeout = Duration::from_millis(self.number("RERANK_TIMEOUT_MILLISECONDS", 1..=600_000));
+        self.text("RERANK_URL")?;
+        let url = self.url("RERANK_URL", "http://tei:8080/rerank")?;
+        Some(RerankConfig { url, api, api_key, model, candidates, timeout })
+    }
+
+    fn api_keys(&mut self) -> Vec<ApiKey> {
+        let hashed_only = self.env.get("API_KEYS").is_none();
+        let Some(text) = self.secret("API_KEYS") else { return Vec::new() };
+        let mut keys: Vec<ApiKey> = Vec::new();
+        let entries = text.expose().lines().filter(|line| !line.trim_start().starts_with('#'));
+        let entries = entries.flat_map(|line| line.split(',')).map(str::trim);
+        for (position, entry) in entries.filter(|entry| !entry.is_empty()).enumerate() {
+            match ApiKey::parse(entry, hashed_only) {
+                Ok(key) => keys.push(key),
                 // The entry itself is a secret: say which by position only.
-                _ => self.fault(
+                Err(problem) => self.fault(
                     "API_KEYS",
-                    format!("entry {} is not name:key with a key of 8 characters or more", pairs.len() + 1),
-                    "write worker:SOME-LONG-KEY,ci:ANOTHER-KEY",
+                    format!("entry {} {problem}", position + 1),
+                    if hashed_only {
+                        "`atlas key new NAME` makes a key and its line; `atlas key hash NAME` makes the line of a key you have"
+                    } else {
+                        "write worker:SOME-LONG-KEY,ci:ANOTHER-KEY:its-tenant"
+                    },
                 ),
             }
         }
-        pairs
+        let mut tenants: BTreeMap<&str, &Option<String>> = BTreeMap::new();
+        let torn = keys.iter().find(|key| {
+            let first = tenants.entry(&key.name).or_insert(&key.tenant);
+            **first != key.tenant
+        });
+        if let Some(name) = torn.map(|key| key.name.clone()) {
+            self.fault(
+                "API_KEYS",
+                format!("caller {name} has keys of different tenants"),
+                "give each tenant a caller name of its own",
+            );
+        }
+        keys
     }
 
     fn fault(&mut self, variable: &'static str, problem: String, fix: &str) {
@@ -892,6 +972,25 @@ mod tests {
     }
 
     #[test]
+    fn callers_are_read_from_the_environment_and_hashed_from_a_file() {
+        let load = |name: &str, value: &str| {
+            let env = Env::from([("ATLAS_DATA_DIR", "/tmp/x"), (name, value)]);
+            Config::load(&env, Process::Gateway).map(|config| config.gateway.api_keys)
+        };
+        let keys = load("API_KEYS", "worker:a-long-key, ci:another-key:acme\nci:next-key-of-ci:acme")
+            .expect("valid");
+        let callers: Vec<_> = keys.iter().map(|key| (key.name.as_str(), key.tenant.as_deref())).collect();
+        assert_eq!(callers, [("worker", None), ("ci", Some("acme")), ("ci", Some("acme"))]);
+        let torn = load("API_KEYS", "ci:a-long-key:acme,ci:another-key").expect_err("two tenants, one name");
+        assert!(torn.to_string().contains("different tenants"), "{torn}");
+        let file = tempfile::NamedTempFile::new().expect("temp file");
+        std::fs::write(file.path(), "worker:the-key-itself\n").expect("written");
+        let plain = load("API_KEYS_FILE", &file.path().display().to_string()).expect_err("not hashed");
+        let text = plain.to_string();
+        assert!(text.contains("atlas key") && !text.contains("the-key-itself"), "{text}");
+    }
+
+    #[test]
     fn a_secret_can_come_from_a_file_and_never_shows() {
         let file = tempfile::NamedTempFile::new().expect("temp file");
         std::fs::write(file.path(), "sk-from-file\n").expect("written");
@@ -928,6 +1027,7 @@ mod tests {
             ("OPENAI_API_KEY", "sk-x"),
             ("RAG_URL", "http://localhost:8501"),
             ("QDRANT_URL", "http://localhost:6334"),
+            ("RERANK_URL", "http://localhost:8080/rerank"),
         ])
     }
 

@@ -19,6 +19,8 @@ pub enum Dependency {
     VectorIndex,
     /// Redis.
     Cache,
+    /// The reranker's API.
+    Reranker,
 }
 
 impl Dependency {
@@ -32,6 +34,7 @@ impl Dependency {
             Self::Embedder => "embedder",
             Self::VectorIndex => "vector_index",
             Self::Cache => "cache",
+            Self::Reranker => "reranker",
         }
     }
 }

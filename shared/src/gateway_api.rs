@@ -3,7 +3,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// Response header that says how an answer is less than it could be (`lexical`, `stale`).
+/// Response header that says how an answer is less than it could be: `lexical`, `unreranked`, `stale`,
+/// or several of them, separated by `, `.
 pub const DEGRADED_HEADER: &str = "x-atlas-degraded";
 
 /// `POST /v1/query_chat`.
@@ -18,15 +19,46 @@ pub struct QueryChatRequest {
     /// Which collection; the gateway's default when missing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collection: Option<String>,
+    /// Several collections, up to 16, searched as one. Not together with `collection`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub collections: Option<Vec<String>>,
+    /// Which lists are searched; `hybrid` when missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<SearchMode>,
     /// Drop passages whose cosine is below this, 0 to 1. Ignored for passages without a cosine.
+    /// The default depends on the embedding model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub relevancy_threshold: Option<f32>,
     /// At most one passage a file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collapse_by_file: Option<bool>,
+    /// Reorder the best candidates with the reranker (`RERANK_URL`). True when missing and there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rerank: Option<bool>,
+    /// Maximal marginal relevance: from 0 (relevance alone, the default) to 1 (passages that repeat
+    /// what is there already come last).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub diversity: Option<f32>,
+    /// Join passages with their neighbours in the file, up to this many tokens each; 0: never. The
+    /// gateway's default (`PASSAGE_TOKENS`) when missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passage_tokens: Option<usize>,
     /// Only passages that match.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub filter: Option<QueryFilter>,
+}
+
+/// Which lists of a collection a query searches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SearchMode {
+    /// Both, fused.
+    #[default]
+    Hybrid,
+    /// BM25 alone: no embedding is asked for.
+    Lexical,
+    /// Cosine alone. Where there are no embeddings it is BM25, and the answer says so.
+    Dense,
 }
 
 /// Which passages may be found.
@@ -62,7 +94,7 @@ pub struct Passage {
     pub end_line: u32,
     /// Heading path or symbol, such as `Guide › Install`.
     pub heading: Option<String>,
-    /// Fused score: only its order means something.
+    /// The reranker's score, or the fused one: only its order within one answer means something.
     pub score: f32,
     /// Where it was found.
     pub collection: String,
@@ -207,6 +239,9 @@ pub struct DeleteDocuments {
     /// Repository the sources belong to, when they were indexed with one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub repo: Option<String>,
+    /// Tenant the sources belong to, when they were indexed with one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
     /// Sources to delete.
     pub sources: Vec<String>,
 }
@@ -218,7 +253,7 @@ pub struct DeleteDocumentsResult {
     pub deleted: usize,
 }
 
-/// `GET /v1/documents?collection=…&repo=…`: what is indexed, so that a client sends only what changed.
+/// `GET /v1/documents?collection=…&repo=…&tenant=…`: what is indexed, so that a client sends only what changed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct DocumentList {
     /// One a document, by source.

@@ -21,6 +21,7 @@ pub mod openai;
 pub mod ops;
 pub mod postgrest;
 pub mod process;
+pub mod rerank;
 pub mod resilience;
 pub mod secret;
 pub mod sqlite;

@@ -151,6 +151,7 @@ pub fn address_variable(dependency: Dependency) -> &'static str {
         Dependency::Model | Dependency::Embedder => "OPENAI_BASE_URL",
         Dependency::VectorIndex => "QDRANT_URL (embedded: ATLAS_DATA_DIR)",
         Dependency::Cache => "REDIS_URL",
+        Dependency::Reranker => "RERANK_URL",
     }
 }
 

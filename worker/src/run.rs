@@ -317,12 +317,12 @@ impl Run<'_> {
             top_k: Some(rag.top_k),
             collection: Some(self.task.options.collection.clone().unwrap_or_else(|| rag.collection.clone())),
             relevancy_threshold: rag.relevancy_threshold,
-            collapse_by_file: None,
             filter: (lookup.path.is_some() || self.task.options.tenant.is_some()).then(|| QueryFilter {
                 path: lookup.path.clone(),
                 tenant: self.task.options.tenant.clone(),
                 ..QueryFilter::default()
             }),
+            ..QueryChatRequest::default()
         };
         let gateway = self.context.gateway.traced(self.trace.child());
         let result = tokio::select! {

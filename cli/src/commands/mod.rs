@@ -9,6 +9,7 @@ pub(crate) mod dlq;
 pub(crate) mod doctor;
 pub(crate) mod index;
 pub(crate) mod judge;
+pub(crate) mod key;
 pub(crate) mod migrate;
 pub(crate) mod publish;
 pub(crate) mod runs;

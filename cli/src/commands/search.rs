@@ -87,6 +87,7 @@ impl Search {
             relevancy_threshold: access.config.rag.relevancy_threshold,
             collapse_by_file: self.one_per_file.then_some(true),
             filter: (filter != QueryFilter::default()).then_some(filter),
+            ..QueryChatRequest::default()
         };
         let QueryAnswer { passages, degraded } = access.client.query_chat(&request).await?;
         if let Some(how) = degraded {

@@ -44,6 +44,13 @@ impl<'t> Lines<'t> {
         without_terminator(&self.text[self.starts[start]..self.starts[end]])
     }
 
+    /// What stands between the end of `..end` (without its last terminator) and line `start`.
+    pub(super) fn between(&self, end: usize, start: usize) -> &'t str {
+        let last = end.saturating_sub(1);
+        let terminator = self.raw(last).len() - self.line(last).len();
+        &self.text[self.starts[end] - terminator..self.starts[start]]
+    }
+
     pub(super) fn is_blank(&self, line: usize) -> bool {
         self.raw(line).trim().is_empty()
     }

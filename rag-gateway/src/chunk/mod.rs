@@ -32,6 +32,11 @@ pub(crate) struct Chunk<'t> {
     pub(crate) end_line: u32,
     /// Heading path or symbols, such as `Guide › Install` or `impl Run › fn finish`.
     pub(crate) heading: Option<String>,
+    /// An upper bound of its tokens.
+    pub(crate) tokens: usize,
+    /// What stands between the chunk before and this one: a line's end and blank lines. `None` where
+    /// they overlap or cannot be joined (the first chunk, pieces of a line, a very long gap).
+    pub(crate) glue: Option<&'t str>,
 }
 
 /// How large chunks may be, in tokens of cl100k_base.

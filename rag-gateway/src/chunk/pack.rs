@@ -14,6 +14,9 @@ const TINY_SHARE: usize = 5;
 /// Longer lines are cut into blocks of this size first, so that no line costs more than linear time.
 const LONGEST_BLOCK: usize = 16 * 1024;
 
+/// Chunks that are further apart are not joined again.
+const LONGEST_GLUE: usize = 64;
+
 /// Cuts a document. See the module above for what is promised.
 pub(super) fn pack<'t>(
     lines: &Lines<'t>,
@@ -143,15 +146,25 @@ impl<'t> Packer<'_, 't> {
     fn chunks(&self) -> Vec<Chunk<'t>> {
         let mut chunks = Vec::with_capacity(self.ranges.len());
         let mut previous: Option<(usize, usize)> = None;
+        // Where the last chunk of whole lines ended, if the chunk before is one.
+        let mut whole_until: Option<usize> = None;
         for &(start, end) in &self.ranges {
             let heading = self.structure.heading(start, end);
             if self.lines.tokens(start, end) > self.max_tokens {
                 for text in pieces(self.lines.line(start), self.max_tokens) {
-                    chunks.push(chunk(text, start, start + 1, heading.clone()));
+                    let chunk = chunk(text, start, start + 1, heading.clone());
+                    chunks.push(Chunk { tokens: self.max_tokens, ..chunk });
                 }
+                whole_until = None;
             } else {
                 let from = self.overlap_start(start, end, previous);
-                chunks.push(chunk(self.lines.slice(from, end), from, end, heading));
+                let chunk = chunk(self.lines.slice(from, end), from, end, heading);
+                let glue = whole_until
+                    .filter(|before| *before <= from)
+                    .map(|before| self.lines.between(before, from))
+                    .filter(|glue| glue.len() <= LONGEST_GLUE);
+                chunks.push(Chunk { tokens: self.lines.tokens(from, end), glue, ..chunk });
+                whole_until = Some(end);
             }
             previous = Some((start, end));
         }
@@ -181,7 +194,7 @@ impl<'t> Packer<'_, 't> {
 
 fn chunk(text: &str, start: usize, end: usize, heading: Option<String>) -> Chunk<'_> {
     let number = |line: usize| u32::try_from(line).unwrap_or(u32::MAX);
-    Chunk { text, start_line: number(start + 1), end_line: number(end), heading }
+    Chunk { text, start_line: number(start + 1), end_line: number(end), heading, tokens: 0, glue: None }
 }
 
 struct UpperBound;

@@ -10,7 +10,8 @@ use serde::de::DeserializeOwned;
 
 use super::{App, Problem};
 
-/// A JSON object of at most `MAX_BODY_BYTES`. The content type is not looked at: it can only be JSON.
+/// A JSON object of at most `MAX_BODY_BYTES`. A content type other than JSON is refused: a page on
+/// another site can make a browser send forms and plain text anywhere, but not JSON.
 pub(super) struct Json<T>(pub(super) T);
 
 /// A JSON array, otherwise the same.
@@ -43,6 +44,12 @@ async fn read<T: DeserializeOwned>(request: Request, app: &App, opening: u8) -> 
         let detail = format!("The body is JSON, but not what this route takes: {error}. See /openapi.json.");
         Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid_request", detail)
     };
+    if let Some(kind) = request.headers().get(header::CONTENT_TYPE)
+        && !is_json(kind.as_bytes())
+    {
+        let detail = "Send JSON, with `content-type: application/json` (curl: `--json` instead of `-d`).";
+        return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", detail));
+    }
     let announced = request
         .headers()
         .get(header::CONTENT_LENGTH)
@@ -65,6 +72,28 @@ async fn read<T: DeserializeOwned>(request: Request, app: &App, opening: u8) -> 
             let detail = format!("The body is not JSON: {error}.");
             Err(Problem::new(StatusCode::BAD_REQUEST, "invalid_json", detail))
         }
+    }
+}
+
+/// `application/json` or `application/anything+json`, whatever parameters follow.
+fn is_json(kind: &[u8]) -> bool {
+    let kind = kind.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii().to_ascii_lowercase();
+    kind == b"application/json" || (kind.starts_with(b"application/") && kind.ends_with(b"+json"))
+}
+
+/// A segment of the path.
+pub(super) struct Segment(pub(super) String);
+
+impl FromRequestParts<Arc<App>> for Segment {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Problem> {
+        axum::extract::Path::<String>::from_request_parts(parts, app).await.map(|path| Self(path.0)).map_err(
+            |error| {
+                let detail = format!("The path: {}.", error.body_text());
+                Problem::new(StatusCode::BAD_REQUEST, "invalid_path", detail)
+            },
+        )
     }
 }
 

@@ -9,17 +9,22 @@ use atlas_shared::gateway_api::{
 };
 use axum::{
     Json as Answer,
-    extract::{Path, State},
-    http::StatusCode,
+    extract::State,
+    http::{HeaderValue, StatusCode, header},
     response::{IntoResponse as _, Response},
 };
 use serde::Deserialize;
 
 use super::{
     App, Problem,
-    body::{Json, JsonArray, Query},
+    auth::Caller,
+    body::{Json, JsonArray, Query, Segment},
 };
-use crate::{error::GatewayError, search::check_collection_name};
+use crate::{
+    error::GatewayError,
+    index::{CollectionMeta, Selection},
+    search::check_collection_name,
+};
 
 /// The content type of errors.
 const PROBLEM: &str = "application/problem+json";
@@ -33,18 +38,21 @@ const MAX_DOCUMENTS: usize = 10_000;
 pub(super) struct Scope {
     collection: Option<String>,
     repo: Option<String>,
+    tenant: Option<String>,
 }
 
 /// Finds passages.
 ///
 /// Hybrid search: BM25 and, where the collection has embeddings, cosine. Equal queries get equal answers.
+/// Of one collection or several; passages stand next to their neighbours where there is room.
 #[utoipa::path(
     post,
     path = "/v1/query_chat",
     tag = "search",
     request_body = QueryChatRequest,
     responses(
-        (status = 200, description = "Passages, best first. `X-Atlas-Degraded` says how the answer is less than it could be (`lexical`).", body = Vec<Passage>),
+        (status = 200, description = "Passages, best first. `X-Atlas-Degraded` says how the answer is less than it could be: `lexical` (without embeddings), `unreranked`, `stale` (from the cache, because the index does not answer).", body = Vec<Passage>),
+        (status = 403, description = "`forbidden`: the key belongs to another tenant.", body = gateway_api::Problem, content_type = PROBLEM),
         (status = 404, description = "`unknown_collection`", body = gateway_api::Problem, content_type = PROBLEM),
         (status = 409, description = "`embedding_mismatch`: the collection was built with another embedding model.", body = gateway_api::Problem, content_type = PROBLEM),
         (status = 503, description = "`upstream_unavailable`: the index does not answer; see `Retry-After`.", body = gateway_api::Problem, content_type = PROBLEM),
@@ -52,12 +60,19 @@ pub(super) struct Scope {
 )]
 pub(super) async fn query_chat(
     State(app): State<Arc<App>>,
-    Json(request): Json<QueryChatRequest>,
+    caller: Caller,
+    Json(mut request): Json<QueryChatRequest>,
 ) -> Result<Response, Problem> {
+    let mut filter = request.filter.take().unwrap_or_default();
+    filter.tenant = caller.tenant(filter.tenant)?;
+    request.filter = Some(filter);
     let answer = app.searcher.query(request).await?;
-    let mut response = Answer(&*answer.passages).into_response();
-    if let Some(reason) = answer.degraded {
-        response.headers_mut().insert(DEGRADED_HEADER, axum::http::HeaderValue::from_static(reason));
+    let mut response = ([(header::CONTENT_TYPE, "application/json")], answer.body).into_response();
+    if !answer.degraded.is_empty() {
+        let reasons: Vec<&str> = answer.degraded.iter().map(|reason| reason.as_str()).collect();
+        if let Ok(reasons) = HeaderValue::from_str(&reasons.join(", ")) {
+            response.headers_mut().insert(DEGRADED_HEADER, reasons);
+        }
     }
     Ok(response)
 }
@@ -78,11 +93,13 @@ pub(super) async fn query_chat(
 )]
 pub(super) async fn embed_batch(
     State(app): State<Arc<App>>,
+    caller: Caller,
     Query(scope): Query<Scope>,
     JsonArray(items): JsonArray<EmbedItem>,
 ) -> Result<(StatusCode, Answer<JobCreated>), Problem> {
     let collection = collection(&app, scope.collection)?;
     let documents: Vec<Document> = items.into_iter().map(named).collect();
+    let documents = owned(&caller, documents)?;
     check_count(documents.len())?;
     let job_id = app.jobs.submit(collection, documents)?;
     Ok((StatusCode::ACCEPTED, Answer(JobCreated { job_id })))
@@ -101,7 +118,7 @@ pub(super) async fn embed_batch(
 )]
 pub(super) async fn job(
     State(app): State<Arc<App>>,
-    Path(id): Path<String>,
+    Segment(id): Segment,
 ) -> Result<Answer<JobStatus>, Problem> {
     Ok(Answer(app.jobs.status(&id)?))
 }
@@ -123,12 +140,14 @@ pub(super) async fn job(
 )]
 pub(super) async fn put_documents(
     State(app): State<Arc<App>>,
+    caller: Caller,
     Json(request): Json<PutDocuments>,
 ) -> Result<Answer<PutDocumentsResult>, Problem> {
     let collection = collection(&app, request.collection)?;
     check_count(request.documents.len())?;
+    let documents = owned(&caller, request.documents)?;
     let indexer = Arc::clone(&app.indexer);
-    let put = async move { indexer.put(&collection, request.documents, |_, _| {}).await };
+    let put = async move { indexer.put(&collection, documents, |_, _| {}).await };
     Ok(Answer(to_its_end(&app, put).await?))
 }
 
@@ -145,8 +164,10 @@ pub(super) async fn put_documents(
 )]
 pub(super) async fn delete_documents(
     State(app): State<Arc<App>>,
-    Json(request): Json<DeleteDocuments>,
+    caller: Caller,
+    Json(mut request): Json<DeleteDocuments>,
 ) -> Result<Answer<DeleteDocumentsResult>, Problem> {
+    request.tenant = caller.tenant(request.tenant)?;
     let collection = collection(&app, request.collection.clone())?;
     check_count(request.sources.len())?;
     let indexer = Arc::clone(&app.indexer);
@@ -161,46 +182,69 @@ pub(super) async fn delete_documents(
     tag = "index",
     params(
         ("collection" = Option<String>, Query, description = "Which collection; the default when missing."),
-        ("repo" = Option<String>, Query, description = "Only this repository.")
+        ("repo" = Option<String>, Query, description = "Only this repository."),
+        ("tenant" = Option<String>, Query, description = "What is this tenant's; what is nobody's when missing.")
     ),
     responses((status = 200, description = "What is indexed, by source.", body = DocumentList))
 )]
 pub(super) async fn list_documents(
     State(app): State<Arc<App>>,
+    caller: Caller,
     Query(scope): Query<Scope>,
 ) -> Result<Answer<DocumentList>, Problem> {
     let collection = collection(&app, scope.collection)?;
-    Ok(Answer(app.indexer.list(&collection, scope.repo.as_deref()).await?))
+    let tenant = caller.tenant(scope.tenant)?;
+    Ok(Answer(app.indexer.list(&collection, scope.repo.as_deref(), tenant.as_deref()).await?))
 }
 
 /// Lists the collections.
+///
+/// A key that belongs to a tenant sees those that hold something it may read, and counts only that.
 #[utoipa::path(
     get,
     path = "/v1/collections",
     tag = "index",
     responses((status = 200, description = "All collections, by name.", body = Vec<CollectionInfo>))
 )]
-pub(super) async fn collections(State(app): State<Arc<App>>) -> Result<Answer<Vec<CollectionInfo>>, Problem> {
+pub(super) async fn collections(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+) -> Result<Answer<Vec<CollectionInfo>>, Problem> {
     let all = app.index.collections().await.map_err(GatewayError::from)?;
-    let line = |(name, state): (String, crate::index::CollectionState)| CollectionInfo {
-        name,
-        chunks: state.chunks,
-        embedding_model: state.meta.embedding_model,
-        embedding_size: state.meta.embedding_size,
-    };
-    Ok(Answer(all.into_iter().map(line).collect()))
+    let mut lines = Vec::with_capacity(all.len());
+    for (name, state) in all {
+        let mut chunks = state.chunks;
+        if let Some(tenant) = &caller.tenant {
+            let tenants = vec![String::new(), tenant.to_string()];
+            let visible = Selection { tenants: Some(tenants), ..Selection::default() };
+            chunks = app.index.count(&name, &visible).await.map_err(GatewayError::from)?;
+            if chunks == 0 {
+                continue;
+            }
+        }
+        let CollectionMeta { embedding_model, embedding_size, .. } = state.meta;
+        lines.push(CollectionInfo { name, chunks, embedding_model, embedding_size });
+    }
+    Ok(Answer(lines))
 }
 
-/// Empties this gateway's caches.
+/// Empties the caches of all gateways on this index.
+///
+/// This one's at once, the others' before they answer the next query.
 #[utoipa::path(
     post,
     path = "/v1/admin/cache/clear",
     tag = "admin",
-    responses((status = 204, description = "Empty."))
+    responses(
+        (status = 204, description = "Empty."),
+        (status = 403, description = "`forbidden`: the key belongs to a tenant.", body = gateway_api::Problem, content_type = PROBLEM),
+        (status = 503, description = "`upstream_unavailable`: this gateway's caches are empty; the index, through which the others are told, does not answer.", body = gateway_api::Problem, content_type = PROBLEM),
+    )
 )]
-pub(super) async fn clear_cache(State(app): State<Arc<App>>) -> StatusCode {
-    app.searcher.clear_cache();
-    StatusCode::NO_CONTENT
+pub(super) async fn clear_cache(State(app): State<Arc<App>>, caller: Caller) -> Result<StatusCode, Problem> {
+    caller.is_everybodys()?;
+    app.searcher.clear_cache().await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// Runs a write in a task of its own: whoever hangs up or runs out of time does not stop it half-way.
@@ -240,6 +284,16 @@ fn check_count(count: usize) -> Result<(), Problem> {
         ))
         .into()),
     }
+}
+
+/// Documents as the caller may write them: its own tenant's.
+fn owned(caller: &Caller, mut documents: Vec<Document>) -> Result<Vec<Document>, Problem> {
+    if caller.tenant.is_some() {
+        for document in &mut documents {
+            document.tenant = caller.tenant(document.tenant.take())?;
+        }
+    }
+    Ok(documents)
 }
 
 /// A text without a name is named by its hash, so that sending it again changes nothing.

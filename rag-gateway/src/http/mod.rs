@@ -1,7 +1,7 @@
 //! The HTTP API: routes, and the layers that every request passes.
 //!
 //! From the outside in: request id and log line → panics become 500 → key → rate limit → concurrency
-//! → time. Probes, metrics and the API document pass none of the last four. Handlers are thin: they
+//! → time. Probes, metrics, the API document and its page pass none of the last four. Handlers are thin: they
 //! read, call, and answer; every failure is an `application/problem+json`.
 
 use std::{sync::Arc, time::Duration};
@@ -20,6 +20,7 @@ use crate::{index::VectorIndex, indexing::Indexer, jobs::Jobs, metrics::Metrics,
 
 mod auth;
 mod body;
+mod docs;
 mod handlers;
 mod layers;
 mod openapi;
@@ -32,7 +33,7 @@ use problem::Problem;
 /// What handlers and layers share.
 pub(crate) struct App {
     pub(crate) index: Arc<dyn VectorIndex>,
-    pub(crate) searcher: Searcher,
+    pub(crate) searcher: Arc<Searcher>,
     pub(crate) indexer: Arc<Indexer>,
     pub(crate) jobs: Jobs,
     pub(crate) metrics: Metrics,
@@ -52,7 +53,7 @@ impl App {
         config: &GatewayConfig,
         default_collection: String,
         index: Arc<dyn VectorIndex>,
-        searcher: Searcher,
+        searcher: Arc<Searcher>,
         indexer: Arc<Indexer>,
         jobs: Jobs,
         metrics: Metrics,
@@ -97,6 +98,9 @@ pub(crate) fn router(app: Arc<App>, checks: ops::Checks) -> Router {
         .with_state(Arc::clone(&app));
     api.merge(ops::router(checks, registry))
         .route("/openapi.json", get(openapi::document))
+        .route("/docs", get(docs::page))
+        .route("/docs/", get(docs::index))
+        .route("/docs/{*file}", get(docs::file))
         .fallback(layers::no_such_route)
         .method_not_allowed_fallback(layers::no_such_method)
         .layer(CatchPanicLayer::custom(layers::panicked))

@@ -16,7 +16,7 @@ use super::handlers;
 #[openapi(
     info(
         title = "Atlas RAG gateway",
-        description = "Indexes documents and finds their passages: hybrid search with exact file and line references.\n\nEvery error is an `application/problem+json` (RFC 9457) whose `type` is a stable code and whose `detail` says what happened, why, and what to do. Errors that any route may give: 400 `invalid_json`, 401 `unauthorized`, 413 `body_too_large`, 422 `invalid_request`, 429 `rate_limited` and 503 `overloaded` (both with `Retry-After`), 504 `timeout`. Every answer carries `X-Request-Id`.",
+        description = "Indexes documents and finds their passages: hybrid search with exact file and line references.\n\nEvery error is an `application/problem+json` (RFC 9457) whose `type` is a stable code and whose `detail` says what happened, why, and what to do. Errors that any route may give: 400 `invalid_json`, 401 `unauthorized`, 403 `forbidden` (a key that belongs to a tenant), 413 `body_too_large`, 415 `unsupported_media_type`, 422 `invalid_request`, 429 `rate_limited` and 503 `overloaded` (both with `Retry-After`), 504 `timeout`. Every answer carries `X-Request-Id`.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
     paths(

@@ -47,6 +47,7 @@ impl From<GatewayError> for Problem {
         let status = match &error {
             GatewayError::Invalid(_) => StatusCode::UNPROCESSABLE_ENTITY,
             GatewayError::UnknownCollection(_) | GatewayError::UnknownJob(_) => StatusCode::NOT_FOUND,
+            GatewayError::Forbidden(_) => StatusCode::FORBIDDEN,
             GatewayError::EmbeddingMismatch { .. } => StatusCode::CONFLICT,
             GatewayError::BudgetExhausted(_) | GatewayError::TooManyJobs(_) => StatusCode::TOO_MANY_REQUESTS,
             GatewayError::Upstream(UpstreamError::Permanent { code, .. }) if code == "unknown_collection" => {

@@ -75,6 +75,8 @@ async fn run(index: &dyn VectorIndex) {
     older_revisions_can_be_deleted(index).await;
     a_collection_can_be_weighed_anew(index).await;
     nothing_is_found_where_nothing_is(index).await;
+    what_is_selected_is_counted(index).await;
+    a_change_gives_its_collection_another_version(index).await;
     index.check().await.unwrap();
 }
 
@@ -266,6 +268,47 @@ async fn nothing_is_found_where_nothing_is(index: &dyn VectorIndex) {
     assert_eq!(sources(index, &name, lexical("apple")).await, Vec::<String>::new());
     assert!(index.scroll(&name, &Selection::default(), None, 10, true).await.unwrap().records.is_empty());
     assert!(index.upsert(&name, vec![chunk("a.md", "apple").0], None).await.is_err());
+}
+
+async fn what_is_selected_is_counted(index: &dyn VectorIndex) {
+    let name = fresh("count");
+    assert_eq!(index.count(&name, &Selection::default()).await.unwrap(), 0);
+    index.ensure(&name, &meta(None)).await.unwrap();
+    let of_acme = |record: &mut ChunkRecord| record.tenant = "acme".to_owned();
+    put(index, &name, [chunk("a.md", "apple"), chunk("b.md", "apple").with(of_acme)]).await;
+    assert_eq!(index.count(&name, &Selection::default()).await.unwrap(), 2);
+    let acme = Selection { tenants: Some(vec!["acme".to_owned()]), ..Selection::default() };
+    assert_eq!(index.count(&name, &acme).await.unwrap(), 1);
+    index.drop_collection(&name).await.unwrap();
+}
+
+async fn a_change_gives_its_collection_another_version(index: &dyn VectorIndex) {
+    let names = [fresh("changed"), fresh("unchanged")];
+    let before = index.version(&names).await.unwrap();
+    assert_eq!(index.version(&names).await.unwrap(), before, "nothing happened");
+    assert!(!before.unfinished && !before.epoch.is_nil());
+
+    index.changed(&names[0]).await.unwrap();
+    let after = index.version(&names).await.unwrap();
+    assert_ne!(after.numbers[0], before.numbers[0]);
+    assert_eq!((after.numbers[1], after.epoch), (before.numbers[1], before.epoch));
+
+    let change = index.begin_change(&names[0]).await.unwrap();
+    assert_eq!(index.version(&names).await.unwrap().numbers, after.numbers, "nothing is announced yet");
+    index.end_change(&names[0], change).await.unwrap();
+    let ended = index.version(&names).await.unwrap();
+    assert!(!ended.unfinished);
+    assert_ne!(ended.numbers[0], after.numbers[0]);
+
+    // Where other gateways can read it, a change that nobody ends shows.
+    index.begin_change(&names[1]).await.unwrap();
+    let abandoned = index.version(&names[1..]).await.unwrap();
+    assert_eq!(abandoned.numbers, before.numbers[1..]);
+
+    index.new_epoch().await.unwrap();
+    assert_ne!(index.version(&names).await.unwrap().epoch, before.epoch);
+    let listed = index.collections().await.unwrap();
+    assert!(listed.iter().all(|(name, _)| !name.contains("versions")), "{listed:?}");
 }
 
 #[cfg(feature = "embedded")]

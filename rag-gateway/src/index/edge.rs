@@ -35,8 +35,9 @@ use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
 use super::{
-    ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS, Lists,
-    NewChunk, Page, SPARSE, Search, Selection, VectorIndex, failed, lexical_text, payload, record,
+    ChangeId, ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS,
+    Lists, NewChunk, Page, SPARSE, Search, Selection, VectorIndex, Version, failed, lexical_text, payload,
+    record, version::LocalVersions,
 };
 
 /// Our file beside the engine's.
@@ -57,6 +58,8 @@ pub(super) struct EdgeIndex {
     collections: RwLock<BTreeMap<String, Arc<Collection>>>,
     /// Held while a collection is made or dropped.
     changing: tokio::sync::Mutex<()>,
+    /// One process at a time has the folder open, so they need not be on disk.
+    versions: LocalVersions,
 }
 
 /// One open collection.
@@ -98,7 +101,12 @@ impl EdgeIndex {
                     collections.insert(name.to_owned(), Collection::load(&path)?);
                 }
             }
-            Ok(Self { dir, collections: RwLock::new(collections), changing: tokio::sync::Mutex::new(()) })
+            Ok(Self {
+                dir,
+                collections: RwLock::new(collections),
+                changing: tokio::sync::Mutex::new(()),
+                versions: LocalVersions::new(),
+            })
         })
         .await
     }
@@ -165,6 +173,12 @@ impl VectorIndex for EdgeIndex {
         blocking(move || collection.search(search)).await
     }
 
+    async fn count(&self, name: &str, selection: &Selection) -> Result<u64, UpstreamError> {
+        let Some(collection) = self.get(name) else { return Ok(0) };
+        let selection = selection.clone();
+        blocking(move || collection.count(&selection)).await
+    }
+
     async fn scroll(
         &self,
         name: &str,
@@ -186,6 +200,7 @@ impl VectorIndex for EdgeIndex {
         let _changing = self.changing.lock().await;
         let removed = self.collections.write().unwrap_or_else(PoisonError::into_inner).remove(name);
         let Some(collection) = removed else { return Ok(false) };
+        self.versions.changed(name);
         blocking(move || {
             collection.stop();
             let dir = collection.dir.clone();
@@ -196,6 +211,29 @@ impl VectorIndex for EdgeIndex {
             Ok(true)
         })
         .await
+    }
+
+    async fn version(&self, collections: &[String]) -> Result<Version, UpstreamError> {
+        Ok(self.versions.of(collections))
+    }
+
+    async fn begin_change(&self, _: &str) -> Result<ChangeId, UpstreamError> {
+        Ok(ChangeId(Uuid::nil()))
+    }
+
+    async fn changed(&self, name: &str) -> Result<(), UpstreamError> {
+        self.versions.changed(name);
+        Ok(())
+    }
+
+    async fn end_change(&self, name: &str, _: ChangeId) -> Result<(), UpstreamError> {
+        self.versions.changed(name);
+        Ok(())
+    }
+
+    async fn new_epoch(&self) -> Result<(), UpstreamError> {
+        self.versions.new_epoch();
+        Ok(())
     }
 
     async fn check(&self) -> Result<(), UpstreamError> {
@@ -362,11 +400,14 @@ impl Collection {
     }
 
     fn state(&self) -> Result<CollectionState, UpstreamError> {
-        let count = self
-            .shard
-            .count(CountRequest { filter: None, exact: true })
-            .map_err(|error| failed("count", error))?;
-        Ok(CollectionState { meta: self.meta(), chunks: count as u64 })
+        Ok(CollectionState { meta: self.meta(), chunks: self.count(&Selection::default())? })
+    }
+
+    fn count(&self, selection: &Selection) -> Result<u64, UpstreamError> {
+        let filter = (*selection != Selection::default()).then(|| filter(selection)).transpose()?;
+        let count =
+            self.shard.count(CountRequest { filter, exact: true }).map_err(|error| failed("count", error))?;
+        Ok(count as u64)
     }
 
     fn apply(&self, change: Change) -> Result<(), UpstreamError> {

@@ -21,8 +21,10 @@ mod contract;
 mod edge;
 mod lexical;
 mod qdrant;
+mod version;
 
 pub(crate) use lexical::{lexical_text, term_count};
+pub(crate) use version::{ChangeId, Version};
 
 /// Name of the dense vector.
 const DENSE: &str = "text";
@@ -92,6 +94,12 @@ pub(crate) struct ChunkRecord {
     /// Length in BM25 terms.
     #[serde(default)]
     pub(crate) terms: u32,
+    /// An upper bound of the text's tokens; 0: not known.
+    #[serde(default)]
+    pub(crate) tokens: u32,
+    /// What stands between the chunk before and this one, where both can be joined.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) glue: Option<String>,
     /// The quoted lines. Left out where a scroll does not ask for it.
     #[serde(default)]
     pub(crate) text: String,
@@ -197,6 +205,9 @@ pub(crate) trait VectorIndex: Send + Sync {
     /// Searches. An unknown collection gives empty lists.
     async fn search(&self, collection: &str, search: Search) -> Result<Lists, UpstreamError>;
 
+    /// How many chunks are selected. An unknown collection has none.
+    async fn count(&self, collection: &str, selection: &Selection) -> Result<u64, UpstreamError>;
+
     /// Reads `limit` chunks in the order of their ids, from `from` on. `with_text`: their text too.
     async fn scroll(
         &self,
@@ -216,6 +227,23 @@ pub(crate) trait VectorIndex: Send + Sync {
         expect(dead_code, reason = "rebuilding into a new collection will drop the old one")
     )]
     async fn drop_collection(&self, collection: &str) -> Result<bool, UpstreamError>;
+
+    /// What answers from these collections may be kept under. It is another one once a change of any
+    /// replica was announced, and what was announced before this call began is in it.
+    async fn version(&self, collections: &[String]) -> Result<Version, UpstreamError>;
+
+    /// Says that a change of a collection begins: until it ends, [`Version::unfinished`] is true. So
+    /// whoever comes after a writer that died half-way announces what that one could not.
+    async fn begin_change(&self, collection: &str) -> Result<ChangeId, UpstreamError>;
+
+    /// Announces what was written so far.
+    async fn changed(&self, collection: &str) -> Result<(), UpstreamError>;
+
+    /// Announces, and says that the change has ended.
+    async fn end_change(&self, collection: &str, change: ChangeId) -> Result<(), UpstreamError>;
+
+    /// Gives every replica's cached answers up, of all collections.
+    async fn new_epoch(&self) -> Result<(), UpstreamError>;
 
     /// Is the engine there and fit for us? For readiness.
     async fn check(&self) -> Result<(), UpstreamError>;

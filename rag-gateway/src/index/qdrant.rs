@@ -12,23 +12,24 @@ use ::qdrant_client::{
     qdrant::{
         Condition, CountPointsBuilder, CreateCollectionBuilder, CreateFieldIndexCollectionBuilder,
         DeletePointsBuilder, Distance, Document, FieldType, Filter, KeywordIndexParamsBuilder, Modifier,
-        NamedVectors, PayloadExcludeSelector, PointId, PointStruct, PointVectors, Query,
+        NamedVectors, PayloadExcludeSelector, PointId, PointStruct, PointVectors, PointsIdsList, Query,
         QueryBatchPointsBuilder, QueryPoints, QueryPointsBuilder, Range, ScoredPoint, ScrollPointsBuilder,
         SparseVectorParamsBuilder, SparseVectorsConfigBuilder, UpdateCollectionBuilder,
-        UpdatePointVectorsBuilder, UpsertPointsBuilder, Value, VectorParamsBuilder, VectorsConfigBuilder,
-        point_id::PointIdOptions,
+        UpdatePointVectorsBuilder, UpsertPointsBuilder, Value, Vector, VectorParamsBuilder,
+        VectorsConfigBuilder, point_id::PointIdOptions,
     },
 };
 use async_trait::async_trait;
 use atlas_shared::{Dependency, Secret, UpstreamError};
+use jiff::Timestamp;
 use moka::future::Cache;
 use url::Url;
 use uuid::Uuid;
 
 use super::{
-    ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS, Lists,
-    NewChunk, Page, SPARSE, Search, Selection, VectorIndex, failed, lexical_text, payload, record,
-    term_count,
+    ChangeId, ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS,
+    Lists, NewChunk, Page, SPARSE, Search, Selection, VectorIndex, Version, failed, lexical_text, payload,
+    record, term_count,
 };
 
 /// The server's BM25.
@@ -36,6 +37,21 @@ const BM25_MODEL: &str = "qdrant/bm25";
 
 /// The key of our meta in a collection's metadata.
 const META_KEY: &str = "atlas";
+
+/// Where the numbers of [`Version`] are: a collection without our meta, so it is never listed as one.
+const VERSIONS: &str = "atlas.versions";
+
+/// Stands for all collections there: its number is the epoch. No collection can have this name.
+const ALL: &str = "*";
+
+/// Names the namespace of the points there.
+const VERSION_NAMESPACE: Uuid = Uuid::from_u128(0x6f0c_7f5e_2d1b_4f6a_9a53_0d0e_41b8_77c2);
+
+/// Points that are read there: one a collection, one a change under way.
+const MAX_VERSION_POINTS: u32 = 1000;
+
+/// A change that began so long ago has ended with its writer.
+const ABANDONED: Duration = Duration::from_secs(24 * 3600);
 
 /// The oldest server that has all we need: collection metadata.
 const OLDEST: (u64, u64) = (1, 16);
@@ -183,9 +199,8 @@ impl VectorIndex for QdrantIndex {
     async fn info(&self, name: &str) -> Result<Option<CollectionState>, UpstreamError> {
         let Some(state) = self.state(name).await? else { return Ok(None) };
         // The count in the collection's info is an estimate.
-        let count = self.client.count(CountPointsBuilder::new(name).exact(true)).await;
-        let Some(count) = self.found(count)? else { return Ok(None) };
-        Ok(Some(CollectionState { chunks: count.result.map_or(0, |result| result.count), ..state }))
+        let chunks = self.count(name, &Selection::default()).await?;
+        Ok(Some(CollectionState { chunks, ..state }))
     }
 
     async fn collections(&self) -> Result<Vec<(String, CollectionState)>, UpstreamError> {
@@ -278,6 +293,15 @@ impl VectorIndex for QdrantIndex {
         Ok(Lists { dense, lexical: lists.next().unwrap_or_else(|| Ok(Vec::new()))? })
     }
 
+    async fn count(&self, name: &str, selection: &Selection) -> Result<u64, UpstreamError> {
+        let mut request = CountPointsBuilder::new(name).exact(true);
+        if let Some(filter) = filter(selection) {
+            request = request.filter(filter);
+        }
+        let Some(answer) = self.found(self.client.count(request).await)? else { return Ok(0) };
+        Ok(answer.result.map_or(0, |result| result.count))
+    }
+
     async fn scroll(
         &self,
         name: &str,
@@ -344,7 +368,61 @@ impl VectorIndex for QdrantIndex {
     async fn drop_collection(&self, name: &str) -> Result<bool, UpstreamError> {
         self.metas.invalidate(name).await;
         let answer = self.client.delete_collection(name).await.map_err(|error| self.upstream(error))?;
+        if answer.result {
+            self.changed(name).await?;
+        }
         Ok(answer.result)
+    }
+
+    async fn version(&self, collections: &[String]) -> Result<Version, UpstreamError> {
+        let mut version =
+            Version { epoch: Uuid::nil(), numbers: vec![Uuid::nil(); collections.len()], unfinished: false };
+        for mark in self.marks(collections).await? {
+            match mark {
+                Mark::Number { of, number } if of == ALL => version.epoch = number,
+                Mark::Number { of, number } => {
+                    for (slot, _) in
+                        version.numbers.iter_mut().zip(collections).filter(|(_, name)| **name == of)
+                    {
+                        *slot = number;
+                    }
+                }
+                Mark::Change { .. } => version.unfinished = true,
+            }
+        }
+        if version.epoch.is_nil() {
+            // Nobody has cached anything yet: the first one makes the epoch, and the last one that did counts.
+            version.epoch = self.set_number(ALL).await?;
+        }
+        Ok(version)
+    }
+
+    async fn begin_change(&self, name: &str) -> Result<ChangeId, UpstreamError> {
+        let id = Uuid::new_v4();
+        let payload = serde_json::json!({"c": name, "since": Timestamp::now().as_second()});
+        self.set_mark(id, payload).await?;
+        Ok(ChangeId(id))
+    }
+
+    async fn changed(&self, name: &str) -> Result<(), UpstreamError> {
+        self.set_number(name).await.map(drop)
+    }
+
+    async fn end_change(&self, name: &str, change: ChangeId) -> Result<(), UpstreamError> {
+        self.changed(name).await?;
+        let now = Timestamp::now().as_second();
+        let abandoned = self.marks(&[name.to_owned()]).await?.into_iter().filter_map(|mark| match mark {
+            Mark::Change { id, since } if now - since > ABANDONED.as_secs().cast_signed() => Some(id),
+            _ => None,
+        });
+        let ids: Vec<PointId> = abandoned.chain([change.0]).map(|id| PointId::from(id.to_string())).collect();
+        let request = DeletePointsBuilder::new(VERSIONS).points(PointsIdsList { ids }).wait(true);
+        self.client.delete_points(request).await.map_err(|error| self.upstream(error))?;
+        Ok(())
+    }
+
+    async fn new_epoch(&self) -> Result<(), UpstreamError> {
+        self.changed(ALL).await
     }
 
     async fn check(&self) -> Result<(), UpstreamError> {
@@ -372,7 +450,64 @@ impl VectorIndex for QdrantIndex {
     async fn close(&self) {}
 }
 
+/// A point of [`VERSIONS`].
+enum Mark {
+    /// The number of a collection.
+    Number { of: String, number: Uuid },
+    /// A change that has begun, in seconds since 1970.
+    Change { id: Uuid, since: i64 },
+}
+
 impl QdrantIndex {
+    /// What is known of these collections, and of all.
+    async fn marks(&self, collections: &[String]) -> Result<Vec<Mark>, UpstreamError> {
+        let mut names = collections.to_vec();
+        names.push(ALL.to_owned());
+        let request = ScrollPointsBuilder::new(VERSIONS)
+            .filter(Filter::must([Condition::matches("c", names)]))
+            .limit(MAX_VERSION_POINTS)
+            .with_payload(true);
+        let Some(answer) = self.found(self.client.scroll(request).await)? else { return Ok(Vec::new()) };
+        let mut marks = Vec::with_capacity(answer.result.len());
+        for point in answer.result {
+            let id = uuid(point.id)?;
+            let payload = json(point.payload);
+            let of = payload["c"].as_str().unwrap_or_default().to_owned();
+            match payload["v"].as_str().and_then(|number| number.parse().ok()) {
+                Some(number) => marks.push(Mark::Number { of, number }),
+                None => marks.push(Mark::Change { id, since: payload["since"].as_i64().unwrap_or_default() }),
+            }
+        }
+        Ok(marks)
+    }
+
+    /// Gives a collection a new number.
+    async fn set_number(&self, name: &str) -> Result<Uuid, UpstreamError> {
+        let number = Uuid::new_v4();
+        let id = Uuid::new_v5(&VERSION_NAMESPACE, name.as_bytes());
+        self.set_mark(id, serde_json::json!({"c": name, "v": number.to_string()})).await?;
+        Ok(number)
+    }
+
+    async fn set_mark(&self, id: Uuid, payload: serde_json::Value) -> Result<(), UpstreamError> {
+        let payload = Payload::try_from(payload).map_err(|error| self.upstream(error))?;
+        let vectors = NamedVectors::default().add_vector(SPARSE, Vector::new_sparse(vec![0], vec![1.0]));
+        let point = PointStruct::new(id.to_string(), vectors, payload);
+        let write = UpsertPointsBuilder::new(VERSIONS, vec![point]).wait(true);
+        if self.found(self.client.upsert_points(write.clone()).await)?.is_none() {
+            let mut sparse = SparseVectorsConfigBuilder::default();
+            sparse.add_named_vector_params(SPARSE, SparseVectorParamsBuilder::default());
+            let create = CreateCollectionBuilder::new(VERSIONS).sparse_vectors_config(sparse);
+            // Another replica may be faster; then the second attempt tells.
+            let created = self.client.create_collection(create).await;
+            if let Err(error) = self.client.upsert_points(write).await {
+                created.map_err(|error| self.upstream(error))?;
+                return Err(self.upstream(error));
+            }
+        }
+        Ok(())
+    }
+
     async fn existing(&self, name: &str) -> Result<CollectionMeta, UpstreamError> {
         self.state(name).await?.map(|state| state.meta).ok_or_else(|| {
             UpstreamError::permanent(
