@@ -79,6 +79,7 @@ pub(super) fn write(plan: &Plan, ran: &Ran, checks: &Checks) -> String {
     row(&mut out, "billed by the model", number(checks.tokens.billed));
     row(&mut out, "booked as settled", number(checks.tokens.settled));
     row(&mut out, "booked as assumed spent", number(checks.tokens.assumed));
+    row(&mut out, "billed above the API's word, with the answer lost", number(checks.unknowable));
     row(&mut out, "reservations that killed gateways left, booked late", number(ran.orphans));
 
     let _ = writeln!(
