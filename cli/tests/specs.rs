@@ -5,7 +5,7 @@
 
 mod support;
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{collections::BTreeSet, fmt::Write as _, fs, path::Path};
 
 use atlas_openai_sim::{RunningSim, Sim, SimOptions};
 use atlas_worker::agent::judge::{judge, sources};
@@ -114,7 +114,7 @@ fn the_examples_in_the_documentation_hold() {
             );
         }
         kinds.insert(card.kind.as_str());
-        cards.push_str(&format!("{name}: {card}\n"));
+        let _ = writeln!(cards, "{name}: {card}");
     }
     assert_eq!(kinds.into_iter().collect::<Vec<_>>(), ["adr", "review", "spec"]);
     insta::assert_snapshot!("examples", cards);

@@ -392,24 +392,29 @@ async fn a_cancelled_request_stops_during_its_call_and_books_it() {
     stack
         .publish(&json!({"task_id": task, "role": "architect", "msg_type": "chat", "content": REQUEST, "metadata": {}}))
         .await;
-    let last = support::bounded("the end of a cancelled request", async {
-        let mut asked = false;
-        loop {
-            // Once the call is in flight; looked at whenever something is said about the task.
-            let answer = tokio::time::timeout(std::time::Duration::from_millis(50), answers.next()).await;
-            if !asked && stack.sim.meter().calls() > 0 {
-                asked = true;
-                let command = json!({"command": "cancel", "task_id": task});
-                stack.publish(&json!({"role": "architect", "msg_type": "control", "content": command})).await;
-            }
-            if let Ok(answer) = answer {
-                let answer = answer.unwrap();
-                if answer.msg_type == AnswerType::Error {
-                    return answer;
+    let last = support::bounded(
+        "the end of a cancelled request",
+        Box::pin(async {
+            let mut asked = false;
+            loop {
+                // Once the call is in flight; looked at whenever something is said about the task.
+                let answer = tokio::time::timeout(std::time::Duration::from_millis(50), answers.next()).await;
+                if !asked && stack.sim.meter().calls() > 0 {
+                    asked = true;
+                    let command = json!({"command": "cancel", "task_id": task});
+                    stack
+                        .publish(&json!({"role": "architect", "msg_type": "control", "content": command}))
+                        .await;
+                }
+                if let Ok(answer) = answer {
+                    let answer = answer.unwrap();
+                    if answer.msg_type == AnswerType::Error {
+                        return answer;
+                    }
                 }
             }
-        }
-    })
+        }),
+    )
     .await;
     assert_eq!(last.metadata["error_code"], "cancelled", "{last:?}");
     let (ledger, billed) = stack.books().await;
