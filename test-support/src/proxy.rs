@@ -189,8 +189,10 @@ async fn serve(client: TcpStream, shared: &Shared, mut ended: watch::Receiver<Op
         _ = ended.changed() => *ended.borrow(),
     };
     if cut == Some(Cut::Reset) {
-        // Dropping a socket that must not linger sends RST.
+        // Dropping a socket that must not linger sends RST; dropping its write half would send FIN first.
         let _ = (to_client.as_ref().set_zero_linger(), to_server.as_ref().set_zero_linger());
+        to_client.forget();
+        to_server.forget();
     }
 }
 

@@ -18,12 +18,14 @@ mod support;
 use std::{collections::BTreeSet, fmt::Write as _, fs, path::Path, sync::Arc};
 
 use atlas_shared::{
+    TaskId,
     gateway_api::{Passage, QueryChatRequest},
     message::{Answer, AnswerType},
 };
 use atlas_worker::agent::judge::judge;
 use serde_json::{Value, json};
 use support::Stack;
+use uuid::Uuid;
 
 /// What the passages are taken from.
 const FILES: &[&str] = &[
@@ -124,7 +126,8 @@ async fn the_score_cards_of_the_golden_set_hold() {
         if case.refines {
             metadata["parent_id"] = json!(first.as_ref().unwrap().task_id);
         }
-        let answer = stack.ask(case.request, metadata).await;
+        let task = TaskId(Uuid::new_v5(&Uuid::NAMESPACE_OID, case.name.as_bytes()));
+        let answer = stack.messages_about(task, case.request, metadata).await.pop().unwrap();
         assert_eq!(answer.msg_type, AnswerType::Spec, "{}: {answer:?}", case.name);
         let markdown = answer.content.as_str().unwrap();
         let card = judge(markdown);

@@ -94,7 +94,11 @@ impl Stack {
 
     /// Publishes a request and gives every message about it, the last one last.
     pub(crate) async fn messages(&self, content: &str, metadata: Value) -> Vec<Answer> {
-        let task = TaskId::random();
+        self.messages_about(TaskId::random(), content, metadata).await
+    }
+
+    /// The same for a task with this id: the fence in its prompt comes from it, and so do its tokens.
+    pub(crate) async fn messages_about(&self, task: TaskId, content: &str, metadata: Value) -> Vec<Answer> {
         let config = self.config();
         let mut answers = queue::watch_answers(&config, task).await.unwrap();
         let message = json!({"task_id": task, "role": "architect", "msg_type": "chat", "content": content, "metadata": metadata});
