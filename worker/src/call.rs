@@ -70,6 +70,8 @@ pub(crate) struct Caller<'a> {
     pub(crate) tenant: Option<&'a str>,
     /// `metadata.model`: asked before the configured chain.
     pub(crate) preferred: Option<&'a str>,
+    /// Models that are not asked: they refused this document.
+    pub(crate) except: &'a [String],
     /// Step name, for the request id.
     pub(crate) step: &'a str,
     /// Stops the call.
@@ -130,7 +132,7 @@ impl ModelCalls {
         let mut waited = Duration::ZERO;
         let mut throttled = false;
         let mut last = UpstreamError::transient(Dependency::Model, "no model is configured");
-        for model in self.models(caller.preferred) {
+        for model in self.models(caller.preferred, caller.except) {
             let request = ChatRequest {
                 model: model.clone(),
                 request_id: format!("{}.{}.{}", caller.lease.task_id, caller.lease.attempt, caller.step),
@@ -155,11 +157,12 @@ impl ModelCalls {
         self.chain.last().is_some_and(|last| last == model)
     }
 
-    fn models(&self, preferred: Option<&str>) -> Vec<String> {
-        let mut models: Vec<String> = preferred.map(str::to_owned).into_iter().collect();
-        for model in &self.chain {
-            if !models.contains(model) {
-                models.push(model.clone());
+    /// The models to ask, in order: the preferred one, then the chain; without those that refused.
+    pub(crate) fn models(&self, preferred: Option<&str>, except: &[String]) -> Vec<String> {
+        let mut models: Vec<String> = Vec::new();
+        for model in preferred.into_iter().chain(self.chain.iter().map(String::as_str)) {
+            if !models.iter().chain(except).any(|known| known == model) {
+                models.push(model.to_owned());
             }
         }
         models

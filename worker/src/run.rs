@@ -26,7 +26,7 @@ use atlas_shared::{
     gateway_api::{Passage, QueryChatRequest, QueryFilter},
     ledger::{Closing, Denial, DeniedBy, LedgerError},
     message::{Answer, AnswerStatus, AnswerType, Task},
-    model::Listener,
+    model::{ChatRequest, Listener},
     resilience,
     trace_context::TraceParent,
 };
@@ -195,7 +195,10 @@ impl Run<'_> {
             return self.defer(denial).await;
         }
         let mut draft = match restore(&self.task, steps) {
-            Some(draft) => draft,
+            Some(draft) => {
+                self.fallbacks.extend(draft.refusals());
+                draft
+            }
             None => {
                 self.progress("retrieving", 5, "Searching the team's documents.");
                 let (passages, degraded) = match self.look_up(parent.as_ref()).await {
@@ -368,13 +371,23 @@ impl Run<'_> {
         };
         let run_limit = self.context.run_limit();
         let mut available = run_limit.saturating_sub(self.spent).min(self.readable);
-        // Counted for the first model of the chain; the reservation counts for the one that is asked.
-        let model = calls.chain.first().cloned().unwrap_or_default();
-        let count = |request: &atlas_shared::model::ChatRequest| {
-            calls.model.prompt_tokens_upper_bound(&atlas_shared::model::ChatRequest {
-                model: model.clone(),
-                ..request.clone()
-            })
+        // Counted for the model that is asked first; the reservation counts for the one that is asked.
+        let refused_by = draft.refused_by();
+        let mut counted = calls.models(self.task.options.model.as_deref(), &refused_by);
+        if counted.is_empty() {
+            // Another worker's chain was longer.
+            let why = draft.refusals().last().unwrap_or_default();
+            draft.cannot_call("model_refused", &why);
+            return Ok(None);
+        }
+        let mut others = counted.split_off(1);
+        let count = |request: &ChatRequest, models: &[String]| {
+            let bound = |model: &String| {
+                calls
+                    .model
+                    .prompt_tokens_upper_bound(&ChatRequest { model: model.clone(), ..request.clone() })
+            };
+            models.iter().map(bound).max().unwrap_or_default()
         };
         if draft.is_repairing() {
             self.progress(
@@ -388,7 +401,7 @@ impl Run<'_> {
         // Set once the model said that the call is more than it can read.
         let mut too_large_for_the_model = None;
         loop {
-            if let Err(does_not_fit) = draft.squeeze(available, count) {
+            if let Err(does_not_fit) = draft.squeeze(available, |request| count(request, &counted)) {
                 if let Some(denial) = too_large_for_any_day {
                     // It waits for a higher limit; nothing is lost because somebody set a low one.
                     return Err(CallEnd::Denied(denial));
@@ -415,6 +428,7 @@ impl Run<'_> {
                 lease: &self.lease,
                 tenant: self.task.options.tenant.as_deref(),
                 preferred: self.task.options.model.as_deref(),
+                except: &refused_by,
                 step,
                 stop: &self.stop,
                 listener: live.as_ref().map(|live| live as &dyn Listener),
@@ -442,6 +456,12 @@ impl Run<'_> {
                     available = left;
                     continue;
                 }
+                // It fits the first model, but not one that was asked after it, whose tokens are counted
+                // otherwise: once more, with room for each of them.
+                CallEnd::Denied(Denial { denied_by: DeniedBy::Run, .. }) if !others.is_empty() => {
+                    counted.append(&mut others);
+                    continue;
+                }
                 CallEnd::Denied(denial @ Denial { denied_by: DeniedBy::Run, .. }) => {
                     draft.cannot_call(
                         "run_budget_exhausted",
@@ -454,7 +474,8 @@ impl Run<'_> {
                 }
                 // Nothing was billed: a smaller call, until one fits or none is left.
                 CallEnd::Failed { error, .. } if error.code() == "context_length_exceeded" => {
-                    let asked = count(&call.request) + Tokens(u64::from(call.request.max_completion_tokens));
+                    let asked = count(&call.request, &counted)
+                        + Tokens(u64::from(call.request.max_completion_tokens));
                     available = Tokens(asked.min(available).0 * 3 / 4);
                     self.readable = available;
                     self.fallbacks.push(format!("{error}; tried again with at most {available} tokens"));
@@ -499,9 +520,14 @@ impl Run<'_> {
         self.waited += waited;
         self.spent += usage.total();
         draft.billed(&model, usage, matches!(settlement.closing, Closing::Assumed));
-        self.model = Some(model);
         self.fallbacks.extend(fallbacks);
-        draft.answered(&answer);
+        if self.has_others(draft, &model) && draft.refused(&model, &answer) {
+            tracing::warn!(task_id = %self.task.task_id, model, error_code = "model_refused", "asking the next model");
+            self.fallbacks.extend(draft.refusals().last());
+        } else {
+            draft.answered(&answer);
+        }
+        self.model = Some(model);
         let checkpoint = Checkpoint {
             step: step.to_owned(),
             input_hash: input_hash.to_owned(),
@@ -509,6 +535,14 @@ impl Run<'_> {
             usage,
         };
         Unsettled { settlement, checkpoint }
+    }
+
+    /// True while the chain has a model that did not refuse, besides this one.
+    fn has_others(&self, draft: &Draft, model: &str) -> bool {
+        let mut except = draft.refused_by();
+        except.push(model.to_owned());
+        let preferred = self.task.options.model.as_deref();
+        self.context.calls.as_ref().is_some_and(|calls| !calls.models(preferred, &except).is_empty())
     }
 
     /// Books a finished call and stores what it brought: it is never paid again.
@@ -853,7 +887,7 @@ fn watch(
     }))
 }
 
-fn hash(request: &atlas_shared::model::ChatRequest) -> String {
+fn hash(request: &ChatRequest) -> String {
     // Plain data: it serialises; an empty hash would only be less useful to a reader.
     let bytes = serde_json::to_vec(request).unwrap_or_default();
     atlas_shared::gateway_api::content_hash(&String::from_utf8_lossy(&bytes))

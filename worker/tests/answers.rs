@@ -11,10 +11,15 @@
 
 mod support;
 
-use atlas_shared::message::{Answer, AnswerType};
+use std::sync::Arc;
+
+use atlas_shared::{
+    gateway_api::QueryChatRequest,
+    message::{Answer, AnswerType},
+};
 use pulldown_cmark::{Event, Options, Parser, Tag};
 use serde_json::{Value, json};
-use support::Stack;
+use support::{Stack, passage};
 
 const REQUEST: &str = "Design the event bus of our billing platform. No event may be lost.";
 /// `TOKEN_BUDGET_PER_RUN`'s default.
@@ -190,6 +195,61 @@ async fn a_refusal_fails_with_the_models_words() {
     assert_eq!(done.error_code(), "model_refused");
     assert!(done.answer.content.as_str().unwrap().contains("can't help"));
     assert!(done.billed > 0);
+}
+
+#[tokio::test]
+async fn a_refusal_is_taken_to_the_next_model_with_the_reason() {
+    for fault_name in ["refusal", "filtered"] {
+        let stack = Stack::start().await.with("OPENAI_FALLBACK_MODELS", "gpt-4.1-mini");
+        let done = exactly(stack.script(fault(fault_name, 1))).await;
+        assert!(done.markdown().contains("## Decisions"));
+        assert_eq!(done.meta("model"), "gpt-4.1-mini");
+        let reasons = done.meta("fallbacks").as_array().unwrap();
+        assert_eq!(reasons.len(), 1, "{reasons:?}");
+        let why = if fault_name == "refusal" { "can't help" } else { "content filter" };
+        assert!(reasons[0].as_str().unwrap().starts_with("gpt-4.1: "), "{reasons:?}");
+        assert!(reasons[0].as_str().unwrap().contains(why), "{reasons:?}");
+        let calls = done.meta("token_use")["calls"].as_array().unwrap();
+        let steps: Vec<&str> = calls.iter().map(|call| call["step"].as_str().unwrap()).collect();
+        assert_eq!(steps, ["draft.0", "draft.0.other.1"], "the refusal was paid, and is in the books");
+    }
+}
+
+#[tokio::test]
+async fn a_refused_repair_goes_to_the_next_model_too() {
+    let stack = Stack::start().await.with("OPENAI_FALLBACK_MODELS", "gpt-4.1-mini");
+    let done = exactly(stack.script(json!([{"fault": "broken_mermaid"}, {"fault": "refusal"}]))).await;
+    assert_eq!(done.meta("diagrams_broken"), 0, "{}", done.markdown());
+    assert_eq!(done.meta("token_use")["calls"][2]["step"], "repair.0.other.1");
+}
+
+#[tokio::test]
+async fn a_document_that_every_model_refuses_fails_with_all_reasons() {
+    let stack = Stack::start().await.with("OPENAI_FALLBACK_MODELS", "gpt-4.1-mini,gpt-4o");
+    let done = exactly(stack.script(fault("refusal", ALWAYS))).await;
+    assert_eq!(done.error_code(), "model_refused");
+    assert_eq!(done.meta("fallbacks").as_array().unwrap().len(), 2);
+    assert_eq!(done.meta("model"), "gpt-4o", "the last one that was asked");
+}
+
+#[tokio::test]
+async fn a_fallback_whose_tokens_are_counted_otherwise_gets_a_prompt_that_fits() {
+    // Nobody knows its tokenizer, so each byte may be a token: the first prompt is too large for it.
+    let passages = |request: &QueryChatRequest| {
+        let collection = request.collection.clone().unwrap_or_default();
+        let text = |n: u32| (0..500).map(|word| format!("part{n}word{word}")).collect::<Vec<_>>().join(" ");
+        (0..6).map(|n| passage(&collection, &format!("docs/{n}.md"), 1, &text(n))).collect()
+    };
+    let stack = Stack::with_search(Arc::new(passages)).await;
+    let stack = stack.with("OPENAI_FALLBACK_MODELS", "sim-unknown").with("TOKEN_BUDGET_PER_RUN", "30000");
+    let stack = stack.script(json!([{"fault": "404", "times": 2}]));
+    let worker = stack.worker().await;
+    let answer = stack.ask(REQUEST, json!({})).await;
+    assert_eq!(answer.metadata["model"], "sim-unknown", "{answer:?}");
+    assert!(answer.metadata["passages_left_out"].as_u64().unwrap() > 0, "{answer:?}");
+    let (ledger, billed) = stack.books().await;
+    assert_eq!(ledger, billed);
+    worker.drain().await;
 }
 
 #[tokio::test]

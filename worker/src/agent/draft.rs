@@ -160,9 +160,19 @@ pub struct Draft {
     /// What the calls so far billed, and for what.
     #[serde(default)]
     token_use: TokenUse,
+    /// Who would not write it.
+    #[serde(default)]
+    refusals: Vec<Refusal>,
     /// The best document so far, from an answer that had faults.
     fallback: Option<Reading>,
     stage: Stage,
+}
+
+/// A model that would not write the document.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Refusal {
+    model: String,
+    why: String,
 }
 
 /// Where a document's tokens went: `metadata.token_use`.
@@ -288,6 +298,7 @@ impl Draft {
             options,
             repaired: None,
             token_use: TokenUse::default(),
+            refusals: Vec::new(),
             fallback: None,
             stage,
         }
@@ -411,10 +422,33 @@ impl Draft {
     }
 
     fn step(&self) -> String {
-        match self.stage {
+        let step = match self.stage {
             Stage::Drafting { again: None } => format!("draft.{}", self.rounds.len()),
             _ => "repair.0".to_owned(),
+        };
+        // Each answer is a step of its own, so that none is paid twice.
+        match self.refusals.len() {
+            0 => step,
+            refused => format!("{step}.other.{refused}"),
         }
+    }
+
+    /// Models that refused and are not to be asked again.
+    pub fn refused_by(&self) -> Vec<String> {
+        self.refusals.iter().map(|refusal| refusal.model.clone()).collect()
+    }
+
+    /// Why they refused, one a model: for `metadata.fallbacks`.
+    pub fn refusals(&self) -> impl Iterator<Item = String> {
+        self.refusals.iter().map(|Refusal { model, why }| format!("{model}: {why}"))
+    }
+
+    /// Takes the answer of `model` if it is a refusal: the pending call is then to be made with another
+    /// one. False: it is none; give it to [`answered`](Self::answered).
+    pub fn refused(&mut self, model: &str, answer: &ChatAnswer) -> bool {
+        let Some(Failure { message, .. }) = refused(answer) else { return false };
+        self.refusals.push(Refusal { model: model.to_owned(), why: message });
+        true
     }
 
     /// True while the model is offered the search tool in the next call.

@@ -11,7 +11,8 @@
 //!             // Fit it into what may still be spent; `model` and `request_id` are the caller's.
 //!             match draft.squeeze(available, |request| chat.prompt_tokens_upper_bound(request)) {
 //!                 Ok(()) => { /* next() again gives the call as it fits: reserve prompt + cap, send */
-//!                     draft.answered(&answer);
+//!                     // A refusal is for the next model of the chain, as long as there is one.
+//!                     if !(another_is_left && draft.refused(model, &answer)) { draft.answered(&answer); }
 //!                     /* settle_step with Checkpoint { step: call.step, output: draft.checkpoint() } */ }
 //!                 Err(_) => draft.cannot_call("run_budget", why), // best honest result, or Failed
 //!             }
@@ -28,8 +29,9 @@
 //!
 //! Promises: `next` is pure and cheap enough to call again; every state survives
 //! `restore(checkpoint())`, given passages and their numbers included, so a finished call is never
-//! made twice; the number of calls is bounded by 2 + the searches allowed. Steps are named
-//! `draft.0`, `draft.1`, … (one more after each round of searches), `search.1`, … and `repair.0`.
+//! made twice; the number of calls is bounded by 2 + the searches allowed, and one more for each model
+//! that refuses. Steps are named `draft.0`, `draft.1`, … (one more after each round of searches),
+//! `search.1`, … and `repair.0`; after a refusal `draft.0.other.1`, ….
 //!
 //! Without a model, [`offline::draft`] assembles the same document from passages.
 //!
