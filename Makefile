@@ -28,8 +28,8 @@ test: ## Run every test; what a missing service skips is listed at the end
 	@scripts/test.sh
 
 .PHONY: e2e
-e2e: ## 200 requests through separate processes: emulator, Postgres, simulator, gateway, two workers
-	@scripts/test.sh --test e2e --test operators -- --nocapture
+e2e: ## 200 requests and live text through separate processes: emulator, Postgres, simulator, gateway, workers
+	@scripts/test.sh --test e2e --test operators --test live -- --nocapture
 
 .PHONY: mutations
 mutations: ## Break the code on purpose, one mutation at a time: which test notices? (not in CI)

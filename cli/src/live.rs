@@ -1,6 +1,6 @@
 //! Text that arrives while it is written, in pieces that may come late, twice or in another order.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use serde_json::Value;
 
@@ -10,14 +10,19 @@ const MAX_WAITING: usize = 8;
 /// Puts the pieces of a call in order.
 #[derive(Debug, Default)]
 pub(crate) struct LiveText {
-    /// Which call speaks: run attempt, step, attempt of the call.
-    speaker: Option<(u64, String, u64)>,
+    /// Which call speaks.
+    speaker: Option<Speaker>,
+    /// Those that spoke before it: what still comes of them is out of date.
+    past: HashSet<Speaker>,
     /// The piece that comes next.
     next: u64,
     waiting: BTreeMap<u64, String>,
     /// Something was shown.
     pub(crate) shown: bool,
 }
+
+/// Run attempt, step, attempt of the call.
+type Speaker = (u64, String, u64);
 
 /// What to print for a message.
 #[derive(Debug, PartialEq, Eq)]
@@ -40,9 +45,14 @@ impl LiveText {
         let speaker = (attempt, step, stream["call"].as_u64().unwrap_or(0));
         let part = stream["part"].as_u64()?;
         let mut starts_anew = false;
+        if self.past.contains(&speaker) {
+            return None;
+        }
         if self.speaker.as_ref() != Some(&speaker) {
             starts_anew = self.shown;
-            *self = Self { speaker: Some(speaker), shown: self.shown, ..Self::default() };
+            let mut past = std::mem::take(&mut self.past);
+            past.extend(self.speaker.take());
+            *self = Self { speaker: Some(speaker), past, shown: self.shown, ..Self::default() };
         }
         if part < self.next {
             return None;
@@ -91,6 +101,15 @@ mod tests {
         assert_eq!(take(&mut live, "draft.0", 1, "b"), None);
         assert_eq!(take(&mut live, "draft.0", 2, "c\u{1b}[31m"), Some((false, "c[31m".to_owned())));
         assert_eq!(take(&mut live, "repair.0", 0, "d"), Some((true, "d".to_owned())));
+    }
+
+    #[test]
+    fn what_comes_late_of_an_earlier_call_is_not_shown_again() {
+        let mut live = LiveText::default();
+        assert_eq!(take(&mut live, "draft.0", 0, "a"), Some((false, "a".to_owned())));
+        assert_eq!(take(&mut live, "repair.0", 0, "b"), Some((true, "b".to_owned())));
+        assert_eq!(take(&mut live, "draft.0", 1, "late"), None);
+        assert_eq!(take(&mut live, "repair.0", 1, "c"), Some((false, "c".to_owned())));
     }
 
     #[test]

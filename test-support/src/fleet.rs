@@ -5,6 +5,7 @@
 
 use std::{
     collections::BTreeMap,
+    ffi::OsStr,
     fmt::Write as _,
     future::Future,
     io::Write as _,
@@ -16,6 +17,7 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;
+use tokio::task::JoinHandle;
 
 use crate::{
     emulator::Emulator,
@@ -248,6 +250,13 @@ impl Fleet {
         atlas(&self.env, args)
     }
 
+    /// Runs `atlas` with the fleet's settings beside the test.
+    pub fn atlas_beside(&self, args: &[&str]) -> JoinHandle<anyhow::Result<Output>> {
+        let env = self.env.clone();
+        let args: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
+        tokio::task::spawn_blocking(move || atlas(&env, &args))
+    }
+
     /// Looks until there is something to see, at most [`BOUND`]; then fails with all logs.
     pub async fn eventually<T, F, Fut>(&self, what: &str, mut look: F) -> anyhow::Result<T>
     where
@@ -429,7 +438,7 @@ fn binary(name: &str) -> anyhow::Result<PathBuf> {
     })
 }
 
-fn atlas(env: &BTreeMap<String, String>, args: &[&str]) -> anyhow::Result<Output> {
+fn atlas(env: &BTreeMap<String, String>, args: &[impl AsRef<OsStr>]) -> anyhow::Result<Output> {
     Ok(Command::new(binary("atlas")?).args(args).envs(env).stdin(Stdio::null()).output()?)
 }
 
