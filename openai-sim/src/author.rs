@@ -310,12 +310,14 @@ impl Author<'_> {
             );
         }
         let places: Vec<String> = places.iter().map(|place| format!("`{place}`")).collect();
+        let named = match places.as_slice() {
+            [rest @ .., last] if !rest.is_empty() => format!("{} and {last} say", rest.join(", ")),
+            _ => format!("{} says", places.concat()),
+        };
         format!(
-            "This is a proposal for {what}. It builds on what {} say{} and keeps to the parts that exist. Each \
+            "This is a proposal for {what}. It builds on what {named} and keeps to the parts that exist. Each \
              statement from a document names it; the rest is marked as general knowledge. The open questions at \
-             the end are for a person to decide.",
-            places.join(" and "),
-            if places.len() == 1 { "s" } else { "" },
+             the end are for a person to decide."
         )
     }
 
@@ -476,15 +478,11 @@ impl Author<'_> {
     }
 
     fn questions(&self) -> Vec<String> {
-        let word = |at: usize| self.prompt.words.get(at).map_or("it", String::as_str);
         let questions = [
-            format!(
-                "Which load must the {} carry on the busiest day, and who decides when that is not enough?",
-                word(0)
-            ),
-            format!("Who is called when the {} part fails at night?", word(1)),
+            "Which load must this carry on the busiest day, and who decides when that is not enough?",
+            "Who is called when it fails at night, and what may they do without asking?",
         ];
-        questions.into_iter().take(self.items).collect()
+        questions.iter().take(self.items).map(|question| (*question).to_owned()).collect()
     }
 }
 
@@ -545,7 +543,7 @@ fn diagrams(components: &[Value]) -> Vec<Value> {
         .map(|component| {
             let name = component["name"].as_str().unwrap_or_default();
             let name = name.split([':', ',']).next().unwrap_or(name);
-            name.chars().map(|c| if c.is_alphanumeric() || " -/().".contains(c) { c } else { ' ' }).collect()
+            name.chars().filter(|c| c.is_alphanumeric() || " -/().".contains(*c)).collect()
         })
         .collect();
     if names.len() < 2 {

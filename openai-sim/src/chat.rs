@@ -261,12 +261,13 @@ fn answer(
         answer.finish_reason = "tool_calls".into();
         answer.tool_calls = tool_calls(admitted, &calls, tools, prompt);
     } else {
-        let mut text = match &admitted.step.content {
+        let good = match &admitted.step.content {
             Some(Value::String(text)) => text.clone(),
-            Some(value) => value.to_string(),
-            None => content(admitted, request, prompt, model, cap),
+            Some(value) => generate::cited(value, prompt).to_string(),
+            None => content(sim, admitted, request, prompt, model, cap),
         };
-        text = spoilt(admitted.fault, text);
+        sim.books().means(&admitted.request_id, admitted.fault, &good);
+        let mut text = spoilt(admitted.fault, good, prompt);
         if admitted.is(Fault::Length) || admitted.is(Fault::Filtered) {
             let half = tokens::count(model, &text) / 2;
             text = tokens::cut(model, &text, half).unwrap_or(text);
@@ -292,21 +293,28 @@ fn answer(
     answer
 }
 
-fn content(admitted: &Admitted, request: &Value, prompt: &Prompt, model: &str, cap: Option<u64>) -> String {
+/// A good answer.
+fn content(
+    sim: &Shared,
+    admitted: &Admitted,
+    request: &Value,
+    prompt: &Prompt,
+    model: &str,
+    cap: Option<u64>,
+) -> String {
     let format = &request["response_format"];
     let sent = format.pointer("/json_schema/schema").cloned();
     // Without a schema that is enforced, one that the prompt spells out is obeyed.
-    let schema = sent.or_else(|| prompt.schema.clone());
-    if admitted.is(Fault::NotJson) {
-        return generate::prose(prompt);
-    }
-    if admitted.is(Fault::WrongSchema) {
-        return json!({"unexpected": generate::subject(prompt), "citations": "none"}).to_string();
-    }
-    let Some(schema) = schema else {
+    let Some(schema) = sent.or_else(|| prompt.schema.clone()) else {
         let prose = generate::prose(prompt);
         return if format["type"] == "json_object" { json!({"answer": prose}).to_string() } else { prose };
     };
+    // Asked to mend what it wrote, it gives what it meant to write.
+    if prompt.mends
+        && let Some(meant) = sim.books().meant(&admitted.request_id)
+    {
+        return generate::fitted(&schema, prompt, &meant).to_string();
+    }
     let mut text = String::new();
     for list_len in LIST_LENGTHS {
         text = generate::instance(&schema, prompt, *list_len, admitted.is(Fault::BadCitations)).to_string();
@@ -318,11 +326,18 @@ fn content(admitted: &Admitted, request: &Value, prompt: &Prompt, model: &str, c
 }
 
 /// A good answer made worse, as its fault says. Each keeps to what a real model was seen to do.
-fn spoilt(fault: Option<Fault>, text: String) -> String {
+fn spoilt(fault: Option<Fault>, text: String, prompt: &Prompt) -> String {
     let Some(fault) = fault else { return text };
-    if fault == Fault::InvalidJson {
+    match fault {
+        Fault::NotJson => return generate::prose(prompt),
+        Fault::WrongSchema => {
+            return json!({"unexpected": generate::subject(prompt), "citations": "none"}).to_string();
+        }
         // An unquoted key, and a list that is never closed.
-        return text.replacen("\"summary\"", "summary", 1).replacen("],", ",", 1);
+        Fault::InvalidJson => {
+            return text.replacen("\"summary\"", "summary", 1).replacen("],", ",", 1);
+        }
+        _ => {}
     }
     let Ok(Value::Object(mut document)) = serde_json::from_str::<Value>(&text) else { return text };
     // Only what the schema asked for: a repair asks for less.

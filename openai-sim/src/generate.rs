@@ -36,6 +36,40 @@ pub(crate) fn instance(schema: &Value, prompt: &Prompt, list_len: u64, bad_citat
     generator.value(schema, "", 0, 0)
 }
 
+/// What was written, as an instance of `schema`, which may ask for a part of it.
+pub(crate) fn fitted(schema: &Value, prompt: &Prompt, written: &Value) -> Value {
+    let mut generator = Generator { prompt, root: schema, list_len: 1, bad_citations: false, made: 0 };
+    generator.fitted(schema, Some(written), "", 0)
+}
+
+/// A scripted answer whose citations may name passages by their places ([`Prompt::number_of`]). A passage
+/// that was not given is not cited.
+pub(crate) fn cited(written: &Value, prompt: &Prompt) -> Value {
+    match written {
+        Value::Object(object) => object
+            .iter()
+            .map(|(name, value)| match value {
+                Value::Array(places) if name == "citations" => (name.clone(), numbers(places, prompt)),
+                value => (name.clone(), cited(value, prompt)),
+            })
+            .collect(),
+        Value::Array(items) => items.iter().map(|item| cited(item, prompt)).collect(),
+        other => other.clone(),
+    }
+}
+
+fn numbers(places: &[Value], prompt: &Prompt) -> Value {
+    let mut numbers: Vec<Value> = Vec::new();
+    for place in places {
+        let number = match place {
+            Value::String(place) => prompt.number_of(place).map(Value::from),
+            number => Some(number.clone()),
+        };
+        numbers.extend(number.filter(|number| !numbers.contains(number)));
+    }
+    Value::Array(numbers)
+}
+
 /// True for the schema of an architecture document, or of some fields of one.
 fn is_document(schema: &Value) -> bool {
     let Some(properties) = schema["properties"].as_object() else { return false };
@@ -522,6 +556,12 @@ mod tests {
         assert_eq!(value[1]["citations"], json!([7]));
         assert_eq!(instance(&schema, &prompt(), 1, true)[0]["citations"], json!([9001, 9002]));
         assert_eq!(instance(&schema, &Prompt::default(), 1, false)[0]["citations"], json!([]));
+    }
+
+    #[test]
+    fn a_script_cites_by_place() {
+        let script = json!({"decisions": [{"text": "x", "citations": ["docs/b.md: pull", "docs/c.md", "docs/b.md", 4]}]});
+        assert_eq!(cited(&script, &prompt()), json!({"decisions": [{"text": "x", "citations": [7, 4]}]}));
     }
 
     #[test]

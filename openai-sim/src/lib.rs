@@ -24,7 +24,7 @@
 //!
 //! # Determinism
 //!
-//! Answers depend on the request alone. Whether a fault strikes depends on the seed, the client's
+//! Answers depend on the request alone; a repair also on the answer that a fault spoilt. Whether a fault strikes depends on the seed, the client's
 //! request id and how often that id was seen, so it does not depend on the order in which concurrent
 //! requests arrive.
 
@@ -228,7 +228,12 @@ struct Books {
     seen: fault::Seen,
     windows: server::Windows,
     remembered: HashMap<u64, Arc<chat::Remembered>>,
+    /// By task: the document that a fault spoilt.
+    meant: HashMap<String, serde_json::Value>,
 }
+
+/// Spoilt documents that are kept, for when they are to be mended.
+const MEANT: usize = 1024;
 
 impl Books {
     fn bill(&mut self, call: BilledCall) {
@@ -239,6 +244,27 @@ impl Books {
     fn struck(&mut self, request_id: &str, fault: Fault) {
         self.meter.struck(fault);
         self.strikes.push(Strike { request_id: request_id.to_owned(), fault });
+    }
+
+    /// Keeps what a call meant to say, if it says something else.
+    fn means(&mut self, request_id: &str, fault: Option<Fault>, good: &str) {
+        // Citations of nothing are what was meant.
+        if matches!(fault, None | Some(Fault::BadCitations)) || self.meant.len() >= MEANT {
+            return;
+        }
+        let task = meter::task_of(request_id);
+        if let Ok(document @ serde_json::Value::Object(_)) = serde_json::from_str(good)
+            && !task.is_empty()
+            // A part of it that was spoilt again is no whole document.
+            && !self.meant.contains_key(task)
+        {
+            self.meant.insert(task.to_owned(), document);
+        }
+    }
+
+    /// What an earlier call of the same task meant to say.
+    fn meant(&self, request_id: &str) -> Option<serde_json::Value> {
+        self.meant.get(meter::task_of(request_id)).cloned()
     }
 
     fn forget(&mut self) {

@@ -25,8 +25,8 @@ Faults that are billed: 504, hang, cut, drop, truncated, malformed, no_choices, 
   Only where the client wants a stream, and not billed: no_stream.
 
 A step of a script: match (part of X-Client-Request-Id or of the prompt), kind (chat, embedding, any),
-  times, fault, retry_after, delay_ms, content (the answer), tool_calls ([{"name", "arguments"}]),
-  finish_reason. The first step that matches a call is used up by it."#;
+  times, fault, retry_after, delay_ms, content (the answer; in JSON a citation may name its passage by place,
+  "docs/a.md: some of its words"), tool_calls ([{"name", "arguments"}]), finish_reason. The first step that matches a call is used up by it."#;
 
 /// An OpenAI-compatible server with faults and a billing meter. For tests and benchmarks only: its
 /// answers are made of the prompt's own words.

@@ -104,7 +104,7 @@ impl Meter {
         self.prompt_tokens += prompt;
         self.completion_tokens += completion;
         self.total_tokens += prompt + completion;
-        let task = call.request_id.split('.').next().unwrap_or_default();
+        let task = task_of(&call.request_id);
         let task = if task.is_empty() { "unknown" } else { task };
         for (bills, key) in [
             (&mut self.by_model, call.model.as_str()),
@@ -114,4 +114,9 @@ impl Meter {
             bills.entry(key.to_owned()).or_default().add(prompt, completion);
         }
     }
+}
+
+/// The task of a call: the part of its id before the first dot.
+pub(crate) fn task_of(request_id: &str) -> &str {
+    request_id.split('.').next().unwrap_or_default()
 }

@@ -23,6 +23,8 @@ pub(crate) struct Prompt {
     /// Its telling words, most frequent first.
     pub(crate) words: Vec<String>,
     pub(crate) passages: Vec<Passage>,
+    /// It shows an earlier answer that is to be mended, and no passages.
+    pub(crate) mends: bool,
     /// A JSON schema that the prompt spells out.
     pub(crate) schema: Option<Value>,
     /// Everything, for a script's `match`.
@@ -30,6 +32,20 @@ pub(crate) struct Prompt {
 }
 
 impl Prompt {
+    /// The number of the passage that a script names by its place: a path, or a path and words of that
+    /// passage (`docs/a.md: never lost`).
+    pub(crate) fn number_of(&self, place: &str) -> Option<u64> {
+        let (path, words) = place.split_once(": ").unwrap_or((place, ""));
+        let said = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let fits = |passage: &&Passage| {
+            passage.place.rsplit_once(':').is_some_and(|(file, _)| file == path)
+                && (words.is_empty()
+                    || passage.heading.contains(words)
+                    || said(&passage.text).contains(words))
+        };
+        self.passages.iter().find(fits).map(|passage| passage.number)
+    }
+
     pub(crate) fn read(messages: &[Value]) -> Self {
         let said = |roles: &[&str]| -> Vec<String> {
             messages
@@ -41,18 +57,21 @@ impl Prompt {
         let users = said(&["user"]);
         let data = said(&["user", "tool"]).join("\n");
         // Atlas fences its data: `<<<CODE request`, then the request.
-        let fenced = users.iter().find_map(|text| {
-            let (start, _) = text.match_indices("<<<").find(|(at, _)| {
-                text[*at..].lines().next().is_some_and(|line| line.trim_end().ends_with(" request"))
-            })?;
-            let body = text[start..].split_once('\n')?.1;
-            Some(body.lines().take_while(|line| !line.ends_with(">>>")).collect::<Vec<_>>().join("\n"))
-        });
-        let request = fenced.or_else(|| users.last().cloned()).unwrap_or_default();
+        let fenced = |name: &str| {
+            users.iter().find_map(|text| {
+                let (start, _) = text.match_indices("<<<").find(|(at, _)| {
+                    text[*at..].lines().next().is_some_and(|line| line.trim_end().ends_with(name))
+                })?;
+                let body = text[start..].split_once('\n')?.1;
+                Some(body.lines().take_while(|line| !line.ends_with(">>>")).collect::<Vec<_>>().join("\n"))
+            })
+        };
+        let request = fenced(" request").or_else(|| users.last().cloned()).unwrap_or_default();
         let all: Vec<String> = messages.iter().map(|message| content_text(&message["content"])).collect();
         Self {
             words: telling_words(&request),
             passages: passages(&data),
+            mends: fenced(" earlier answer").is_some(),
             schema: all.iter().find_map(|text| spelt_schema(text)),
             request,
             all: all.join("\n"),
@@ -168,6 +187,22 @@ mod tests {
             ("docs/a.md:1-3", "Intro")
         );
         assert_eq!(prompt.schema, Some(json!({"type": "object"})));
+    }
+
+    #[test]
+    fn passages_are_found_by_their_place() {
+        let prompt = Prompt::read(&[json!({"role": "user", "content":
+            "Q\n[1] a.md:1-2 (One › Two)\nNothing is\nlost.\n[7] a.md:9-9\nAll is found."})]);
+        for (place, number) in [
+            ("a.md", Some(1)),
+            ("a.md: Two", Some(1)),
+            ("a.md: is lost", Some(1)),
+            ("a.md: All is", Some(7)),
+            ("a.md: other", None),
+            ("b.md", None),
+        ] {
+            assert_eq!(prompt.number_of(place), number, "{place}");
+        }
     }
 
     #[test]

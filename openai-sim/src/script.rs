@@ -27,7 +27,8 @@ pub struct Step {
     /// How long the call takes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub delay_ms: Option<u64>,
-    /// The answer: a text, or a JSON value that is sent as text.
+    /// The answer: a text, or a JSON value that is sent as text. In a JSON value a citation may name its
+    /// passage by place, `"docs/a.md: never lost"`, whatever its number in the prompt is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub content: Option<Value>,
     /// The answer asks for these tools.

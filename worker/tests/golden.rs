@@ -33,6 +33,9 @@ const FILES: &[&str] = &[
     "docs/ARCHITECTURE.md",
     "docs/GUARANTEES.md",
     "docs/OPERATIONS.md",
+    "migrations/0003_ledger.up.sql",
+    "migrations/0004_runs.up.sql",
+    "migrations/0005_fleet.up.sql",
     "migrations/README.md",
     "shared/src/ledger.rs",
     "shared/src/resilience.rs",
@@ -40,7 +43,10 @@ const FILES: &[&str] = &[
     "worker/src/gate.rs",
     "worker/src/outbox.rs",
     "worker/src/run.rs",
+    "worker/src/sweep.rs",
 ];
+/// Code of which more than the opening comment is taken.
+const WHOLE: &[&str] = &["worker/src/outbox.rs", "worker/src/sweep.rs"];
 const TOP_K: usize = 10;
 
 /// A request and how the simulator answers it.
@@ -59,6 +65,13 @@ fn case(name: &'static str, request: &'static str, script: Value, least: Option<
     Case { name, request, metadata: json!({}), refines: false, script, least }
 }
 
+/// A good answer that a person wrote, as a model should (`golden/answers`): the examples in the
+/// documentation are made of the same.
+fn written(name: &str) -> Value {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/answers/{name}.json"));
+    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+}
+
 fn cases() -> Vec<Case> {
     let always = |fault: &str| json!([{"fault": fault, "times": 100}]);
     let good = || json!([]);
@@ -66,7 +79,7 @@ fn cases() -> Vec<Case> {
         case(
             "good",
             "Design token budgets for tenants, so that no tenant can use up the day of the others",
-            good(),
+            written("tenant-budgets"),
             Some(95),
         ),
         case(
@@ -76,8 +89,18 @@ fn cases() -> Vec<Case> {
             Some(95),
         ),
         case("good, without passages", "Xylophone zebra quux", good(), Some(70)),
-        case("good record", "Write an ADR on where the lease of a run is kept", good(), Some(90)),
-        case("good review", "Review how answers get from the outbox to the topic", good(), Some(90)),
+        case(
+            "good record",
+            "Write an ADR on where the lease of a run is kept",
+            written("adr-leases"),
+            Some(90),
+        ),
+        case(
+            "good review",
+            "Review how answers get from the outbox to the topic",
+            written("review-outbox"),
+            Some(90),
+        ),
         Case {
             refines: true,
             ..case("good refinement", "Use a weekly budget instead of a daily one", good(), Some(95))
@@ -115,6 +138,8 @@ fn cases() -> Vec<Case> {
 async fn the_score_cards_of_the_golden_set_hold() {
     let passages = Arc::new(passages());
     let stack = Stack::with_search(Arc::new(move |request| search(&passages, request))).await;
+    // Room for a round of searches and a whole document after it.
+    let stack = stack.with("TOKEN_BUDGET_PER_RUN", "24000");
     let worker = stack.worker().await;
     let cases = cases();
     assert_eq!(cases.len(), 12);
@@ -198,9 +223,10 @@ fn passages() -> Vec<Passage> {
     serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
 }
 
-/// Sections of Markdown; the opening comment of code.
+/// Sections of Markdown; the opening comment of code; pieces of anything else.
 fn chunks(file: &str, text: &str) -> Vec<Passage> {
-    let is_code = Path::new(file).extension().is_some_and(|extension| extension == "rs");
+    let is_code =
+        Path::new(file).extension().is_some_and(|extension| extension == "rs") && !WHOLE.contains(&file);
     let lines: Vec<&str> = text.lines().collect();
     let mut chunks = Vec::new();
     let mut push = |start: usize, end: usize, heading: Option<String>| {

@@ -598,8 +598,9 @@ impl Draft {
         Ok(())
     }
 
-    /// Searching pays only if, after the call that asks for it, a full prompt and an answer are
-    /// still within the budget.
+    /// Searching pays only if, after the call that asks for it, a prompt with half of what is packed now
+    /// and an answer that need not be cut short are still within the budget: a short document from the
+    /// right passages is worth less than a whole one from good ones.
     fn decide_on_searching(&mut self, available: Tokens, count: &impl Fn(&ChatRequest) -> Tokens) {
         if !self.offers_search() {
             return;
@@ -611,8 +612,10 @@ impl Draft {
             bare.shelf.pack_none();
             bare.request().map_or(prompt, |request| count(&request))
         };
-        let answer = Tokens(u64::from(self.options.min_completion_tokens) * 3 / 2);
-        let another = bare + Tokens(TOOL_CALL_TOKENS * 4) + answer;
+        let (least, most) = (self.options.min_completion_tokens, self.options.max_completion_tokens);
+        let answer = Tokens(u64::from(least) * 3 / 2).max(Tokens(u64::from(most) * 3 / 4));
+        let passages = Tokens(prompt.saturating_sub(bare).0 / 2);
+        let another = bare + passages + Tokens(TOOL_CALL_TOKENS * 4) + answer;
         self.may_search = prompt + Tokens(TOOL_CALL_TOKENS) + another <= available;
     }
 
