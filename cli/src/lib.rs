@@ -2,7 +2,8 @@
 //!
 //! One command is one file in [`commands`]; its clap struct is its documentation. What they share:
 //! [`context`] (settings), [`ui`] (how to talk), [`error`] (how to fail), [`stack`] (gateway and
-//! worker in this process, or the ones that run already), [`walk`] and [`sync`] (indexing).
+//! worker in this process, or the ones that run already), [`sync`] (indexing; what is worth indexing is
+//! decided by [`atlas_rag_gateway::source`]).
 //!
 //! Architecture invariant: nothing depends on this crate, and it holds no logic that a service needs.
 
@@ -19,14 +20,13 @@ mod live;
 mod lock;
 mod metrics;
 mod migrations;
-mod repo;
 mod request;
 mod signals;
 mod stack;
 mod sync;
 mod times;
 mod ui;
-mod walk;
+mod watch;
 
 use context::Context;
 use error::Result;
@@ -101,6 +101,7 @@ enum Command {
     Publish(commands::publish::Publish),
     Index(commands::index::Index),
     Search(commands::search::Search),
+    Collections(commands::collections::Collections),
     Runs(commands::runs::Runs),
     Dlq(commands::dlq::Dlq),
     Budget(commands::budget::Budget),
@@ -145,6 +146,7 @@ async fn run(command: Command, context: &Context) -> Result<()> {
         Command::Publish(command) => Box::pin(command.run(context)).await,
         Command::Index(command) => Box::pin(command.run(context)).await,
         Command::Search(command) => Box::pin(command.run(context)).await,
+        Command::Collections(command) => Box::pin(command.run(context)).await,
         Command::Runs(command) => Box::pin(command.run(context)).await,
         Command::Dlq(command) => Box::pin(command.run(context)).await,
         Command::Budget(command) => Box::pin(command.run(context)).await,

@@ -61,6 +61,7 @@ pub(crate) const MIGRATIONS: &[Migration] = embedded![
     4 "0004" "runs",
     5 "0005" "fleet",
     6 "0006" "operators",
+    7 "0007" "index_jobs",
 ];
 
 impl Migration {

@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use atlas_rag_gateway::source::walk::{self, Candidate, WalkOptions};
 use atlas_shared::{
     UpstreamError,
     gateway_api::{
@@ -21,10 +22,7 @@ use atlas_shared::{
 use futures::future::join_all;
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    error::{CliError, Result},
-    walk::{self, Candidate, WalkOptions},
-};
+use crate::error::{CliError, Result};
 
 /// Requests at once: one is worked on while the next is read and sent.
 const SENDERS: usize = 2;

@@ -223,3 +223,82 @@ fn a_gateway_that_does_not_answer_is_said_clearly() {
     assert!(ran.stderr.contains("error: gateway does not answer"), "{}", ran.stderr);
     assert!(ran.stderr.contains("why:") && ran.stderr.contains("fix:"), "{}", ran.stderr);
 }
+
+/// Runs git in a folder, with a name and without the machine's settings.
+fn git(folder: &std::path::Path, arguments: &[&str]) {
+    let status = std::process::Command::new("git")
+        .args(["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=main", "-C"])
+        .arg(folder)
+        .args(arguments)
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .status()
+        .unwrap();
+    assert!(status.success(), "git {arguments:?}");
+}
+
+#[test]
+fn a_git_url_is_cloned_and_indexed_at_its_commit() {
+    let origin = tempfile::tempdir().unwrap();
+    let shop = origin.path().join("shop");
+    std::fs::create_dir_all(shop.join("docs")).unwrap();
+    std::fs::write(shop.join("docs/door.md"), "# Door\n").unwrap();
+    git(&shop, &["init", "--quiet"]);
+    git(&shop, &["add", "."]);
+    git(&shop, &["commit", "--quiet", "--no-gpg-sign", "-m", "first"]);
+    let (gateway, url, _runtime) = FakeGateway::default().listen();
+    let sandbox = Sandbox::new(&[]).with_env("RAG_URL", &url);
+    let address = format!("file://{}", shop.display());
+    let ran = sandbox.atlas(&["index", &address]).ok();
+    assert!(ran.stdout.starts_with("Indexed 1 file"), "{}", ran.stdout);
+    {
+        let documents = gateway.documents.lock().unwrap();
+        let door = &documents["docs/door.md"];
+        assert_eq!(door.repo.as_deref(), Some("shop"));
+        assert_eq!(door.commit.as_deref().map(str::len), Some(40));
+    }
+    // Nothing is left behind, and a second run finds nothing to do.
+    let again = sandbox.atlas(&["index", &address]).ok();
+    assert_eq!(again.stdout, "Nothing to do: all 1 file are indexed already.\n");
+
+    let secret = "http://me:hunter2@127.0.0.1:9/shop.git";
+    let refused = sandbox.atlas(&["index", secret]);
+    assert_eq!(refused.code, Some(1));
+    assert!(refused.stderr.contains("http://127.0.0.1:9/shop.git"), "{}", refused.stderr);
+    assert!(!refused.stderr.contains("hunter2"), "{}", refused.stderr);
+}
+
+#[test]
+fn watching_indexes_what_changes_survives_a_failure_and_stops_cleanly() {
+    let (gateway, url, _runtime) =
+        FakeGateway { poison: Some("poison.md"), ..FakeGateway::default() }.listen();
+    let sandbox = Sandbox::new(&[("a.md", "# A\n"), (".gitignore", "target/\n")]).with_env("RAG_URL", &url);
+    let watch = sandbox.start("watch", &["index", ".", "--watch", "--exclude", ".*"]);
+    watch.wait_for("Watching");
+    assert_eq!(gateway.sources(), ["a.md"]);
+    sandbox.write("docs/new.md", "# New\n");
+    support::wait("the new file", || gateway.sources().contains(&"docs/new.md".to_owned()).then_some(()));
+    sandbox.write("poison.md", "# Poison\n");
+    watch.wait_for("could not be indexed");
+    sandbox.remove("poison.md");
+    sandbox.remove("a.md");
+    sandbox.write("docs/new.md", "# Newer\n");
+    support::wait("the change after the failure", || {
+        let documents = gateway.documents.lock().unwrap();
+        let newer = documents.get("docs/new.md").is_some_and(|document| document.text == "# Newer\n");
+        (newer && !documents.contains_key("a.md")).then_some(())
+    });
+    watch.signal("INT");
+    assert_eq!(watch.exit_code(), 0, "{}", watch.log());
+    assert!(watch.log().contains("Stopped watching"), "{}", watch.log());
+}
+
+#[test]
+fn a_broken_pdf_is_named_and_holds_nothing_up() {
+    let (gateway, url, _runtime) = FakeGateway::default().listen();
+    let sandbox = Sandbox::new(&[("a.md", "# A\n"), ("broken.pdf", "%PDF-1.4\nnot really\n")])
+        .with_env("RAG_URL", &url);
+    let ran = sandbox.atlas(&["index", ".", "-v"]).ok();
+    assert_eq!(gateway.sources(), ["a.md"]);
+    assert!(ran.stderr.contains("broken.pdf (no text to be had"), "{}", ran.stderr);
+}

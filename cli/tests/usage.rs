@@ -7,7 +7,7 @@ mod support;
 use insta::assert_snapshot;
 use support::Sandbox;
 
-const COMMANDS: [&[&str]; 32] = [
+const COMMANDS: [&[&str]; 36] = [
     &[],
     &["demo"],
     &["dev"],
@@ -16,6 +16,10 @@ const COMMANDS: [&[&str]; 32] = [
     &["index"],
     &["judge"],
     &["search"],
+    &["collections"],
+    &["collections", "list"],
+    &["collections", "use"],
+    &["collections", "drop"],
     &["runs"],
     &["runs", "list"],
     &["runs", "show"],

@@ -23,8 +23,12 @@ use crate::{error::GatewayError, metrics::Metrics};
 /// Texts in one call.
 const MAX_BATCH_TEXTS: usize = 96;
 
-/// Bytes in one call: far below what any server refuses.
-const MAX_BATCH_BYTES: usize = 128 * 1024;
+/// Tokens in one call, by the model's own upper bound: far below what any server refuses, and little
+/// enough that a call that nobody answers costs little of the day when it is booked as spent.
+const MAX_BATCH_TOKENS: u64 = 16 * 1024;
+
+/// Longest pause for a rate limit.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// Calls at once, for one request or job.
 const CONCURRENCY: usize = 4;
@@ -107,8 +111,11 @@ impl BookedEmbedder {
         texts: &[String],
         tenant: Option<&str>,
     ) -> Result<Embedded, GatewayError> {
-        let batches: Vec<Embedded> = stream::iter(batches(texts))
+        let weigh = |text: &String| self.embedder.tokens_upper_bound(std::slice::from_ref(text)).0;
+        let batches: Vec<Embedded> = stream::iter(batches(texts, weigh))
             .map(|batch| async move {
+                // Queries do not wait: they are few, and somebody waits for them.
+                self.pace(&batch).await;
                 resilience::retry(&self.policy, &self.breaker, || self.attempt(batch.clone(), tenant)).await?
             })
             .buffered(CONCURRENCY)
@@ -120,6 +127,20 @@ impl BookedEmbedder {
             all.vectors.extend(batch.vectors);
         }
         Ok(all)
+    }
+
+    /// Waits for the API's rate limit, for a while: then the server may say no by itself.
+    async fn pace(&self, batch: &[String]) {
+        let tokens = self.embedder.tokens_upper_bound(batch);
+        let mut waited = Duration::ZERO;
+        while waited < LONGEST_PAUSE {
+            let pause = self.embedder.pace(tokens).min(LONGEST_PAUSE.saturating_sub(waited));
+            if pause.is_zero() {
+                return;
+            }
+            tokio::time::sleep(pause).await;
+            waited += pause;
+        }
     }
 
     /// Reserve, call, settle. A denied budget is an answer (inner error), not a failure of the server.
@@ -295,7 +316,8 @@ async fn embed_together(embedder: &Arc<BookedEmbedder>, tenant: Option<&str>, ba
         by_text.entry(waiting.text.clone()).or_default().push(waiting);
     }
     let all: Vec<String> = by_text.keys().cloned().collect();
-    for texts in batches(&all) {
+    let weigh = |text: &String| embedder.embedder.tokens_upper_bound(std::slice::from_ref(text)).0;
+    for texts in batches(&all, weigh) {
         let result = embedder.embed_queries(texts.clone(), tenant).await;
         let mut vectors = result.map(|vectors| vectors.into_iter().map(Arc::new));
         for text in texts {
@@ -313,15 +335,17 @@ async fn embed_together(embedder: &Arc<BookedEmbedder>, tenant: Option<&str>, ba
     }
 }
 
-fn batches(texts: &[String]) -> Vec<Vec<String>> {
+/// Texts in the order they came, in calls of bounded size. A text that is too large goes alone.
+fn batches(texts: &[String], weigh: impl Fn(&String) -> u64) -> Vec<Vec<String>> {
     let mut batches = Vec::new();
-    let (mut start, mut bytes) = (0, 0);
+    let (mut start, mut tokens) = (0, 0);
     for (at, text) in texts.iter().enumerate() {
-        if at > start && (at - start == MAX_BATCH_TEXTS || bytes + text.len() > MAX_BATCH_BYTES) {
+        let more = weigh(text);
+        if at > start && (at - start == MAX_BATCH_TEXTS || tokens + more > MAX_BATCH_TOKENS) {
             batches.push(texts[start..at].to_vec());
-            (start, bytes) = (at, 0);
+            (start, tokens) = (at, 0);
         }
-        bytes += text.len();
+        tokens += more;
     }
     if start < texts.len() {
         batches.push(texts[start..].to_vec());
@@ -348,9 +372,11 @@ mod tests {
     #[test]
     fn batches_are_bounded_and_lose_nothing() {
         let texts: Vec<String> = (0..300_usize).map(|number| "x".repeat(number * 10)).collect();
-        let batches = batches(&texts);
+        let weigh = |text: &String| text.len() as u64 * 20;
+        let batches = batches(&texts, weigh);
         assert!(batches.iter().all(|batch| batch.len() <= MAX_BATCH_TEXTS));
-        assert!(batches.iter().all(|batch| batch.iter().map(String::len).sum::<usize>() <= MAX_BATCH_BYTES));
+        let fits = |batch: &Vec<String>| batch.iter().map(weigh).sum::<u64>() <= MAX_BATCH_TOKENS;
+        assert!(batches.iter().all(|batch| batch.len() == 1 || fits(batch)));
         assert_eq!(batches.concat(), texts);
     }
 }

@@ -17,14 +17,30 @@ pub(crate) enum GatewayError {
     )]
     UnknownCollection(String),
     /// The id is wrong, or the job is long gone.
-    #[error(
-        "there is no job {0:?}; jobs are forgotten some time after they end, and when the gateway restarts"
-    )]
+    #[error("there is no job {0:?}; jobs are forgotten some time after they end")]
     UnknownJob(String),
+    /// Name another one, or use another generation first.
+    #[error(
+        "{generation:?} is what collection {collection:?} stands for now; use another generation first, or drop {collection:?}"
+    )]
+    InUse {
+        /// What was to be deleted.
+        generation: String,
+        /// Who stands for it.
+        collection: String,
+    },
+    /// Ask whoever runs the gateway.
+    #[error("{what} is not a place that this gateway may read, or is not there; {variable} says which are")]
+    NotAllowed {
+        /// The folder or URL.
+        what: String,
+        /// The setting.
+        variable: &'static str,
+    },
     /// Vectors of different models cannot be compared.
     #[error(
         "collection {collection:?} was built with embedding model {built_with}, but {configured}. Set OPENAI_EMBEDDING_MODEL \
-         to the collection's model, or index into another collection (RAG_COLLECTION)"
+         to the collection's model, rebuild it for the new one (`atlas index --rebuild`), or index into another collection (RAG_COLLECTION)"
     )]
     EmbeddingMismatch {
         /// Which collection.
@@ -61,6 +77,8 @@ impl GatewayError {
             Self::Invalid(_) => "invalid_request",
             Self::UnknownCollection(_) => "unknown_collection",
             Self::UnknownJob(_) => "unknown_job",
+            Self::InUse { .. } => "generation_in_use",
+            Self::NotAllowed { .. } => "source_not_allowed",
             Self::EmbeddingMismatch { .. } => "embedding_mismatch",
             Self::BudgetExhausted(_) => "budget_exhausted",
             Self::TooManyJobs(_) => "too_many_jobs",

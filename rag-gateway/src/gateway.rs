@@ -21,8 +21,9 @@ use crate::{
     http::{self, App},
     index::{self, VectorIndex},
     indexing::{Indexer, mismatch},
-    jobs::Jobs,
+    jobs::{self, Jobs},
     metrics::Metrics,
+    repository::Sources,
     rerank::QueryReranker,
     search::{SearchConfig, Searcher},
 };
@@ -124,9 +125,12 @@ impl Gateway {
         let default_collection = config.rag.collection.clone();
         let searcher = Arc::new(searcher(config, &index, embedder.clone(), &metrics)?);
         let stop = CancellationToken::new();
+        let sources = Arc::new(Sources::new(&config.gateway, config.data_dir.clone()));
         let (jobs, runner) = Jobs::new(
+            jobs::store::open(config).await?,
             config.gateway.max_index_jobs,
             Arc::clone(&indexer),
+            Arc::clone(&sources),
             RetryPolicy::new(&config.resilience),
             stop.clone(),
         );
@@ -146,6 +150,7 @@ impl Gateway {
             searcher,
             indexer,
             jobs,
+            sources,
             metrics,
         );
         if config.gateway.api_keys.is_empty() && !addr.ip().is_loopback() {

@@ -35,6 +35,8 @@ use crate::{
     metrics::Metrics,
 };
 
+mod rebuild;
+
 /// Bytes of documents that are chunked, embedded and written together.
 const GROUP_BYTES: usize = 512 * 1024;
 

@@ -4,6 +4,8 @@
 
 mod support;
 
+use std::{sync::Arc, time::Duration};
+
 use reqwest::Method;
 use serde_json::{Value, json};
 use support::{Stand, sources};
@@ -194,7 +196,7 @@ async fn a_batch_becomes_a_job() {
     let collections = stand.get("/v1/collections").await.ok();
     assert_eq!(
         collections,
-        json!([{"name": "texts", "chunks": 2, "embedding_model": null, "embedding_size": null}])
+        json!([{"name": "texts", "chunks": 2, "embedding_model": null, "embedding_size": null, "generation": "texts@1"}])
     );
     stand.gateway.shutdown().await;
 }
@@ -415,5 +417,140 @@ async fn without_its_engine_the_gateway_starts_and_says_what_is_missing() {
     .await
     .expect("the job fails");
     assert!(!status["errors"].as_array().unwrap().is_empty());
+    stand.gateway.shutdown().await;
+}
+
+/// Waits until a job has ended, and gives its status.
+async fn ended(stand: &Stand, id: &str) -> Value {
+    tokio::time::timeout(Duration::from_secs(120), async {
+        loop {
+            let status = stand.get(&format!("/v1/jobs/{id}")).await.ok();
+            if status["state"] == "done" || status["state"] == "failed" {
+                return status;
+            }
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .expect("the job ends")
+}
+
+#[tokio::test]
+async fn jobs_outlive_the_gateway() {
+    let stand = Stand::start(&[]).await;
+    let batch: Vec<Value> = (0..900)
+        .map(|n| json!({"source": format!("f{n}.md"), "text": format!("# File {n}\n\nAbout number {n}.\n")}))
+        .collect();
+    let mut ids = Vec::new();
+    for part in batch.chunks(300) {
+        let created = stand.post("/v1/embed_batch", json!(part)).await.ok();
+        ids.push(created["job_id"].as_str().unwrap().to_owned());
+    }
+    let dir = Arc::clone(&stand.dir);
+    // The first one may be at work, the last one cannot be done yet.
+    stand.gateway.shutdown().await;
+
+    let stand = Stand::start_in(dir, &[]).await;
+    for id in &ids {
+        let status = ended(&stand, id).await;
+        assert_eq!(status["state"], "done", "{status}");
+        assert_eq!(status["documents_done"], 300, "{status}");
+    }
+    let list = stand.get("/v1/documents").await.ok();
+    assert_eq!(list["documents"].as_array().unwrap().len(), 900);
+    let unknown = "018f0000-0000-7000-8000-000000000000";
+    stand.get(&format!("/v1/jobs/{unknown}")).await.problem(404, "unknown_job");
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_collection_is_rebuilt_while_it_is_searched_and_its_old_generation_is_kept() {
+    let stand = Stand::start(&[]).await;
+    stand.put(documents()).await.ok();
+    let before = stand.query("lease").await.ok();
+    let started = stand.post("/v1/collections/atlas/rebuild", json!({})).await.ok();
+    assert_eq!((&started["generation"], &started["old"]), (&json!("atlas@2"), &json!("atlas@1")));
+    let id = started["job_id"].as_str().unwrap();
+    loop {
+        let found = stand.query("lease").await.ok();
+        assert_eq!(sources(&found), sources(&before), "there is an answer at every moment");
+        let status = stand.get(&format!("/v1/jobs/{id}")).await.ok();
+        assert_ne!(status["state"], "failed", "{status}");
+        if status["state"] == "done" {
+            break;
+        }
+    }
+    let collections = stand.get("/v1/collections").await.ok();
+    let names: Vec<(&str, &Value)> = collections
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|line| (line["name"].as_str().unwrap(), &line["generation"]))
+        .collect();
+    assert_eq!(names, [("atlas", &json!("atlas@2")), ("atlas@1", &Value::Null)]);
+    assert_eq!(collections[0]["chunks"], collections[1]["chunks"]);
+    assert_eq!(sources(&stand.query("lease").await.ok()), sources(&before));
+
+    // Back, and forth again, and then the old one goes.
+    let uses = |generation: &str| {
+        stand
+            .request(Method::PUT, "/v1/collections/atlas/generation")
+            .json(&json!({"generation": generation}))
+    };
+    assert_eq!(stand.send(uses("atlas@1")).await.status.as_u16(), 204);
+    let delete = || stand.request(Method::DELETE, "/v1/collections/atlas@1");
+    stand.send(delete()).await.problem(409, "generation_in_use");
+    assert_eq!(stand.send(uses("atlas@2")).await.status.as_u16(), 204);
+    stand.send(uses("atlas@7")).await.problem(404, "unknown_collection");
+    stand.send(uses("other@1")).await.problem(422, "invalid_request");
+    let dropped = stand.send(delete()).await;
+    assert_eq!(dropped.status.as_u16(), 204, "{}", dropped.text);
+    assert_eq!(sources(&stand.query("lease").await.ok()), sources(&before));
+    // What is put from now on goes into the new one, and is known there.
+    let again = stand.put(documents()).await.ok();
+    let results = again["results"].as_array().unwrap();
+    assert!(results.iter().all(|result| result["outcome"] == "unchanged"), "{again}");
+    stand.post("/v1/collections/nothing/rebuild", json!({})).await.problem(404, "unknown_collection");
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_repository_below_an_allowed_root_is_indexed_and_followed() {
+    let repos = tempfile::tempdir().unwrap();
+    let shop = repos.path().join("shop");
+    std::fs::create_dir_all(shop.join("docs")).unwrap();
+    std::fs::write(shop.join("docs/door.md"), "# Door\n\nHow the door is locked.\n").unwrap();
+    std::fs::write(shop.join("README.md"), "# Shop\n\nSells apples.\n").unwrap();
+    std::fs::write(shop.join(".env"), "KEY=secret\n").unwrap();
+    let root = repos.path().display().to_string();
+    let stand = Stand::start(&[("INDEX_ALLOWED_ROOTS", root.as_str())]).await;
+
+    let index = async |body: Value| {
+        let id = stand.post("/v1/index", body).await.ok()["job_id"].as_str().unwrap().to_owned();
+        let status = ended(&stand, &id).await;
+        assert_eq!(status["state"], "done", "{status}");
+        status
+    };
+    let listed = async || -> Vec<String> {
+        let list = stand.get("/v1/documents?repo=shop").await.ok();
+        let documents = list["documents"].as_array().unwrap();
+        documents.iter().map(|document| document["source"].as_str().unwrap().to_owned()).collect()
+    };
+    // A part by the folder's path, then all by its name.
+    index(json!({"repo": shop, "path": "docs"})).await;
+    assert_eq!(listed().await, ["docs/door.md"]);
+    assert_eq!(index(json!({"repo": "shop"})).await["documents"], 1, "only what is new");
+    assert_eq!(listed().await, ["README.md", "docs/door.md"]);
+    assert_eq!(index(json!({"repo": "shop"})).await["documents"], 0, "nothing changed");
+
+    std::fs::remove_file(shop.join("docs/door.md")).unwrap();
+    index(json!({"repo": "shop", "path": "docs/door.md"})).await;
+    assert_eq!(listed().await, ["README.md"]);
+
+    for repo in ["/etc", "../etc", "https://example.org/shop.git"] {
+        let detail = stand.post("/v1/index", json!({"repo": repo})).await.problem(422, "source_not_allowed");
+        assert!(detail.contains("INDEX_ALLOWED"), "{detail}");
+    }
+    stand.post("/v1/index", json!({"repo": "shop", "path": "../x"})).await.problem(422, "invalid_request");
     stand.gateway.shutdown().await;
 }

@@ -65,3 +65,60 @@ fn the_health_check_fails_until_a_gateway_is_ready() {
         assert!(started.elapsed() < Duration::from_secs(60), "never ready: {}", stderr(&output));
     }
 }
+
+/// A gateway process on a folder, killed when dropped.
+fn gateway(dir: &std::path::Path, listen: &str) -> Guarded {
+    let settings = [("ATLAS_DATA_DIR", dir.to_str().unwrap()), ("GATEWAY_LISTEN", listen)];
+    Guarded::spawn(BINARY, Vec::<&str>::new(), |command| {
+        command.envs(settings).stdout(Stdio::null()).stderr(Stdio::null());
+    })
+    .unwrap()
+}
+
+/// Asks until the answer is what is waited for.
+async fn until(url: &str, wanted: impl Fn(&serde_json::Value) -> bool) -> serde_json::Value {
+    tokio::time::timeout(Duration::from_secs(180), async {
+        loop {
+            if let Ok(response) = reqwest::get(url).await
+                && let Ok(answer) = response.json::<serde_json::Value>().await
+                && wanted(&answer)
+            {
+                return answer;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await
+    .expect("in time")
+}
+
+#[tokio::test]
+async fn a_killed_gateways_jobs_are_done_by_the_next_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let listen = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let url = |path: &str| format!("http://{listen}{path}");
+    let first = gateway(dir.path(), &listen);
+    until(&url("/health/ready"), |answer| answer["status"] == "ready").await;
+    let mut jobs = Vec::new();
+    for job in 0..3 {
+        let batch: Vec<serde_json::Value> = (0..200)
+            .map(|n| serde_json::json!({"source": format!("{job}-{n}.md"), "text": format!("# {job}\n\nAbout {n}.\n")}))
+            .collect();
+        let answer = reqwest::Client::new().post(url("/v1/embed_batch")).json(&batch).send().await.unwrap();
+        let created: serde_json::Value = answer.json().await.unwrap();
+        jobs.push(created["job_id"].as_str().unwrap().to_owned());
+    }
+    // SIGKILL: with the first one at work, or done, or not begun.
+    drop(first);
+
+    let _second = gateway(dir.path(), &listen);
+    for job in jobs {
+        let status = until(&url(&format!("/v1/jobs/{job}")), |status| {
+            status["state"] == "done" || status["state"] == "failed"
+        })
+        .await;
+        assert_eq!((&status["state"], &status["documents_done"]), (&"done".into(), &200.into()), "{status}");
+    }
+    let list = until(&url("/v1/documents"), |_| true).await;
+    assert_eq!(list["documents"].as_array().unwrap().len(), 600);
+}

@@ -142,6 +142,10 @@ pub struct PubSubConfig {
     pub subscription: String,
     /// `PUBSUB_DLQ_SUBSCRIPTION`, short name.
     pub dlq_subscription: String,
+    /// `PUBSUB_TOPIC_DOCS`, short name.
+    pub topic_docs: String,
+    /// `PUBSUB_DOCS_SUBSCRIPTION`, short name.
+    pub docs_subscription: String,
     /// `PUBSUB_EMULATOR_HOST` as a URL with its scheme.
     pub emulator: Option<Url>,
     /// Create what is missing (development); otherwise only check and report.
@@ -258,6 +262,8 @@ pub struct WorkerConfig {
     pub sweep_interval: Duration,
     /// `DRAIN_TIMEOUT_SECONDS`: how long running work may go on after SIGTERM.
     pub drain_timeout: Duration,
+    /// `INDEX_ON_DOCS_ADDED`: read `docs_added` and have the gateway index what it names.
+    pub index_on_docs_added: bool,
     /// `AGENT_MAX_SEARCHES`: rounds of `search_knowledge` a run.
     pub max_searches: u32,
     /// How long old rows are kept.
@@ -335,6 +341,10 @@ pub struct GatewayConfig {
     pub max_concurrency: usize,
     /// `MAX_INDEX_JOBS`: jobs waiting or running; more get 429.
     pub max_index_jobs: usize,
+    /// `INDEX_ALLOWED_ROOTS`: folders below which the gateway may read by itself; empty: none.
+    pub index_allowed_roots: Vec<PathBuf>,
+    /// `INDEX_ALLOWED_URLS`: beginnings of git URLs that it may clone; empty: none.
+    pub index_allowed_urls: Vec<String>,
     /// `CHUNK_TOKENS`: upper bound of a chunk.
     pub chunk_tokens: usize,
     /// `CHUNK_OVERLAP_TOKENS`.
@@ -474,6 +484,7 @@ impl Reader<'_> {
                 max_run_attempts: self.small("MAX_RUN_ATTEMPTS", 1..=100),
                 sweep_interval: self.seconds("SWEEP_INTERVAL_SECONDS", 1..=3600),
                 drain_timeout: self.seconds("DRAIN_TIMEOUT_SECONDS", 0..=3600),
+                index_on_docs_added: self.flag("INDEX_ON_DOCS_ADDED"),
                 max_searches: self.small("AGENT_MAX_SEARCHES", 0..=20),
                 retention: RetentionConfig {
                     outbox: self.days("RETENTION_OUTBOX_DAYS", 1),
@@ -554,6 +565,8 @@ impl Reader<'_> {
             topic_dlq: self.resource("PUBSUB_TOPIC_DLQ"),
             subscription: self.resource("PUBSUB_SUBSCRIPTION"),
             dlq_subscription: self.resource("PUBSUB_DLQ_SUBSCRIPTION"),
+            topic_docs: self.resource("PUBSUB_TOPIC_DOCS"),
+            docs_subscription: self.resource("PUBSUB_DOCS_SUBSCRIPTION"),
             emulator,
             create_missing,
             max_delivery_attempts: self.small("PUBSUB_MAX_DELIVERY_ATTEMPTS", 5..=100),
@@ -730,6 +743,8 @@ impl Reader<'_> {
             timeout: self.seconds("GATEWAY_TIMEOUT_SECONDS", 1..=3600),
             max_concurrency: self.size("GATEWAY_MAX_CONCURRENCY", 1..=100_000),
             max_index_jobs: self.size("MAX_INDEX_JOBS", 1..=100_000),
+            index_allowed_roots: self.allowed_roots(),
+            index_allowed_urls: self.allowed_urls(),
             chunk_tokens,
             chunk_overlap_tokens,
         }
@@ -745,6 +760,41 @@ impl Reader<'_> {
             );
             SourceUrls::default()
         })
+    }
+
+    fn allowed_roots(&mut self) -> Vec<PathBuf> {
+        let roots: Vec<PathBuf> = self.list("INDEX_ALLOWED_ROOTS").into_iter().map(PathBuf::from).collect();
+        if let Some(root) = roots.iter().find(|root| !root.is_absolute()) {
+            let problem = format!("{} is not an absolute path", root.display());
+            self.fault(
+                "INDEX_ALLOWED_ROOTS",
+                problem,
+                "write folders such as /srv/repos, separated by commas",
+            );
+        }
+        roots
+    }
+
+    fn allowed_urls(&mut self) -> Vec<String> {
+        let urls = self.list("INDEX_ALLOWED_URLS");
+        // `git@host:team` is how git writes ssh; a host without a path would allow all of it.
+        let fits = |url: &String| match url.split_once("://") {
+            Some((scheme, rest)) => {
+                ["https", "http", "ssh", "git"].contains(&scheme)
+                    && !rest.is_empty()
+                    && !rest.starts_with('/')
+            }
+            None => url.split_once(':').is_some_and(|(host, _)| host.contains('@')),
+        };
+        if let Some(url) = urls.iter().find(|url| !fits(url)) {
+            let problem = format!("{url:?} is not the beginning of a git URL");
+            self.fault(
+                "INDEX_ALLOWED_URLS",
+                problem,
+                "write beginnings such as https://github.com/your-team/, separated by commas; for folders there is INDEX_ALLOWED_ROOTS",
+            );
+        }
+        urls
     }
 
     fn rerank(&mut self) -> Option<RerankConfig> {
@@ -1046,6 +1096,7 @@ mod tests {
                 "another-name",
                 "http://127.0.0.1:1",
                 "name:long-enough-key",
+                "/some/folder",
                 "(?)",
             ]
             .into_iter()

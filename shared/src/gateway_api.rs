@@ -230,7 +230,7 @@ pub struct PutDocumentsResult {
 }
 
 /// `DELETE /v1/documents`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DeleteDocuments {
     /// Which collection; the gateway's default when missing.
@@ -301,6 +301,42 @@ pub struct CollectionInfo {
     pub embedding_model: Option<String>,
     /// Length of its vectors.
     pub embedding_size: Option<usize>,
+    /// The generation that the name stands for, such as `docs@2`; null for a generation itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<String>,
+}
+
+/// The answer to `POST /v1/collections/{name}/rebuild`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct RebuildStarted {
+    /// For `GET /v1/jobs/{id}`.
+    pub job_id: String,
+    /// The generation that is filled.
+    pub generation: String,
+    /// The generation that is in use until the new one is, and kept afterwards.
+    pub old: String,
+}
+
+/// `PUT /v1/collections/{name}/generation`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct UseGeneration {
+    /// The generation that the name shall stand for.
+    pub generation: String,
+}
+
+/// `POST /v1/index`: a folder or a git repository that the gateway reads by itself. It must be below one of
+/// `INDEX_ALLOWED_ROOTS` or `INDEX_ALLOWED_URLS`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct IndexRepository {
+    /// A git URL (with `#branch`), or a folder on the gateway's machine.
+    pub repo: String,
+    /// Only this file or folder of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// Which collection; the gateway's default when missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub collection: Option<String>,
 }
 
 /// An `application/problem+json` error (RFC 9457).

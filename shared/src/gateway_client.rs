@@ -14,7 +14,8 @@ use crate::{
     Dependency, Secret, UpstreamError,
     gateway_api::{
         CollectionInfo, DEGRADED_HEADER, DeleteDocuments, DeleteDocumentsResult, DocumentList, EmbedItem,
-        JobCreated, JobStatus, Passage, Problem, PutDocuments, PutDocumentsResult, QueryChatRequest,
+        IndexRepository, JobCreated, JobStatus, Passage, Problem, PutDocuments, PutDocumentsResult,
+        QueryChatRequest, RebuildStarted, UseGeneration,
     },
     http_client,
     trace_context::{TRACEPARENT, TraceParent},
@@ -123,6 +124,29 @@ impl GatewayClient {
         self.call(self.request(Method::GET, "v1/collections")?).await
     }
 
+    /// Starts to index a folder or a repository that the gateway reads by itself; see [`GatewayClient::job`].
+    pub async fn index_repository(&self, request: &IndexRepository) -> Result<JobCreated, UpstreamError> {
+        self.call(self.request(Method::POST, "v1/index")?.json(request)).await
+    }
+
+    /// Starts to fill a new generation of a collection; see [`GatewayClient::job`].
+    pub async fn rebuild_collection(&self, name: &str) -> Result<RebuildStarted, UpstreamError> {
+        self.call(self.request(Method::POST, &format!("v1/collections/{}/rebuild", collection(name)?))?).await
+    }
+
+    /// Makes a collection stand for another generation of it.
+    pub async fn use_generation(&self, name: &str, generation: &str) -> Result<(), UpstreamError> {
+        let body = UseGeneration { generation: generation.to_owned() };
+        let path = format!("v1/collections/{}/generation", collection(name)?);
+        self.send(self.request(Method::PUT, &path)?.json(&body)).await.map(drop)
+    }
+
+    /// Deletes a generation that is not in use, or a collection with all its generations.
+    pub async fn drop_collection(&self, name: &str) -> Result<(), UpstreamError> {
+        let path = format!("v1/collections/{}", collection(name)?);
+        self.send(self.request(Method::DELETE, &path)?).await.map(drop)
+    }
+
     /// Empties the gateway's caches.
     pub async fn clear_cache(&self) -> Result<(), UpstreamError> {
         self.send(self.request(Method::POST, "v1/admin/cache/clear")?).await.map(drop)
@@ -173,6 +197,19 @@ impl GatewayClient {
         })?;
         if response.status().is_success() { Ok(response) } else { Err(refusal(response).await) }
     }
+}
+
+/// A collection's name as a part of a path: it is either harmless there or no name.
+fn collection(name: &str) -> Result<&str, UpstreamError> {
+    let (plain, generation) = name.split_once('@').unwrap_or((name, "1"));
+    if crate::message::is_name(plain) && generation.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Ok(name);
+    }
+    Err(UpstreamError::permanent(
+        Dependency::Gateway,
+        "unknown_collection",
+        format!("{name:?} is no collection's name"),
+    ))
 }
 
 async fn read<T: DeserializeOwned>(response: reqwest::Response) -> Result<T, UpstreamError> {

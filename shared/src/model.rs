@@ -209,6 +209,11 @@ pub trait Embedder: Send + Sync {
 
     /// An upper bound of what embedding these texts can bill.
     fn tokens_upper_bound(&self, texts: &[String]) -> Tokens;
+
+    /// How long a call of that many tokens must wait for the API's rate limit; see [`ChatModel::pace`].
+    fn pace(&self, _tokens: Tokens) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// The answer of an [`Embedder`].

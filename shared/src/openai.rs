@@ -272,6 +272,10 @@ impl Embedder for OpenAiEmbedder {
     fn tokens_upper_bound(&self, texts: &[String]) -> Tokens {
         bound::embedding_tokens(&self.model, texts)
     }
+
+    fn pace(&self, tokens: Tokens) -> Duration {
+        self.endpoint.limits.take(&self.model, tokens)
+    }
 }
 
 /// True for OpenAI's own API, which knows parameters that others do not.

@@ -34,7 +34,7 @@ const DEAD_LETTER_NAMESPACE: Uuid = Uuid::from_u128(0x2d1f_9c70_7f3e_4a0e_8a51_9
 
 /// What to do with a delivery in the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verdict {
+pub(crate) enum Verdict {
     /// Durable: never again.
     Ack,
     /// Another worker shall have it now.
@@ -203,7 +203,7 @@ async fn held(context: &Context, error: LedgerError, kill: &CancellationToken) -
 }
 
 /// Stores a bad message, however long it takes.
-async fn put_aside(context: &Context, letter: DeadLetter, kill: &CancellationToken) -> Verdict {
+pub(crate) async fn put_aside(context: &Context, letter: DeadLetter, kill: &CancellationToken) -> Verdict {
     loop {
         crash_point!("before_dead_letter");
         match resilient::store(&context.retry, || context.store.record_dead_letter(&letter)).await {
@@ -232,7 +232,12 @@ async fn put_aside(context: &Context, letter: DeadLetter, kill: &CancellationTok
 }
 
 /// A message that no worker can read, and what is said about it.
-fn rejected(context: &Context, origin: &Origin<'_>, data: &[u8], rejection: Rejection) -> DeadLetter {
+pub(crate) fn rejected(
+    context: &Context,
+    origin: &Origin<'_>,
+    data: &[u8],
+    rejection: Rejection,
+) -> DeadLetter {
     let Rejection { reason, message, answer_to, mut metadata } = rejection;
     let announce = answer_to.map(|task_id| {
         metadata.insert("error_code".to_owned(), json!(reason));
@@ -243,11 +248,11 @@ fn rejected(context: &Context, origin: &Origin<'_>, data: &[u8], rejection: Reje
 }
 
 /// Where a dead letter comes from.
-struct Origin<'a> {
+pub(crate) struct Origin<'a> {
     /// The subscription's name.
-    source: &'a str,
-    message_id: &'a str,
-    attributes: Vec<(String, String)>,
+    pub(crate) source: &'a str,
+    pub(crate) message_id: &'a str,
+    pub(crate) attributes: Vec<(String, String)>,
 }
 
 impl Origin<'_> {

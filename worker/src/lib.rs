@@ -16,6 +16,7 @@ mod call;
 mod context;
 mod control;
 mod crash;
+mod documents;
 mod gate;
 mod intake;
 mod limiter;

@@ -23,6 +23,7 @@ use crate::{
     call::ModelCalls,
     context::{Context, MAX_PROGRESS},
     crash::crash_point,
+    documents,
     gate::{Gate, Reason},
     intake,
     limiter::Limiter,
@@ -218,7 +219,7 @@ impl Worker {
 
 impl RunningWorker {
     fn spawn_loops(&self) {
-        let (requests_from, dead_letters_from) = sources(&self.context.config);
+        let (requests_from, dead_letters_from, documents_from) = sources(&self.context.config);
         self.supervise(
             "intake",
             intake::run(
@@ -242,6 +243,18 @@ impl RunningWorker {
                 ),
             );
         }
+        if let Some(documents) = &self.queues.documents {
+            self.supervise(
+                "docs_added reader",
+                documents::run(
+                    Arc::clone(&self.context),
+                    Arc::clone(documents),
+                    documents_from,
+                    self.stop.clone(),
+                    self.kill.clone(),
+                ),
+            );
+        }
         self.supervise(
             "sweep",
             sweep::run(Arc::clone(&self.context), self.tasks.clone(), self.stop.clone(), self.kill.clone()),
@@ -250,11 +263,16 @@ impl RunningWorker {
             "prober",
             probe(
                 Arc::clone(&self.context),
-                std::iter::once(&self.queues.requests).chain(&self.queues.dead_letters).cloned().collect(),
+                self.queues().cloned().collect(),
                 self.checks.clone(),
                 self.stop.clone(),
             ),
         );
+    }
+
+    /// All that this worker pulls from.
+    fn queues(&self) -> impl Iterator<Item = &Arc<dyn RequestQueue>> {
+        std::iter::once(&self.queues.requests).chain(&self.queues.dead_letters).chain(&self.queues.documents)
     }
 
     /// Runs a loop that must not end before the worker does: if it does, the process asks to be
@@ -279,9 +297,8 @@ impl RunningWorker {
         self.checks.failed("intake", "the worker is shutting down");
         self.context.gate.set(Reason::Draining, true);
         self.stop.cancel();
-        self.queues.requests.drain().await;
-        if let Some(dead_letters) = &self.queues.dead_letters {
-            dead_letters.drain().await;
+        for queue in self.queues() {
+            queue.drain().await;
         }
         crash_point!("draining");
         self.tasks.close();
@@ -296,7 +313,7 @@ impl RunningWorker {
         self.loops.close();
         let _ = tokio::time::timeout(FLUSH_BOUND, self.loops.wait()).await;
         crash_point!("drained");
-        for queue in std::iter::once(&self.queues.requests).chain(&self.queues.dead_letters) {
+        for queue in self.queues() {
             if let Err(error) = queue.flush(FLUSH_BOUND).await {
                 tracing::warn!(error = %error, "acks were not flushed; those messages will come again");
             }
@@ -396,10 +413,14 @@ async fn probe(
     }
 }
 
-/// Names of where requests and dead letters come from, for `dead_letters.source`.
-fn sources(config: &Config) -> (String, String) {
+/// Names of where requests, dead letters and `docs_added` come from, for `dead_letters.source`.
+fn sources(config: &Config) -> (String, String, String) {
     match &config.queue {
-        QueueConfig::PubSub(pubsub) => (pubsub.subscription.clone(), pubsub.dlq_subscription.clone()),
-        QueueConfig::Embedded(_) => ("architect_in-atlas".to_owned(), "architect_dlq-atlas".to_owned()),
+        QueueConfig::PubSub(pubsub) => {
+            (pubsub.subscription.clone(), pubsub.dlq_subscription.clone(), pubsub.docs_subscription.clone())
+        }
+        QueueConfig::Embedded(_) => {
+            ("architect_in-atlas".to_owned(), "architect_dlq-atlas".to_owned(), "docs_added-atlas".to_owned())
+        }
     }
 }

@@ -12,7 +12,7 @@ use crate::{
     citations,
     commands::{
         ask::{Waiter, spec_text, summarise},
-        index::Job,
+        index::{Job, Mode},
     },
     context::Context,
     error::{CliError, Result},
@@ -116,7 +116,7 @@ async fn show(
             .fix("run it inside a repository, or name one with --path"));
     }
     let access = GatewayAccess::of(stack)?;
-    job.bring_in_line(context, &access, walked, false, stop).await?;
+    job.bring_in_line(context, &access, walked, Mode::Once, stop).await?;
 
     let mut answers = Vec::new();
     for (at, question) in questions.iter().enumerate() {

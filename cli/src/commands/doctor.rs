@@ -245,7 +245,7 @@ async fn queue_check(config: &Config) -> Option<Finding> {
         }
     };
     let checked = bounded(CHECK, async {
-        let queues = queue::open(&config).await?;
+        let queues = Box::pin(queue::open(&config)).await?;
         queues.requests.check().await
     })
     .await;

@@ -8,17 +8,26 @@ use std::{
     time::{Duration, Instant},
 };
 
-use atlas_shared::{UpstreamError, gateway_api::IndexedDocument, message::is_name};
+use atlas_rag_gateway::source::{
+    git::{Checkout, RepoUrl},
+    repo::Repository,
+    walk::{self, GlobFault, Skip, Skipped, WalkOptions, Walked},
+};
+use atlas_shared::{
+    UpstreamError,
+    gateway_api::{IndexedDocument, JobState},
+    message::is_name,
+};
+use globset::GlobSet;
 
 use crate::{
     context::Context,
-    error::{CliError, Result},
-    repo::Repository,
+    error::{CliError, Exit, Result},
     signals::Stop,
     stack::GatewayAccess,
     sync::{self, Outcome, Plan, Progress, Target},
     ui::{DIM, GREEN, Ui, YELLOW, bytes, count, paint, thousands},
-    walk::{self, Skip, Skipped, WalkOptions, Walked},
+    watch::Changes,
 };
 
 /// Failed documents that are listed without `--verbose`.
@@ -27,7 +36,16 @@ const LISTED_FAILURES: usize = 10;
 /// How often progress is told where nobody sees a bar.
 const LOG_EVERY: Duration = Duration::from_secs(10);
 
-/// Index a folder: what changed is sent, what vanished is deleted
+/// Longest time that a clone may take.
+const CLONE_BOUND: Duration = Duration::from_mins(30);
+
+/// While watching, a failed round is tried again after so long, or at the next change.
+const TRY_AGAIN: Duration = Duration::from_secs(30);
+
+/// How often a rebuild is asked how far it is.
+const REBUILD_POLL: Duration = Duration::from_millis(500);
+
+/// Index a folder or a git repository: what changed is sent, what vanished is deleted
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   atlas index .                               this folder
@@ -35,16 +53,20 @@ const LOG_EVERY: Duration = Duration::from_secs(10);
   atlas index . --include '*.md' --include 'docs/**'
   atlas index . --exclude 'vendor/**' --dry-run -v
   atlas index . --not-secret 'tests/keys/**'  index files that only look like secrets
+  atlas index https://example.org/shop.git    a repository by its URL, at its newest commit
+  atlas index https://example.org/shop.git#v2 … at a branch or a tag
+  atlas index . --watch                       go on: index what changes, until Ctrl-C
+  atlas index . --rebuild                     with another embedding model, without downtime
 
 .gitignore and .atlasignore are obeyed. Binaries, lock files, minified and generated files, files
 over --max-file-bytes and files that look like secrets are skipped; the summary says how many, -v
-says which and why. --include and --exclude limit what this run looks at; what is outside stays as
+says which and why. Of PDF and DOCX files the text is indexed; their lines are pages and paragraphs. --include and --exclude limit what this run looks at; what is outside stays as
 it is in the index. To take files out of it, name them in .atlasignore.
 
 Ctrl-C is safe: run the same command again and it goes on. A second run touches nothing.
 Uses the gateway at RAG_URL, else the running `atlas dev`, else opens the embedded index itself.")]
 pub(crate) struct Index {
-    /// Folder or file to index
+    /// Folder, file or git URL to index; a URL may end in #BRANCH or #TAG
     #[arg(value_name = "PATH", default_value = ".")]
     path: PathBuf,
 
@@ -75,6 +97,30 @@ pub(crate) struct Index {
     /// Say what would be done, change nothing
     #[arg(short = 'n', long)]
     dry_run: bool,
+
+    /// Stay, and index what changes until Ctrl-C
+    #[arg(short, long, conflicts_with = "dry_run")]
+    watch: bool,
+
+    /// First fill a new generation of the collection (with the embedding model that is configured now)
+    /// from what is indexed, check it, and use it from then on; the old one is kept
+    #[arg(long, conflicts_with = "dry_run")]
+    rebuild: bool,
+
+    /// With --rebuild: delete the old generation once the new one is in use
+    #[arg(long, requires = "rebuild")]
+    drop_old: bool,
+}
+
+/// What a round says and does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// Say what would be done.
+    DryRun,
+    /// Do it, and say so.
+    Once,
+    /// Do it, and say only what was done.
+    Watch,
 }
 
 /// What to index, where to, and from where.
@@ -83,34 +129,66 @@ pub(crate) struct Job {
     repository: Repository,
     repo: String,
     collection: Option<String>,
+    /// A clone that is deleted with the job.
+    checkout: Option<Checkout>,
 }
 
 impl Index {
     pub(crate) async fn run(self, context: &Context) -> Result<()> {
-        let dry_run = self.dry_run;
-        let job = self.job(context)?;
+        let mode = if self.dry_run { Mode::DryRun } else { Mode::Once };
+        let (watch, rebuild, drop_old) = (self.watch, self.rebuild, self.drop_old);
         let mut stop = Stop::listen()?;
+        let mut job = stop.unless_stopped(self.job(context)).await?;
+        // From here on no change is missed.
+        let changes = if watch { Some(Changes::of(&job.options)?) } else { None };
         let walked = stop.unless_stopped(job.walk(context.ui)).await?;
-        if walked.files.is_empty() {
+        if walked.files.is_empty() && !watch {
             summarise_skips(context.ui, &walked.skipped);
             // An empty folder is more likely a mistake than a wish to delete everything.
-            return Err(CliError::failure(format!(
-                "there is nothing to index in {}",
-                job.options.start.display()
-            ))
-            .fix("check the path, .gitignore, .atlasignore and --include; -v lists what was skipped"));
+            return Err(job.nothing_to_index());
         }
         let access = stop.unless_stopped(GatewayAccess::open(context, "index")).await?;
-        let done = job.bring_in_line(context, &access, walked, dry_run, &mut stop).await;
+        let mut done = Ok(Outcome::default());
+        if rebuild {
+            done = job.rebuild(context.ui, &access, drop_old, &mut stop).await.map(|()| Outcome::default());
+        }
+        if done.is_ok() && !walked.files.is_empty() {
+            done = job.bring_in_line(context, &access, walked, mode, &mut stop).await;
+        }
+        let done = match changes {
+            Some(changes) => job.watch(context, &access, changes, done, &mut stop).await,
+            None => done.map(drop),
+        };
         access.close().await;
-        done.map(drop)
+        done
     }
 
-    fn job(self, context: &Context) -> Result<Job> {
-        let start = self.path.canonicalize().map_err(|error| {
-            CliError::usage(format!("cannot index {}", self.path.display()))
+    async fn job(self, context: &Context) -> Result<Job> {
+        let Some(url) = self.path.to_str().and_then(RepoUrl::parse) else {
+            let path = self.path.clone();
+            return self.local_job(&path, context);
+        };
+        if self.watch {
+            return Err(CliError::usage("--watch needs a folder, not a URL")
+                .fix("clone the repository and watch the clone, or run `atlas index URL` from a schedule"));
+        }
+        context.ui.note(format_args!("Cloning {}…", url.shown()));
+        let checkout = Checkout::of(&url, CLONE_BOUND).await.map_err(|error| {
+            CliError::failure(format!("cannot get {}", url.shown())).because(error).fix(
+                "check the URL, and that git can reach it without asking: credential helper, ssh agent, or a token in the URL",
+            )
+        })?;
+        let repo = self.repo.clone().or_else(|| url.name());
+        let mut job = Self { repo, ..self }.local_job(checkout.path(), context)?;
+        job.checkout = Some(checkout);
+        Ok(job)
+    }
+
+    fn local_job(self, path: &Path, context: &Context) -> Result<Job> {
+        let start = path.canonicalize().map_err(|error| {
+            CliError::usage(format!("cannot index {}", path.display()))
                 .because(error)
-                .fix("name a folder or a file that exists")
+                .fix("name a folder or a file that exists, or a git URL")
         })?;
         let repository = Repository::around(&start);
         let repo = match self.repo {
@@ -124,14 +202,23 @@ impl Index {
         let options = WalkOptions {
             root: repository.root.clone(),
             start,
-            include: walk::globs("--include", &self.include)?,
-            exclude: walk::globs("--exclude", &self.exclude)?,
-            not_secret: walk::globs("--not-secret", &self.not_secret)?,
+            include: globs("--include", &self.include)?,
+            exclude: globs("--exclude", &self.exclude)?,
+            not_secret: globs("--not-secret", &self.not_secret)?,
             max_file_bytes: self.max_file_bytes,
             data_dir: Some(context.data_dir().to_owned()),
         };
-        Ok(Job { options, repository, repo, collection: self.collection })
+        Ok(Job { options, repository, repo, collection: self.collection, checkout: None })
     }
+}
+
+/// The globs of a flag.
+fn globs(flag: &str, patterns: &[String]) -> Result<GlobSet> {
+    walk::globs(patterns).map_err(|GlobFault { pattern, problem }| {
+        CliError::usage(format!("{flag} {pattern:?} is not a glob"))
+            .because(problem)
+            .fix("quote it for the shell and write it like '*.md' or 'docs/**'")
+    })
 }
 
 impl Job {
@@ -146,8 +233,126 @@ impl Job {
             not_secret: Vec::new(),
             max_file_bytes: walk::DEFAULT_MAX_FILE_BYTES,
             dry_run: false,
+            watch: false,
+            rebuild: false,
+            drop_old: false,
         }
-        .job(context)
+        .local_job(path, context)
+    }
+
+    fn nothing_to_index(&self) -> CliError {
+        CliError::failure(format!("there is nothing to index in {}", self.options.start.display()))
+            .fix("check the path, .gitignore, .atlasignore and --include; -v lists what was skipped")
+    }
+
+    fn collection<'a>(&'a self, access: &'a GatewayAccess) -> &'a str {
+        self.collection.as_deref().unwrap_or(&access.config.rag.collection)
+    }
+
+    /// Indexes what changes until Ctrl-C. A failed round is told and tried again.
+    async fn watch(
+        &mut self,
+        context: &Context,
+        access: &GatewayAccess,
+        mut changes: Changes,
+        first: Result<Outcome>,
+        stop: &mut Stop,
+    ) -> Result<()> {
+        let ui = context.ui;
+        let mut last = first.map(drop);
+        ui.note(format_args!("Watching {}. Ctrl-C stops.", self.options.start.display()));
+        loop {
+            let again = match last {
+                Ok(()) => None,
+                Err(error) if error.exit() == Exit::Interrupted => return Err(error),
+                Err(error) => {
+                    crate::ui::print_error(&error);
+                    ui.note(format_args!(
+                        "Trying again in {} s, or when something changes.",
+                        TRY_AGAIN.as_secs()
+                    ));
+                    Some(TRY_AGAIN)
+                }
+            };
+            let pause = async {
+                match again {
+                    Some(pause) => tokio::time::sleep(pause).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = changes.settled() => {}
+                () = pause => {}
+                () = stop.requested() => {
+                    ui.note("\nStopped watching. What is indexed stays indexed.");
+                    return Ok(());
+                }
+            }
+            // Another commit may be checked out by now.
+            self.repository = Repository::around(&self.options.start);
+            last = match stop.unless_stopped(self.walk(ui)).await {
+                // Somebody may be switching branches: nothing at all is no reason to delete everything.
+                Ok(walked) if walked.files.is_empty() => Err(self.nothing_to_index()),
+                Ok(walked) => self.bring_in_line(context, access, walked, Mode::Watch, stop).await.map(drop),
+                Err(error) => Err(error),
+            };
+        }
+    }
+
+    /// Fills a new generation of the collection, and waits until it is in use.
+    async fn rebuild(&self, ui: Ui, access: &GatewayAccess, drop_old: bool, stop: &mut Stop) -> Result<()> {
+        let collection = self.collection(access);
+        let started = match access.client.rebuild_collection(collection).await {
+            Ok(started) => started,
+            Err(UpstreamError::Permanent { code, .. }) if code == "unknown_collection" => {
+                ui.note(format_args!("Nothing to rebuild: there is no collection {collection} yet."));
+                return Ok(());
+            }
+            Err(error) => return Err(error.into()),
+        };
+        ui.note(format_args!("Rebuilding {collection} as {}.", started.generation));
+        let bar = ui.bar(0, "{bar:28} {pos}/{len} files  {msg}  {elapsed} gone, {eta} left");
+        let follow = async {
+            loop {
+                let status = access.client.job(&started.job_id).await?;
+                bar.set_length(status.documents as u64);
+                bar.set_position(status.documents_done as u64);
+                bar.set_message(status.note.clone().unwrap_or_default());
+                match status.state {
+                    JobState::Done => return Ok(status),
+                    JobState::Failed => {
+                        return Err(CliError::failure(format!("the rebuild of {collection} failed"))
+                            .because(status.errors.join("; "))
+                            .fix(format!("searches go on with the old generation; `atlas collections drop {}` removes what was filled", started.generation)));
+                    }
+                    JobState::Queued | JobState::Running => tokio::time::sleep(REBUILD_POLL).await,
+                }
+            }
+        };
+        let status = tokio::select! {
+            status = follow => status?,
+            () = stop.requested() => {
+                return Err(CliError::interrupted("stopped waiting")
+                    .because(format!("job {} goes on in the gateway", started.job_id)));
+            }
+        };
+        bar.finish_and_clear();
+        ui.out(format_args!(
+            "Rebuilt {collection}: {} in {}, {} tokens.",
+            count(status.chunks, "chunk"),
+            started.generation,
+            thousands(status.tokens)
+        ));
+        match (&started.old, drop_old) {
+            (old, true) => {
+                access.client.drop_collection(old).await?;
+                ui.out(format_args!("Dropped the old generation, {old}."));
+            }
+            (old, false) => ui.note(format_args!(
+                "The old generation is kept: `atlas collections use {old}` goes back, `atlas collections drop {old}` deletes it."
+            )),
+        }
+        Ok(())
     }
 
     /// The folder that sources are named from.
@@ -175,20 +380,22 @@ impl Job {
         context: &Context,
         access: &GatewayAccess,
         walked: Walked,
-        dry_run: bool,
+        mode: Mode,
         stop: &mut Stop,
     ) -> Result<Outcome> {
         let ui = context.ui;
         let Walked { files, skipped } = walked;
         let total = files.len();
-        let collection = self.collection.clone().unwrap_or_else(|| access.config.rag.collection.clone());
-        ui.note(format_args!(
-            "{} of {} into collection {collection} of {}",
-            count(total, "file"),
-            self.repo,
-            access.place
-        ));
-        summarise_skips(ui, &skipped);
+        let collection = self.collection(access).to_owned();
+        if mode != Mode::Watch {
+            ui.note(format_args!(
+                "{} of {} into collection {collection} of {}",
+                count(total, "file"),
+                self.repo,
+                access.place
+            ));
+            summarise_skips(ui, &skipped);
+        }
 
         let manifest = stop.unless_stopped(self.manifest(access, &collection)).await?;
         let prefix = self.prefix();
@@ -203,11 +410,14 @@ impl Job {
                 && self.options.selects(source)
                 && !unsure.iter().any(|unread| *unread == walk::UNKNOWN || below(unread, source))
         });
-        if dry_run {
+        if mode == Mode::DryRun {
             show_plan(ui, &plan);
             return Ok(Outcome::default());
         }
         if plan.changed.is_empty() && plan.vanished.is_empty() {
+            if mode == Mode::Watch {
+                return Ok(Outcome::default());
+            }
             ui.out(format_args!("Nothing to do: all {} are indexed already.", count(total, "file")));
             return Ok(Outcome::default());
         }
@@ -332,6 +542,7 @@ struct Reporter {
     ui: Ui,
     bar: indicatif::ProgressBar,
     total: usize,
+    started: Instant,
     last: Mutex<Instant>,
 }
 
@@ -339,7 +550,7 @@ impl Reporter {
     fn new(ui: Ui, total: usize) -> Self {
         let bar =
             ui.bar(total as u64, "{bar:28} {pos}/{len} files  {msg}  {per_sec}  {elapsed} gone, {eta} left");
-        Self { ui, bar, total, last: Mutex::new(Instant::now()) }
+        Self { ui, bar, total, started: Instant::now(), last: Mutex::new(Instant::now()) }
     }
 
     fn show(&self, progress: Progress) {
@@ -357,7 +568,12 @@ impl Reporter {
         let mut last = self.last.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if last.elapsed() >= LOG_EVERY {
             *last = Instant::now();
-            self.ui.note(format_args!("{}/{} files, {text}", progress.documents, self.total));
+            let rate = progress.documents as f64 / self.started.elapsed().as_secs_f64().max(0.001);
+            let left = (self.total.saturating_sub(progress.documents)) as f64 / rate.max(0.001);
+            self.ui.note(format_args!(
+                "{}/{} files, {text}, {rate:.1} files/s, {left:.0} s left",
+                progress.documents, self.total
+            ));
         }
     }
 

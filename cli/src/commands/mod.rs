@@ -2,6 +2,7 @@
 
 pub(crate) mod ask;
 pub(crate) mod budget;
+pub(crate) mod collections;
 pub(crate) mod config;
 pub(crate) mod demo;
 pub(crate) mod dev;

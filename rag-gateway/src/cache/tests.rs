@@ -99,6 +99,9 @@ impl VectorIndex for Watched {
     async fn reweigh(&self, name: &str, avg_len: f64) -> Result<(), UpstreamError> {
         self.inner.reweigh(name, avg_len).await
     }
+    async fn use_generation(&self, name: &str, generation: &str) -> Result<(), UpstreamError> {
+        self.inner.use_generation(name, generation).await
+    }
     async fn drop_collection(&self, name: &str) -> Result<bool, UpstreamError> {
         self.inner.drop_collection(name).await
     }

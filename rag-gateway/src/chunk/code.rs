@@ -1,8 +1,9 @@
-//! Source code, by layout: blank lines and indentation say where things begin, keywords what they are called.
+//! Source code and data without a grammar, by layout: blank lines and indentation say where things begin,
+//! keywords (or, in data, keys) what they are called.
 //!
 //! Comments and attributes stay with what they describe, because no blank line is between them.
 
-use super::{Definition, FIRST_BLOCK_LEVEL, Level, Structure, lines::Lines};
+use super::{Definition, FIRST_BLOCK_LEVEL, Level, Structure, lines::Lines, path_of, short};
 
 /// Indentation beyond this many steps makes no difference.
 const DEEPEST: usize = 10;
@@ -43,7 +44,13 @@ pub(super) fn structure(lines: &Lines<'_>, lang: &str) -> Structure {
                 stack.pop();
             }
         }
-        let definition = if is_code(lang) { definition(trimmed) } else { None };
+        let definition = match lang {
+            "yaml" => yaml_key(trimmed),
+            "json" => json_key(trimmed),
+            "toml" | "ini" => section(trimmed),
+            "xml" | "html" | "css" | "csv" | "dockerfile" | "makefile" => None,
+            _ => definition(trimmed),
+        };
         if stack.len() != depth_before {
             path = remember(&mut structure, &stack);
         }
@@ -62,7 +69,7 @@ fn remember(structure: &mut Structure, stack: &[(usize, String)]) -> Option<usiz
         return None;
     }
     let names: Vec<&str> = stack.iter().map(|(_, name)| name.as_str()).collect();
-    structure.headings.push(names.join(" › "));
+    structure.headings.push(path_of(&names));
     Some(structure.headings.len() - 1)
 }
 
@@ -76,12 +83,36 @@ fn indentation(line: &str) -> usize {
         .sum()
 }
 
-/// Data files have no definitions.
-fn is_code(lang: &str) -> bool {
-    !matches!(
-        lang,
-        "json" | "yaml" | "toml" | "xml" | "html" | "css" | "csv" | "ini" | "dockerfile" | "makefile"
-    )
+/// The key of a YAML mapping or list that begins on the next line: `/pets:`, `"200":`, `steps: # three`.
+fn yaml_key(line: &str) -> Option<String> {
+    if line.starts_with(['#', '-', '{', '[']) {
+        return None;
+    }
+    let (key, value) = match line.trim_end().strip_suffix(':') {
+        Some(key) => (key, ""),
+        None => line.split_once(": ")?,
+    };
+    let nested = value.trim_start().is_empty() || value.trim_start().starts_with(['#', '&', '|', '>', '!']);
+    named_key(key).filter(|_| nested)
+}
+
+/// The key of a JSON object or array that goes on in the next line: `"paths": {`.
+fn json_key(line: &str) -> Option<String> {
+    let line = line.trim_end();
+    let (key, _) = line.strip_suffix(['{', '['])?.trim_end().strip_suffix(':')?.rsplit_once('"')?;
+    named_key(key.strip_prefix('"')?)
+}
+
+/// The section of a TOML or INI file: `[profile.dev]`.
+fn section(line: &str) -> Option<String> {
+    let line = line.split(['#', ';']).next().unwrap_or_default().trim_end();
+    let name = line.strip_prefix('[')?.strip_suffix(']')?;
+    named_key(name.trim_start_matches('[').trim_end_matches(']'))
+}
+
+fn named_key(key: &str) -> Option<String> {
+    let key = key.trim().trim_matches(['"', '\'']);
+    (!key.is_empty() && !key.chars().any(char::is_control)).then(|| short(key))
 }
 
 /// Words that may come before the keyword.
@@ -211,6 +242,29 @@ fn strip_ignoring_case<'t>(text: &'t str, prefix: &str) -> Option<&'t str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn keys_of_data_are_named_where_something_is_below_them() {
+        for (line, expected) in [
+            ("paths:", Some("paths")),
+            ("\"/pets/{id}\":", Some("/pets/{id}")),
+            ("run: |", Some("run")),
+            ("base: &base", Some("base")),
+            ("image: redis:7", None),
+            ("- name: x", None),
+            ("# a comment:", None),
+            ("http://example.org", None),
+        ] {
+            assert_eq!(yaml_key(line).as_deref(), expected, "{line}");
+        }
+        assert_eq!(json_key("\"paths\": {").as_deref(), Some("paths"));
+        assert_eq!(json_key("\"/pets\" : [").as_deref(), Some("/pets"));
+        assert_eq!(json_key("\"a\": 1,"), None);
+        assert_eq!(json_key("{"), None);
+        assert_eq!(section("[profile.dev] # comment").as_deref(), Some("profile.dev"));
+        assert_eq!(section("[[bin]]").as_deref(), Some("bin"));
+        assert_eq!(section("key = [1]"), None);
+    }
 
     #[test]
     fn definitions_of_many_languages_are_named() {

@@ -14,6 +14,8 @@ pub(crate) fn language_of(source: &str) -> Option<&'static str> {
     let (_, extension) = whole.rsplit_once('.')?;
     Some(match extension {
         "md" | "markdown" | "mdx" => "markdown",
+        "pdf" => "pdf",
+        "docx" => "docx",
         "rst" => "rst",
         "adoc" | "asciidoc" => "asciidoc",
         "txt" | "text" | "log" => "text",

@@ -51,6 +51,11 @@ impl<'t> Lines<'t> {
         &self.text[self.starts[end] - terminator..self.starts[start]]
     }
 
+    /// Lines `start..end`, all of them.
+    pub(super) fn raw_slice(&self, start: usize, end: usize) -> &'t str {
+        &self.text[self.starts[start]..self.starts[end]]
+    }
+
     pub(super) fn is_blank(&self, line: usize) -> bool {
         self.raw(line).trim().is_empty()
     }

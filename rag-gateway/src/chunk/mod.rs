@@ -5,21 +5,24 @@
 //!
 //! The work is linear: tokens are counted once a line, a [`structure`](Structure) says how good a
 //! place each line is to begin a chunk, and [`pack`](pack) cuts at the best places that keep chunks
-//! within the limit. Grammars plug in as further structures.
+//! within the limit. Markdown, source code by grammar, code and data by layout, and prose each have
+//! a structure of their own; all share the packing, and so its promises.
 
 mod code;
 mod lang;
 mod lines;
 mod markdown;
 mod pack;
+mod pages;
 mod plain;
+mod syntax;
 mod tokens;
 
 pub(crate) use lang::language_of;
 use lines::Lines;
 
 /// Raised when the same text gives other chunks than before: indexed documents are then stale.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// One passage, borrowed from its document.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,8 +65,12 @@ impl Chunker {
         let lines = Lines::new(text);
         let structure = match lang {
             Some("markdown") => markdown::structure(&lines),
-            Some("rst" | "asciidoc" | "text") | None => plain::structure(&lines),
-            Some(lang) => code::structure(&lines, lang),
+            Some("docx") => pages::paragraphs(&lines),
+            Some("pdf") => pages::structure(&lines),
+            Some("rst") => plain::structure(&lines, plain::Titles::Underlined),
+            Some("asciidoc") => plain::structure(&lines, plain::Titles::Prefixed),
+            Some("text") | None => plain::structure(&lines, plain::Titles::Both),
+            Some(lang) => syntax::structure(&lines, lang).unwrap_or_else(|| code::structure(&lines, lang)),
         };
         pack::pack(&lines, &structure, self.max_tokens, self.overlap_tokens)
     }
@@ -123,14 +130,19 @@ impl Structure {
         let first = self.definitions.partition_point(|definition| definition.line < start);
         let inside: Vec<&Definition> =
             self.definitions.iter().skip(first).take_while(|definition| definition.line < end).collect();
-        if let Some(outermost) = inside.iter().map(|definition| definition.indent).min() {
+        let mut depth = inside.iter().map(|definition| definition.indent).min();
+        // One definition at this depth: what it holds says more than its name.
+        while let Some(outermost) = depth {
             let names: Vec<&str> = inside
                 .iter()
                 .filter(|definition| definition.indent == outermost)
                 .map(|definition| definition.name.as_str())
-                .take(4)
+                .take(MAX_NAMES)
                 .collect();
             path.push(names.join(", "));
+            let deeper =
+                inside.iter().map(|definition| definition.indent).filter(|indent| *indent > outermost);
+            depth = if names.len() == 1 && path.len() < PATH_ENDS { deeper.min() } else { None };
         }
         (!path.is_empty()).then(|| path.join(" › "))
     }
@@ -146,13 +158,35 @@ impl HeadingStack {
         while self.0.last().is_some_and(|(above, _)| *above >= depth) {
             self.0.pop();
         }
-        self.0.push((depth, title.trim().to_owned()));
-        self.path()
-    }
-
-    fn path(&self) -> String {
+        self.0.push((depth, short(title.trim())));
         let titles: Vec<&str> = self.0.iter().map(|(_, title)| title.as_str()).collect();
-        titles.join(" › ")
+        path_of(&titles)
+    }
+}
+
+/// Definitions of one depth that are named.
+const MAX_NAMES: usize = 4;
+
+/// Names of a path that are shown: the outermost and the innermost.
+const PATH_ENDS: usize = 3;
+
+/// Longest title in a path: it is stored and embedded with every chunk below it.
+const MAX_TITLE_CHARS: usize = 120;
+
+/// A heading path. Bounded, however deep the nesting is: every line may have another one.
+fn path_of(names: &[&str]) -> String {
+    if names.len() <= 2 * PATH_ENDS {
+        return names.join(" › ");
+    }
+    let (outer, inner) = (&names[..PATH_ENDS], &names[names.len() - PATH_ENDS..]);
+    format!("{} › … › {}", outer.join(" › "), inner.join(" › "))
+}
+
+/// A title of bounded length.
+fn short(title: &str) -> String {
+    match title.char_indices().nth(MAX_TITLE_CHARS) {
+        Some((end, _)) => format!("{}…", &title[..end]),
+        None => title.to_owned(),
     }
 }
 

@@ -11,6 +11,9 @@ const OVERLAP_FROM: Level = 32;
 /// A section this much smaller than the limit may share a chunk with its neighbour.
 const TINY_SHARE: usize = 5;
 
+/// How far the whole can be from the sum of its lines.
+const SLACK: usize = 8;
+
 /// Longer lines are cut into blocks of this size first, so that no line costs more than linear time.
 const LONGEST_BLOCK: usize = 16 * 1024;
 
@@ -47,7 +50,7 @@ impl<'t> Packer<'_, 't> {
         let mut sections: Vec<(usize, usize)> = Vec::new();
         for (start, end) in self.parts(0, self.lines.len(), |level| level < FIRST_BLOCK_LEVEL) {
             if let Some(last) = sections.last_mut()
-                && self.lines.tokens(last.0, end) <= self.max_tokens
+                && self.fits(last.0, end)
                 && self.structure.levels[start] >= self.structure.levels[last.0]
                 && (self.is_tiny(last.0, last.1) || self.is_tiny(start, end))
             {
@@ -57,6 +60,23 @@ impl<'t> Packer<'_, 't> {
             sections.push((start, end));
         }
         sections
+    }
+
+    /// True when these lines fit into a chunk. Lines are counted one by one, and their sum is nearly the
+    /// count of the whole: tokens may begin in one line and end in the next, and the last line's end is
+    /// not quoted. Where it is close, the whole is counted.
+    fn fits(&self, start: usize, end: usize) -> bool {
+        let sum = self.lines.tokens(start, end);
+        sum + SLACK <= self.max_tokens
+            || (sum <= self.max_tokens
+                && tokens::upper_bound(self.lines.slice(start, end)) <= self.max_tokens)
+    }
+
+    /// True when neighbours may share these lines.
+    fn may_overlap(&self, start: usize, end: usize) -> bool {
+        let sum = self.lines.tokens(start, end);
+        sum <= self.overlap_tokens
+            && tokens::upper_bound(self.lines.raw_slice(start, end)) <= self.overlap_tokens
     }
 
     fn is_tiny(&self, start: usize, end: usize) -> bool {
@@ -83,7 +103,7 @@ impl<'t> Packer<'_, 't> {
     /// greedily, and goes on with the parts that are still too large.
     fn cut(&mut self, start: usize, end: usize) {
         let Some((start, end)) = self.without_blank_ends(start, end) else { return };
-        if self.lines.tokens(start, end) <= self.max_tokens || end - start == 1 {
+        if end - start == 1 || self.fits(start, end) {
             self.ranges.push((start, end));
             return;
         }
@@ -99,7 +119,7 @@ impl<'t> Packer<'_, 't> {
         let mut open: Option<(usize, usize)> = None;
         for (from, to) in self.parts(start, end, |level| level <= best) {
             match open {
-                Some((first, _)) if self.lines.tokens(first, to) <= self.max_tokens => {
+                Some((first, _)) if self.fits(first, to) => {
                     open = Some((first, to));
                 }
                 Some((first, last)) => {
@@ -122,7 +142,7 @@ impl<'t> Packer<'_, 't> {
             if let Some(last) = joined.last_mut()
                 && self.structure.levels[start] >= FIRST_BLOCK_LEVEL
                 && (self.is_tiny(last.0, last.1) || self.is_tiny(start, end))
-                && self.lines.tokens(last.0, end) <= self.max_tokens
+                && self.fits(last.0, end)
             {
                 last.1 = end;
                 continue;
@@ -150,13 +170,7 @@ impl<'t> Packer<'_, 't> {
         let mut whole_until: Option<usize> = None;
         for &(start, end) in &self.ranges {
             let heading = self.structure.heading(start, end);
-            if self.lines.tokens(start, end) > self.max_tokens {
-                for text in pieces(self.lines.line(start), self.max_tokens) {
-                    let chunk = chunk(text, start, start + 1, heading.clone());
-                    chunks.push(Chunk { tokens: self.max_tokens, ..chunk });
-                }
-                whole_until = None;
-            } else {
+            if self.fits(start, end) {
                 let from = self.overlap_start(start, end, previous);
                 let chunk = chunk(self.lines.slice(from, end), from, end, heading);
                 let glue = whole_until
@@ -165,6 +179,12 @@ impl<'t> Packer<'_, 't> {
                     .filter(|glue| glue.len() <= LONGEST_GLUE);
                 chunks.push(Chunk { tokens: self.lines.tokens(from, end), glue, ..chunk });
                 whole_until = Some(end);
+            } else {
+                for text in pieces(self.lines.line(start), self.max_tokens) {
+                    let chunk = chunk(text, start, start + 1, heading.clone());
+                    chunks.push(Chunk { tokens: self.max_tokens, ..chunk });
+                }
+                whole_until = None;
             }
             previous = Some((start, end));
         }
@@ -179,10 +199,7 @@ impl<'t> Packer<'_, 't> {
             return start;
         }
         let mut from = start;
-        while from > floor + 1
-            && self.lines.tokens(from - 1, start) <= self.overlap_tokens
-            && self.lines.tokens(from - 1, end) <= self.max_tokens
-        {
+        while from > floor + 1 && self.may_overlap(from - 1, start) && self.fits(from - 1, end) {
             from -= 1;
         }
         while from < start && self.lines.is_blank(from) {

@@ -23,6 +23,8 @@ fn assert_promises(text: &str, lang: Option<&str>, max_tokens: usize, overlap_to
             assert_eq!(chunk.text, exact, "lines {start}-{end} are not quoted exactly");
         }
         assert!(!chunk.text.trim().is_empty(), "a blank chunk");
+        let heading = chunk.heading.as_deref().unwrap_or_default();
+        assert!(heading.chars().count() <= 1500, "a heading of {} bytes", heading.len());
         let tokens = cl100k_base_singleton().encode_ordinary(chunk.text).len();
         assert!(tokens <= max_tokens, "{tokens} tokens in lines {start}-{end}, at most {max_tokens} allowed");
         if start <= previous_end && start != end {
@@ -65,6 +67,139 @@ fn text_like() -> impl Strategy<Value = String> {
         }
         text
     })
+}
+
+/// Every language that has a structure of its own, and some that share one.
+const LANGUAGES: &[&str] = &[
+    "markdown",
+    "text",
+    "rst",
+    "asciidoc",
+    "pdf",
+    "docx",
+    "rust",
+    "python",
+    "javascript",
+    "typescript",
+    "go",
+    "java",
+    "kotlin",
+    "scala",
+    "c",
+    "cpp",
+    "csharp",
+    "ruby",
+    "php",
+    "shell",
+    "sql",
+    "terraform",
+    "yaml",
+    "json",
+    "toml",
+    "ini",
+    "xml",
+    "html",
+    "css",
+    "csv",
+    "dockerfile",
+    "makefile",
+    "swift",
+    "lua",
+    "unheard-of",
+];
+
+/// Pieces that mean something to one grammar or another, and much else besides.
+fn code_like() -> impl Strategy<Value = String> {
+    let piece = prop_oneof![
+        prop::sample::select(vec![
+            "fn f() {",
+            "def f(x):",
+            "class A {",
+            "class A:",
+            "impl<T> A for B {",
+            "struct S;",
+            "func (r *R) F() {",
+            "public static void main(String[] a) {",
+            "namespace n {",
+            "module M",
+            "end",
+            "}",
+            "})",
+            "];",
+            "{",
+            "(",
+            "[",
+            "if x {",
+            "for (;;) {",
+            "while true; do",
+            "done",
+            "case $x in",
+            "esac",
+            "/* a comment",
+            "*/",
+            "// note",
+            "# note",
+            "\"\"\"",
+            "'''",
+            "`${",
+            "r#\"",
+            "<<EOF",
+            "EOF",
+            "<?php",
+            "?>",
+            "@Override",
+            "#[test]",
+            "#include <x.h>",
+            "let x = 1;",
+            "return y",
+            "x = [1, 2, 3]",
+            "template<typename T>",
+            "=> {",
+            "async function g() {",
+            "type T = {",
+            "interface I {",
+            "fun f() = 1",
+            "object O {",
+            "CREATE TABLE t (",
+            "resource \"a\" \"b\" {",
+            "key:",
+            "- item",
+            "  nested:",
+            "\"k\": {",
+            "[section]",
+            "= Title",
+            "----",
+            "====",
+            "Title",
+            "~~~~~",
+            "\u{feff}",
+            "\0",
+            "\t",
+        ])
+        .prop_map(str::to_owned),
+        "[ \t]{0,16}",
+        "\\PC{0,40}",
+        "[\\s\\S]{0,20}",
+        "([a-zäö€汉🙂_]{1,9} ){0,30}",
+        "[({\\[<]{1,60}",
+    ];
+    let separator = prop::sample::select(vec!["\n", "\n", "\n", "\r\n", "\n\n", " ", "\n    ", "\n\t\t"]);
+    prop::collection::vec((piece, separator), 0..80)
+        .prop_map(|pieces| pieces.into_iter().flat_map(|(piece, end)| [piece, end.to_owned()]).collect())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_language_keeps_the_promises_whatever_it_is_given(
+        text in code_like(),
+        lang in prop::sample::select(LANGUAGES),
+        max_tokens in 32_usize..120,
+        overlap in 0_usize..16,
+    ) {
+        assert_promises(&text, Some(lang), max_tokens, overlap);
+    }
 }
 
 proptest! {
@@ -158,4 +293,195 @@ fn restructured_text_and_asciidoc_have_headings_too() {
     let long = format!("= Guide\n\n{}\n\n== Install\n\n{}\n", "a b c ".repeat(20), "d e f ".repeat(20));
     let chunks = Chunker::new(64, 0).chunk(Some("asciidoc"), &long);
     assert_eq!(chunks.last().unwrap().heading.as_deref(), Some("Guide › Install"));
+}
+
+/// Headings and first lines of the chunks of a text.
+fn outline(lang: &str, text: &str, max_tokens: usize) -> Vec<(String, String)> {
+    let chunks = Chunker::new(max_tokens, 0).chunk(Some(lang), text);
+    chunks
+        .into_iter()
+        .map(|chunk| {
+            let first = chunk.text.lines().next().unwrap_or_default().trim().to_owned();
+            (chunk.heading.unwrap_or_default(), first)
+        })
+        .collect()
+}
+
+/// A file in each language with a grammar, as a template with two long bodies, what its lines are, and
+/// the names that must be found.
+const GRAMMARS: &[(&str, &str, [&str; 2], [&str; 2])] = &[
+    (
+        "python",
+        "class Worker(Base):\n    \"\"\"Works.\"\"\"\n    def run(self):\nONE    @cached\n    async def stop(self):\nTWO",
+        ["        self.step(1, 2)", "        self.wait(3)"],
+        ["class Worker › def run", "class Worker › def stop"],
+    ),
+    (
+        "javascript",
+        "// Serves.\nexport class Api {\n  get(id) {\nONE  }\n}\nconst save = async (x) => {\nTWO};\n",
+        ["    this.load(id, 1);", "  await put(x, 2);"],
+        ["class Api", "const save"],
+    ),
+    (
+        "typescript",
+        "interface Shape {\nONE}\nexport function area(s: Shape): number {\nTWO}\n",
+        ["  width: number;", "  s = grow(s, 1);"],
+        ["interface Shape", "function area"],
+    ),
+    (
+        "go",
+        "package a\n\ntype Run struct {\nONE}\n\nfunc (r *Run) Finish(ctx context.Context) error {\nTWO}\n",
+        ["\tField int", "\tr.step(ctx, 1)"],
+        ["type Run", "func Finish"],
+    ),
+    (
+        "java",
+        "public class Shop {\n    public void open(int hour) {\nONE    }\n    private int close() {\nTWO    }\n}\n",
+        ["        door.turn(hour, 1);", "        door.lock(2);"],
+        ["class Shop › method open", "class Shop › method close"],
+    ),
+    (
+        "kotlin",
+        "class Shop {\n    fun open(hour: Int) {\nONE    }\n}\n\nfun close() {\nTWO}\n",
+        ["        door.turn(hour, 1)", "    door.lock(2)"],
+        ["class Shop", "fun close"],
+    ),
+    (
+        "scala",
+        "object Shop {\n  def open(hour: Int): Unit = {\nONE  }\n}\n\ntrait Door {\nTWO}\n",
+        ["    door.turn(hour, 1)", "  def lock(): Unit"],
+        ["object Shop", "trait Door"],
+    ),
+    (
+        "c",
+        "struct point {\nONE};\n\nstatic int *grow(int n) {\nTWO}\n",
+        ["  int x;", "  n = step(n, 1);"],
+        ["struct point", "function grow"],
+    ),
+    (
+        "cpp",
+        "namespace shop {\nclass Door {\nONE};\nvoid Door::lock(int n) {\nTWO}\n}\n",
+        ["  int hinge;", "  turn(n, 1);"],
+        ["class Door", "Door::lock"],
+    ),
+    (
+        "csharp",
+        "namespace Shop;\n\npublic class Door {\n    public void Lock(int n) {\nONE    }\n    public int Open() {\nTWO    }\n}\n",
+        ["        Turn(n, 1);", "        Push(2);"],
+        ["method Lock", "method Open"],
+    ),
+    (
+        "ruby",
+        "class Door\n  def lock(n)\nONE  end\n\n  def open\nTWO  end\nend\n",
+        ["    turn(n, 1)", "    push(2)"],
+        ["class Door › def lock", "class Door › def open"],
+    ),
+    (
+        "php",
+        "<?php\nclass Door {\n    public function lock($n) {\nONE    }\n    function open() {\nTWO    }\n}\n",
+        ["        $this->turn($n, 1);", "        $this->push(2);"],
+        ["class Door › method lock", "class Door › method open"],
+    ),
+    (
+        "shell",
+        "set -eu\n\nlock() {\nONE}\n\nfunction open {\nTWO}\n",
+        ["  turn \"$1\" 1", "  push 2"],
+        ["function lock", "function open"],
+    ),
+];
+
+#[test]
+fn each_grammar_cuts_at_definitions_and_names_them() {
+    for (lang, template, lines, names) in GRAMMARS {
+        let body = |line: &str| format!("{line}\n").repeat(12);
+        let text = template.replace("ONE", &body(lines[0])).replace("TWO", &body(lines[1]));
+        let outline = outline(lang, &text, 110);
+        for name in names {
+            let found = outline.iter().any(|(heading, _)| heading.contains(name));
+            assert!(found, "{lang}: no {name:?} in {outline:#?}");
+        }
+    }
+}
+
+#[test]
+fn attributes_and_comments_stay_with_what_they_describe() {
+    let function = |name: &str| {
+        format!("/// About {name}.\n#[inline]\npub fn {name}() {{\n{}}}\n", "    work(1, 2);\n".repeat(12))
+    };
+    // No blank line anywhere: only the grammar knows where one ends.
+    let text = ["first", "second", "third"].map(function).concat();
+    let outline = outline("rust", &text, 110);
+    let expected: Vec<(String, String)> =
+        ["first", "second", "third"].map(|name| (format!("fn {name}"), format!("/// About {name}."))).into();
+    assert_eq!(outline, expected);
+}
+
+#[test]
+fn keywords_in_strings_and_comments_define_nothing() {
+    let text = "/*\nfn not_this() {\n*/\nconst TEXT: &str = \"\nfn nor_this() {\n\";\nfn this() {}\n";
+    let chunks = Chunker::new(320, 0).chunk(Some("rust"), text);
+    assert_eq!(chunks[0].heading.as_deref(), Some("fn this"));
+}
+
+#[test]
+fn what_no_grammar_can_read_is_cut_by_layout() {
+    // Objective-C under a C name, a minified file, deep nesting: each in bounded work.
+    let objc = "@implementation Door\n- (void)lock:(int)n {\n  [self turn:n];\n}\n@end\n".repeat(40);
+    let minified = format!("function a(){{{}}}", "b(1);c(2);".repeat(20_000));
+    let nested = format!("{}{}", "(".repeat(100_000), ")".repeat(100_000));
+    let lines_of_nesting = "{\n".repeat(20_000);
+    let yaml: String = (0..3000).map(|depth| format!("{}k{depth}:\n", " ".repeat(depth))).collect();
+    for (lang, text) in [
+        ("c", objc.as_str()),
+        ("javascript", &minified),
+        ("javascript", &nested),
+        ("rust", &lines_of_nesting),
+        ("python", &"((((\n".repeat(5_000)),
+        ("ruby", &"<<A\n".repeat(2_000)),
+        ("yaml", &yaml),
+    ] {
+        assert_promises(text, Some(lang), 64, 8);
+    }
+}
+
+#[test]
+fn openapi_names_the_path_of_keys() {
+    let operation = |path: &str| {
+        format!(
+            "  {path}:\n    get:\n      summary: Reads it\n      responses:\n        \"200\":\n          description: {}\n",
+            "words ".repeat(30)
+        )
+    };
+    let text = format!("openapi: 3.1.0\npaths:\n{}{}", operation("/pets"), operation("/pets/{id}"));
+    let outline = outline("yaml", &text, 64);
+    let named = outline.iter().any(|(heading, _)| heading.starts_with("paths › /pets/{id}"));
+    assert!(named, "{outline:#?}");
+}
+
+#[test]
+fn titles_of_both_markups_are_their_own() {
+    let (one, two) = ("a b c ".repeat(20), "d e f ".repeat(20));
+    let headings = |lang: &str, text: &str| -> Vec<String> {
+        outline(lang, text, 64).into_iter().map(|(heading, _)| heading).collect()
+    };
+    let rst = headings(
+        "rst",
+        &format!("=====\nGuide\n=====\n\n{one}\n\nInstall\n=======\n\n{two}\n\n== no title ==\n"),
+    );
+    assert!(rst.contains(&"Guide › Install".to_owned()), "{rst:?}");
+    let adoc = headings(
+        "asciidoc",
+        &format!("= Guide\n\n----\n\n== not a title\n\n----\n\n{one}\n\n=== Deep\n\n{two}\n"),
+    );
+    assert!(adoc.contains(&"Guide › Deep".to_owned()), "{adoc:?}");
+    assert!(adoc.iter().all(|heading| !heading.contains("not a title")), "{adoc:?}");
+}
+
+#[test]
+fn pages_of_a_pdf_are_named() {
+    let pages: String =
+        (1..=4).map(|n| format!("This is what page {n} says. {}\n", "word ".repeat(40))).collect();
+    let chunks = Chunker::new(64, 0).chunk(Some("pdf"), &pages);
+    assert_eq!((chunks[2].start_line, chunks[2].end_line), (3, 3));
+    assert_eq!(chunks[2].heading.as_deref(), Some("page 3"));
 }

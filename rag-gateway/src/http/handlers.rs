@@ -23,11 +23,12 @@ use super::{
 use crate::{
     error::GatewayError,
     index::{CollectionMeta, Selection},
+    jobs::store::Work,
     search::check_collection_name,
 };
 
 /// The content type of errors.
-const PROBLEM: &str = "application/problem+json";
+pub(super) const PROBLEM: &str = "application/problem+json";
 
 /// Documents in one request.
 const MAX_DOCUMENTS: usize = 10_000;
@@ -101,7 +102,7 @@ pub(super) async fn embed_batch(
     let documents: Vec<Document> = items.into_iter().map(named).collect();
     let documents = owned(&caller, documents)?;
     check_count(documents.len())?;
-    let job_id = app.jobs.submit(collection, documents)?;
+    let job_id = app.jobs.submit(Work::Documents { collection, documents }).await?;
     Ok((StatusCode::ACCEPTED, Answer(JobCreated { job_id })))
 }
 
@@ -120,7 +121,7 @@ pub(super) async fn job(
     State(app): State<Arc<App>>,
     Segment(id): Segment,
 ) -> Result<Answer<JobStatus>, Problem> {
-    Ok(Answer(app.jobs.status(&id)?))
+    Ok(Answer(app.jobs.status(&id).await?))
 }
 
 /// Indexes documents.
@@ -223,7 +224,13 @@ pub(super) async fn collections(
             }
         }
         let CollectionMeta { embedding_model, embedding_size, .. } = state.meta;
-        lines.push(CollectionInfo { name, chunks, embedding_model, embedding_size });
+        lines.push(CollectionInfo {
+            name,
+            chunks,
+            embedding_model,
+            embedding_size,
+            generation: state.generation,
+        });
     }
     Ok(Answer(lines))
 }
@@ -249,7 +256,7 @@ pub(super) async fn clear_cache(State(app): State<Arc<App>>, caller: Caller) -> 
 
 /// Runs a write in a task of its own: whoever hangs up or runs out of time does not stop it half-way.
 /// As many may run as index jobs may.
-async fn to_its_end<T: Send + 'static>(
+pub(super) async fn to_its_end<T: Send + 'static>(
     app: &App,
     work: impl Future<Output = Result<T, GatewayError>> + Send + 'static,
 ) -> Result<T, Problem> {
@@ -269,7 +276,7 @@ async fn to_its_end<T: Send + 'static>(
     }
 }
 
-fn collection(app: &App, name: Option<String>) -> Result<String, Problem> {
+pub(super) fn collection(app: &App, name: Option<String>) -> Result<String, Problem> {
     let name = name.unwrap_or_else(|| app.default_collection.clone());
     check_collection_name(&name)?;
     Ok(name)

@@ -16,10 +16,14 @@ use axum::{
 use tokio::sync::Semaphore;
 use tower_http::catch_panic::CatchPanicLayer;
 
-use crate::{index::VectorIndex, indexing::Indexer, jobs::Jobs, metrics::Metrics, search::Searcher};
+use crate::{
+    index::VectorIndex, indexing::Indexer, jobs::Jobs, metrics::Metrics, repository::Sources,
+    search::Searcher,
+};
 
 mod auth;
 mod body;
+mod collections;
 mod docs;
 mod handlers;
 mod layers;
@@ -36,6 +40,7 @@ pub(crate) struct App {
     pub(crate) searcher: Arc<Searcher>,
     pub(crate) indexer: Arc<Indexer>,
     pub(crate) jobs: Jobs,
+    pub(crate) sources: Arc<Sources>,
     pub(crate) metrics: Metrics,
     pub(crate) default_collection: String,
     keys: Keys,
@@ -49,6 +54,7 @@ pub(crate) struct App {
 }
 
 impl App {
+    #[expect(clippy::too_many_arguments, reason = "the parts of a gateway, put together in one place")]
     pub(crate) fn new(
         config: &GatewayConfig,
         default_collection: String,
@@ -56,6 +62,7 @@ impl App {
         searcher: Arc<Searcher>,
         indexer: Arc<Indexer>,
         jobs: Jobs,
+        sources: Arc<Sources>,
         metrics: Metrics,
     ) -> Self {
         Self {
@@ -63,6 +70,7 @@ impl App {
             searcher,
             indexer,
             jobs,
+            sources,
             metrics,
             default_collection,
             keys: Keys::new(&config.api_keys),
@@ -87,7 +95,11 @@ pub(crate) fn router(app: Arc<App>, checks: ops::Checks) -> Router {
             "/v1/documents",
             get(handlers::list_documents).put(handlers::put_documents).delete(handlers::delete_documents),
         )
+        .route("/v1/index", post(collections::index_repository))
         .route("/v1/collections", get(handlers::collections))
+        .route("/v1/collections/{name}", axum::routing::delete(collections::drop_collection))
+        .route("/v1/collections/{name}/rebuild", post(collections::rebuild))
+        .route("/v1/collections/{name}/generation", axum::routing::put(collections::use_generation))
         .route("/v1/admin/cache/clear", post(handlers::clear_cache))
         .route_layer(middleware::from_fn_with_state(Arc::clone(&app), layers::limit_time))
         .route_layer(middleware::from_fn_with_state(Arc::clone(&app), layers::limit_concurrency))

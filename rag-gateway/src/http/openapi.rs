@@ -10,7 +10,7 @@ use utoipa::{
     openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme},
 };
 
-use super::handlers;
+use super::{collections, handlers};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -27,6 +27,10 @@ use super::handlers;
         handlers::delete_documents,
         handlers::list_documents,
         handlers::collections,
+        collections::index_repository,
+        collections::rebuild,
+        collections::use_generation,
+        collections::drop_collection,
         handlers::clear_cache,
     ),
     components(schemas(atlas_shared::gateway_api::Problem)),
@@ -94,7 +98,11 @@ mod tests {
             ("/v1/documents", "put"),
             ("/v1/documents", "delete"),
             ("/v1/documents", "get"),
+            ("/v1/index", "post"),
             ("/v1/collections", "get"),
+            ("/v1/collections/{name}", "delete"),
+            ("/v1/collections/{name}/rebuild", "post"),
+            ("/v1/collections/{name}/generation", "put"),
             ("/v1/admin/cache/clear", "post"),
         ] {
             assert!(document["paths"][path][method].is_object(), "{method} {path}");

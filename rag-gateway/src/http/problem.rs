@@ -45,10 +45,10 @@ impl Problem {
 impl From<GatewayError> for Problem {
     fn from(error: GatewayError) -> Self {
         let status = match &error {
-            GatewayError::Invalid(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            GatewayError::Invalid(_) | GatewayError::NotAllowed { .. } => StatusCode::UNPROCESSABLE_ENTITY,
             GatewayError::UnknownCollection(_) | GatewayError::UnknownJob(_) => StatusCode::NOT_FOUND,
             GatewayError::Forbidden(_) => StatusCode::FORBIDDEN,
-            GatewayError::EmbeddingMismatch { .. } => StatusCode::CONFLICT,
+            GatewayError::EmbeddingMismatch { .. } | GatewayError::InUse { .. } => StatusCode::CONFLICT,
             GatewayError::BudgetExhausted(_) | GatewayError::TooManyJobs(_) => StatusCode::TOO_MANY_REQUESTS,
             GatewayError::Upstream(UpstreamError::Permanent { code, .. }) if code == "unknown_collection" => {
                 StatusCode::NOT_FOUND

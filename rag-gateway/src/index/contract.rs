@@ -77,6 +77,7 @@ async fn run(index: &dyn VectorIndex) {
     nothing_is_found_where_nothing_is(index).await;
     what_is_selected_is_counted(index).await;
     a_change_gives_its_collection_another_version(index).await;
+    another_generation_takes_the_place_of_the_first_at_once(index).await;
     index.check().await.unwrap();
 }
 
@@ -90,7 +91,9 @@ async fn a_collection_keeps_the_meta_it_was_made_with(index: &dyn VectorIndex) {
         meta(Some(3)),
         "an existing one keeps its meta"
     );
-    assert_eq!(index.info(&name).await.unwrap(), Some(CollectionState { meta: meta(Some(3)), chunks: 0 }));
+    let state =
+        CollectionState { meta: meta(Some(3)), chunks: 0, generation: Some(names::generation(&name, 1)) };
+    assert_eq!(index.info(&name).await.unwrap(), Some(state));
     assert_eq!(index.meta(&name).await.unwrap(), Some(meta(Some(3))));
     assert!(index.collections().await.unwrap().iter().any(|(listed, _)| *listed == name));
     assert!(index.drop_collection(&name).await.unwrap());
@@ -263,6 +266,51 @@ async fn a_collection_can_be_weighed_anew(index: &dyn VectorIndex) {
     index.drop_collection(&name).await.unwrap();
 }
 
+async fn another_generation_takes_the_place_of_the_first_at_once(index: &dyn VectorIndex) {
+    let name = fresh("generation");
+    let (first, second) = (names::generation(&name, 1), names::generation(&name, 2));
+    index.ensure(&name, &meta(None)).await.unwrap();
+    put(index, &name, [chunk("a.md", "apple"), chunk("b.md", "apple")]).await;
+
+    assert_eq!(index.ensure(&second, &meta(Some(3))).await.unwrap(), meta(Some(3)));
+    put(index, &second, [chunk("a.md", "apple").dense([1.0, 0.0, 0.0])]).await;
+    assert_eq!(sources(index, &name, lexical("apple")).await.len(), 2, "readers see the first");
+    let listed = |all: Vec<(String, CollectionState)>| -> Vec<(String, Option<String>, u64)> {
+        let ours = all.into_iter().filter(|(listed, _)| listed.starts_with(&name));
+        ours.map(|(listed, state)| (listed, state.generation, state.chunks)).collect()
+    };
+    assert_eq!(
+        listed(index.collections().await.unwrap())
+            .into_iter()
+            .map(|(listed, generation, _)| (listed, generation))
+            .collect::<Vec<_>>(),
+        [(name.clone(), Some(first.clone())), (second.clone(), None)]
+    );
+
+    // Somebody searches all the time: there is always an answer, from the one or the other.
+    let search = async {
+        for _ in 0..20 {
+            assert_ne!(sources(index, &name, lexical("apple")).await, Vec::<String>::new());
+        }
+    };
+    let switch = async {
+        for generation in [&second, &first, &second] {
+            index.use_generation(&name, generation).await.unwrap();
+        }
+    };
+    tokio::join!(search, switch);
+    assert_eq!(sources(index, &name, lexical("apple")).await, ["a.md"]);
+    assert_eq!(index.meta(&name).await.unwrap(), Some(meta(Some(3))));
+    assert_eq!(index.info(&name).await.unwrap().unwrap().generation, Some(second.clone()));
+    assert_eq!(index.info(&first).await.unwrap().unwrap().chunks, 2, "the old one is kept");
+    assert!(index.use_generation(&name, &names::generation(&name, 9)).await.is_err());
+
+    assert!(index.drop_collection(&first).await.unwrap());
+    assert_eq!(sources(index, &name, lexical("apple")).await, ["a.md"]);
+    assert!(index.drop_collection(&name).await.unwrap());
+    assert_eq!(index.info(&second).await.unwrap(), None, "with what it stood for");
+}
+
 async fn nothing_is_found_where_nothing_is(index: &dyn VectorIndex) {
     let name = fresh("nothing");
     assert_eq!(sources(index, &name, lexical("apple")).await, Vec::<String>::new());
@@ -330,6 +378,7 @@ async fn what_was_answered_is_there_after_a_restart() {
     drop(index);
     for _ in 0..2 {
         let index = edge::EdgeIndex::open(dir.path()).await.unwrap();
+        assert_eq!(index.info("kept").await.unwrap().unwrap().generation.as_deref(), Some("kept@1"));
         assert_eq!(sources(&index, "kept", lexical("apple")).await, ["a.md"]);
         // An update after a restart must win over what was written before it.
         put(&index, "kept", [chunk("a.md", "apple juice").dense([0.0, 1.0, 0.0])]).await;

@@ -1,7 +1,7 @@
 //! The Qdrant engine in this process (`qdrant-edge` 0.7).
 //!
-//! One folder a collection: the engine's files, and our `atlas.json` with the meta. What the engine
-//! demands of us:
+//! One folder a generation: the engine's files, and our `atlas.json` with the meta. `aliases.json` says
+//! which generation each collection stands for. What the engine demands of us:
 //!
 //! - It does not replay its log on load, so every write is flushed before it is answered.
 //! - Its `flush` panics when it meets a concurrent update, so **one thread a collection** owns all
@@ -36,12 +36,15 @@ use uuid::Uuid;
 
 use super::{
     ChangeId, ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS,
-    Lists, NewChunk, Page, SPARSE, Search, Selection, VectorIndex, Version, failed, lexical_text, payload,
-    record, version::LocalVersions,
+    Lists, NewChunk, Page, SPARSE, Search, Selection, VectorIndex, Version, failed, lexical_text, names,
+    payload, record, version::LocalVersions,
 };
 
 /// Our file beside the engine's.
 const META_FILE: &str = "atlas.json";
+
+/// Which generation each collection stands for.
+const ALIASES_FILE: &str = "aliases.json";
 
 /// Writes that may wait for the writer of a collection.
 const WRITE_QUEUE: usize = 16;
@@ -55,7 +58,10 @@ const REWEIGH_PAGE: usize = 512;
 /// All collections of one folder.
 pub(super) struct EdgeIndex {
     dir: PathBuf,
+    /// By the names of their folders: generations.
     collections: RwLock<BTreeMap<String, Arc<Collection>>>,
+    /// Collections with their generations, as in [`ALIASES_FILE`].
+    aliases: RwLock<BTreeMap<String, String>>,
     /// Held while a collection is made or dropped.
     changing: tokio::sync::Mutex<()>,
     /// One process at a time has the folder open, so they need not be on disk.
@@ -101,9 +107,13 @@ impl EdgeIndex {
                     collections.insert(name.to_owned(), Collection::load(&path)?);
                 }
             }
+            let mut aliases = load_aliases(&dir)?;
+            // A deletion that was cut short.
+            aliases.retain(|_, generation| collections.contains_key(generation));
             Ok(Self {
                 dir,
                 collections: RwLock::new(collections),
+                aliases: RwLock::new(aliases),
                 changing: tokio::sync::Mutex::new(()),
                 versions: LocalVersions::new(),
             })
@@ -112,7 +122,24 @@ impl EdgeIndex {
     }
 
     fn get(&self, name: &str) -> Option<Arc<Collection>> {
-        self.collections.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+        // The alias is read under the lock of the folders: what it names cannot be dropped in between.
+        let collections = self.collections.read().unwrap_or_else(PoisonError::into_inner);
+        let generation = self.generation_of(name);
+        collections.get(generation.as_deref().unwrap_or(name)).cloned()
+    }
+
+    fn generation_of(&self, name: &str) -> Option<String> {
+        self.aliases.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    }
+
+    /// Writes the aliases to disk, then uses them.
+    fn set_aliases(&self, change: impl FnOnce(&mut BTreeMap<String, String>)) -> Result<(), UpstreamError> {
+        let mut aliases = self.aliases.read().unwrap_or_else(PoisonError::into_inner).clone();
+        change(&mut aliases);
+        let text = serde_json::to_string_pretty(&aliases).map_err(|error| failed("aliases", error))?;
+        replace_file(&self.dir, ALIASES_FILE, &text)?;
+        *self.aliases.write().unwrap_or_else(PoisonError::into_inner) = aliases;
+        Ok(())
     }
 
     fn existing(&self, name: &str) -> Result<Arc<Collection>, UpstreamError> {
@@ -133,10 +160,22 @@ impl VectorIndex for EdgeIndex {
         if let Some(collection) = self.get(name) {
             return Ok(collection.meta());
         }
-        let (dir, meta) = (self.dir.join(name), meta.clone());
+        let generation = if names::parse(name).is_some() {
+            name.to_owned()
+        } else {
+            let taken = self.collections.read().unwrap_or_else(PoisonError::into_inner);
+            names::generation(name, names::next(name, taken.keys().map(String::as_str)))
+        };
+        let (dir, meta) = (self.dir.join(&generation), meta.clone());
         let collection = blocking(move || Collection::create(&dir, meta)).await?;
         let meta = collection.meta();
-        self.collections.write().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), collection);
+        self.collections
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(generation.clone(), collection);
+        if generation != name {
+            self.set_aliases(|aliases| drop(aliases.insert(name.to_owned(), generation)))?;
+        }
         Ok(meta)
     }
 
@@ -146,13 +185,29 @@ impl VectorIndex for EdgeIndex {
 
     async fn info(&self, name: &str) -> Result<Option<CollectionState>, UpstreamError> {
         let Some(collection) = self.get(name) else { return Ok(None) };
-        blocking(move || collection.state()).await.map(Some)
+        let state = blocking(move || collection.state()).await?;
+        Ok(Some(CollectionState { generation: self.generation_of(name), ..state }))
     }
 
     async fn collections(&self) -> Result<Vec<(String, CollectionState)>, UpstreamError> {
         let all = self.collections.read().unwrap_or_else(PoisonError::into_inner).clone();
-        blocking(move || all.into_iter().map(|(name, collection)| Ok((name, collection.state()?))).collect())
-            .await
+        let aliases = self.aliases.read().unwrap_or_else(PoisonError::into_inner).clone();
+        blocking(move || {
+            let mut listed = Vec::with_capacity(all.len());
+            for (generation, collection) in all {
+                let state = collection.state()?;
+                let alias = aliases.iter().find(|(_, used)| **used == generation);
+                listed.push(match alias {
+                    Some((name, _)) => {
+                        (name.clone(), CollectionState { generation: Some(generation), ..state })
+                    }
+                    None => (generation, state),
+                });
+            }
+            listed.sort_by(|(a, _), (b, _)| a.cmp(b));
+            Ok(listed)
+        })
+        .await
     }
 
     async fn upsert(
@@ -196,9 +251,18 @@ impl VectorIndex for EdgeIndex {
         self.existing(name)?.write(Change::Reweigh(avg_len)).await
     }
 
+    async fn use_generation(&self, name: &str, generation: &str) -> Result<(), UpstreamError> {
+        let _changing = self.changing.lock().await;
+        self.existing(generation)?;
+        self.set_aliases(|aliases| drop(aliases.insert(name.to_owned(), generation.to_owned())))
+    }
+
     async fn drop_collection(&self, name: &str) -> Result<bool, UpstreamError> {
         let _changing = self.changing.lock().await;
-        let removed = self.collections.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+        let generation = self.generation_of(name).unwrap_or_else(|| name.to_owned());
+        // First the name, then what it stands for: a crash in between leaves a generation that can be dropped.
+        self.set_aliases(|aliases| aliases.retain(|_, used| *used != generation))?;
+        let removed = self.collections.write().unwrap_or_else(PoisonError::into_inner).remove(&generation);
         let Some(collection) = removed else { return Ok(false) };
         self.versions.changed(name);
         blocking(move || {
@@ -400,7 +464,11 @@ impl Collection {
     }
 
     fn state(&self) -> Result<CollectionState, UpstreamError> {
-        Ok(CollectionState { meta: self.meta(), chunks: self.count(&Selection::default())? })
+        Ok(CollectionState {
+            meta: self.meta(),
+            chunks: self.count(&Selection::default())?,
+            generation: None,
+        })
     }
 
     fn count(&self, selection: &Selection) -> Result<u64, UpstreamError> {
@@ -676,12 +744,27 @@ fn prune_log(dir: &Path) -> io::Result<()> {
 
 fn save_meta(dir: &Path, meta: &CollectionMeta) -> Result<(), UpstreamError> {
     let text = serde_json::to_string_pretty(meta).map_err(|error| failed("collection meta", error))?;
-    let path = dir.join(META_FILE);
-    let new = dir.join("atlas.json.new");
+    replace_file(dir, META_FILE, &text)
+}
+
+fn load_aliases(dir: &Path) -> Result<BTreeMap<String, String>, UpstreamError> {
+    let path = dir.join(ALIASES_FILE);
+    match fs::read_to_string(&path) {
+        Ok(text) => serde_json::from_str(&text)
+            .map_err(|error| failed(&format!("{} is damaged", path.display()), error)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+        Err(error) => Err(cannot_use(dir, &error)),
+    }
+}
+
+/// Readers find the old file or the new one, also after a power cut.
+fn replace_file(dir: &Path, name: &str, text: &str) -> Result<(), UpstreamError> {
+    let new = dir.join(format!("{name}.new"));
     let save = || {
         fs::write(&new, text)?;
         fs::File::open(&new)?.sync_all()?;
-        fs::rename(&new, &path)
+        fs::rename(&new, dir.join(name))?;
+        fs::File::open(dir)?.sync_all()
     };
     save().map_err(|error| cannot_use(dir, &error))
 }

@@ -20,6 +20,7 @@ mod contract;
 #[cfg(feature = "embedded")]
 mod edge;
 mod lexical;
+pub(crate) mod names;
 mod qdrant;
 mod version;
 
@@ -55,6 +56,8 @@ pub(crate) struct CollectionState {
     pub(crate) meta: CollectionMeta,
     /// Chunks in it.
     pub(crate) chunks: u64,
+    /// The generation that the name stands for; `None` for the name of a generation itself.
+    pub(crate) generation: Option<String>,
 }
 
 /// A chunk as it is stored: the payload of a point. Field names are short: they are in every point.
@@ -175,9 +178,13 @@ pub(crate) struct Page {
 }
 
 /// The index port. Writes are durable and visible when they return.
+///
+/// A name may be that of a collection, which stands for one of its generations (see [`names`]), or that of
+/// a generation. Every method takes both.
 #[async_trait]
 pub(crate) trait VectorIndex: Send + Sync {
-    /// Makes the collection unless it exists. Returns what it is: an existing one keeps its meta.
+    /// Makes the collection unless it exists, as the first of its generations. Returns what it is: an
+    /// existing one keeps its meta.
     async fn ensure(&self, collection: &str, meta: &CollectionMeta) -> Result<CollectionMeta, UpstreamError>;
 
     /// What the collection was made with; `None` when there is none of that name. Cheap: asked for
@@ -187,7 +194,7 @@ pub(crate) trait VectorIndex: Send + Sync {
     /// The collection as it is now; `None` when there is none of that name.
     async fn info(&self, collection: &str) -> Result<Option<CollectionState>, UpstreamError>;
 
-    /// All collections, by name.
+    /// All collections, and the generations that none of them stands for, by name.
     async fn collections(&self) -> Result<Vec<(String, CollectionState)>, UpstreamError>;
 
     /// Writes chunks, replacing those of the same id, then deletes what they make obsolete. Chunks
@@ -221,11 +228,12 @@ pub(crate) trait VectorIndex: Send + Sync {
     /// Weighs every chunk anew with another average length, and records it.
     async fn reweigh(&self, collection: &str, avg_len: f64) -> Result<(), UpstreamError>;
 
-    /// Deletes a whole collection. True when there was one.
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "rebuilding into a new collection will drop the old one")
-    )]
+    /// Makes a collection stand for one of its generations from now on: readers see the old one or the
+    /// new one, never none. The generation must exist.
+    async fn use_generation(&self, collection: &str, generation: &str) -> Result<(), UpstreamError>;
+
+    /// Deletes a collection with the generation that it stands for, or a generation. True when there was
+    /// one.
     async fn drop_collection(&self, collection: &str) -> Result<bool, UpstreamError>;
 
     /// What answers from these collections may be kept under. It is another one once a change of any

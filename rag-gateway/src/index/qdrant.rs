@@ -1,7 +1,8 @@
 //! A Qdrant server, over gRPC (`qdrant-client` 1.20).
 //!
 //! The server weighs BM25 itself (`qdrant/bm25`, from 1.15.2) and keeps our meta in the collection's
-//! metadata (from 1.16), so replicas of the gateway share nothing but the server. Writes wait until
+//! metadata (from 1.16), and has aliases, which make a collection stand for one of its generations. So
+//! replicas of the gateway share nothing but the server. Writes wait until
 //! they are applied. The crate's own version check prints to standard output and blocks, so
 //! [`QdrantIndex::check`] does ours.
 
@@ -10,13 +11,13 @@ use std::{collections::HashMap, time::Duration};
 use ::qdrant_client::{
     Payload, Qdrant, QdrantError,
     qdrant::{
-        Condition, CountPointsBuilder, CreateCollectionBuilder, CreateFieldIndexCollectionBuilder,
-        DeletePointsBuilder, Distance, Document, FieldType, Filter, KeywordIndexParamsBuilder, Modifier,
-        NamedVectors, PayloadExcludeSelector, PointId, PointStruct, PointVectors, PointsIdsList, Query,
-        QueryBatchPointsBuilder, QueryPoints, QueryPointsBuilder, Range, ScoredPoint, ScrollPointsBuilder,
-        SparseVectorParamsBuilder, SparseVectorsConfigBuilder, UpdateCollectionBuilder,
-        UpdatePointVectorsBuilder, UpsertPointsBuilder, Value, Vector, VectorParamsBuilder,
-        VectorsConfigBuilder, point_id::PointIdOptions,
+        Condition, CountPointsBuilder, CreateAlias, CreateCollectionBuilder,
+        CreateFieldIndexCollectionBuilder, DeletePointsBuilder, Distance, Document, FieldType, Filter,
+        KeywordIndexParamsBuilder, Modifier, NamedVectors, PayloadExcludeSelector, PointId, PointStruct,
+        PointVectors, PointsIdsList, Query, QueryBatchPointsBuilder, QueryPoints, QueryPointsBuilder, Range,
+        ScoredPoint, ScrollPointsBuilder, SparseVectorParamsBuilder, SparseVectorsConfigBuilder,
+        UpdateCollectionBuilder, UpdatePointVectorsBuilder, UpsertPointsBuilder, Value, Vector,
+        VectorParamsBuilder, VectorsConfigBuilder, point_id::PointIdOptions,
     },
 };
 use async_trait::async_trait;
@@ -28,8 +29,8 @@ use uuid::Uuid;
 
 use super::{
     ChangeId, ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS,
-    Lists, NewChunk, Page, SPARSE, Search, Selection, VectorIndex, Version, failed, lexical_text, payload,
-    record, term_count,
+    Lists, NewChunk, Page, SPARSE, Search, Selection, VectorIndex, Version, failed, lexical_text, names,
+    payload, record, term_count,
 };
 
 /// The server's BM25.
@@ -137,7 +138,26 @@ impl QdrantIndex {
         let Some(meta) = metadata.get(META_KEY) else { return Ok(None) };
         let meta: CollectionMeta = serde_json::from_value(meta.clone().into_json())
             .map_err(|error| failed(&format!("the metadata of collection {name:?}"), error))?;
-        Ok(Some(CollectionState { meta, chunks: info.points_count.unwrap_or_default() }))
+        Ok(Some(CollectionState { meta, chunks: info.points_count.unwrap_or_default(), generation: None }))
+    }
+
+    /// All aliases of the server: collections with their generations.
+    async fn aliases(&self) -> Result<Vec<(String, String)>, UpstreamError> {
+        let answer = self.client.list_aliases().await.map_err(|error| self.upstream(error))?;
+        Ok(answer.aliases.into_iter().map(|alias| (alias.alias_name, alias.collection_name)).collect())
+    }
+
+    /// Points an alias, whether it exists or not: the server replaces it in one step.
+    async fn point(&self, name: &str, generation: &str) -> Result<(), UpstreamError> {
+        let alias = CreateAlias { collection_name: generation.to_owned(), alias_name: name.to_owned() };
+        self.client.create_alias(alias).await.map_err(|error| self.upstream(error))?;
+        Ok(())
+    }
+
+    /// The names of all collections, ours and others', without aliases.
+    async fn generations(&self) -> Result<Vec<String>, UpstreamError> {
+        let answer = self.client.list_collections().await.map_err(|error| self.upstream(error))?;
+        Ok(answer.collections.into_iter().map(|collection| collection.name).collect())
     }
 }
 
@@ -156,7 +176,13 @@ impl VectorIndex for QdrantIndex {
         }
         let mut sparse = SparseVectorsConfigBuilder::default();
         sparse.add_named_vector_params(SPARSE, SparseVectorParamsBuilder::default().modifier(Modifier::Idf));
-        let mut create = CreateCollectionBuilder::new(name)
+        let generation = if names::parse(name).is_some() {
+            name.to_owned()
+        } else {
+            let taken = self.generations().await?;
+            names::generation(name, names::next(name, taken.iter().map(String::as_str)))
+        };
+        let mut create = CreateCollectionBuilder::new(&generation)
             .sparse_vectors_config(sparse)
             .metadata(HashMap::from([(META_KEY.to_owned(), meta_json(meta)?)]));
         if let Some(size) = meta.embedding_size {
@@ -165,22 +191,29 @@ impl VectorIndex for QdrantIndex {
             create = create.vectors_config(dense);
         }
         if let Err(error) = self.client.create_collection(create).await {
-            // Another replica may have been faster.
+            // Another replica may have been faster; if it is not done yet, the next attempt finds it.
             return match self.state(name).await? {
                 Some(state) => Ok(state.meta),
+                None if self.state(&generation).await?.is_some() => {
+                    Err(failed(name, "another gateway is making this collection"))
+                }
                 None => Err(self.upstream(error)),
             };
         }
         for field in KEYWORD_FIELDS {
             let params = KeywordIndexParamsBuilder::default().is_tenant(field == "tenant");
-            let request = CreateFieldIndexCollectionBuilder::new(name, field, FieldType::Keyword)
+            let request = CreateFieldIndexCollectionBuilder::new(&generation, field, FieldType::Keyword)
                 .field_index_params(params)
                 .wait(true);
             self.client.create_field_index(request).await.map_err(|error| self.upstream(error))?;
         }
         for field in INTEGER_FIELDS {
-            let request = CreateFieldIndexCollectionBuilder::new(name, field, FieldType::Integer).wait(true);
+            let request =
+                CreateFieldIndexCollectionBuilder::new(&generation, field, FieldType::Integer).wait(true);
             self.client.create_field_index(request).await.map_err(|error| self.upstream(error))?;
+        }
+        if generation != name {
+            self.point(name, &generation).await?;
         }
         Ok(meta.clone())
     }
@@ -199,22 +232,30 @@ impl VectorIndex for QdrantIndex {
     async fn info(&self, name: &str) -> Result<Option<CollectionState>, UpstreamError> {
         let Some(state) = self.state(name).await? else { return Ok(None) };
         // The count in the collection's info is an estimate.
+        let generation = self
+            .aliases()
+            .await?
+            .into_iter()
+            .find(|(alias, _)| alias == name)
+            .map(|(_, generation)| generation);
         let chunks = self.count(name, &Selection::default()).await?;
-        Ok(Some(CollectionState { chunks, ..state }))
+        Ok(Some(CollectionState { chunks, generation, ..state }))
     }
 
     async fn collections(&self) -> Result<Vec<(String, CollectionState)>, UpstreamError> {
-        let answer = self.client.list_collections().await.map_err(|error| self.upstream(error))?;
-        let mut names: Vec<String> =
-            answer.collections.into_iter().map(|collection| collection.name).collect();
-        names.sort();
+        let aliases = self.aliases().await?;
         let mut ours = Vec::new();
-        for name in names {
+        for generation in self.generations().await? {
             // Collections of others on the same server are none of our business.
-            if let Some(state) = self.state(&name).await? {
-                ours.push((name, state));
+            let Some(state) = self.state(&generation).await? else { continue };
+            match aliases.iter().find(|(_, used)| *used == generation) {
+                Some((name, _)) => {
+                    ours.push((name.clone(), CollectionState { generation: Some(generation), ..state }));
+                }
+                None => ours.push((generation, state)),
             }
         }
+        ours.sort_by(|(a, _), (b, _)| a.cmp(b));
         Ok(ours)
     }
 
@@ -365,9 +406,25 @@ impl VectorIndex for QdrantIndex {
         Ok(())
     }
 
+    async fn use_generation(&self, name: &str, generation: &str) -> Result<(), UpstreamError> {
+        self.existing(generation).await?;
+        self.point(name, generation).await?;
+        self.metas.invalidate(name).await;
+        Ok(())
+    }
+
     async fn drop_collection(&self, name: &str) -> Result<bool, UpstreamError> {
         self.metas.invalidate(name).await;
-        let answer = self.client.delete_collection(name).await.map_err(|error| self.upstream(error))?;
+        let aliases = self.aliases().await?;
+        let generation = aliases
+            .iter()
+            .find(|(alias, _)| alias == name)
+            .map_or_else(|| name.to_owned(), |(_, generation)| generation.clone());
+        for (alias, _) in aliases.into_iter().filter(|(_, used)| *used == generation) {
+            self.client.delete_alias(alias).await.map_err(|error| self.upstream(error))?;
+        }
+        let answer =
+            self.client.delete_collection(&generation).await.map_err(|error| self.upstream(error))?;
         if answer.result {
             self.changed(name).await?;
         }

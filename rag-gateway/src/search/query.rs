@@ -161,7 +161,9 @@ fn collections_of(
 
 /// Collections are folders and parts of URLs.
 pub(crate) fn check_collection_name(name: &str) -> Result<(), GatewayError> {
-    if atlas_shared::message::is_name(name) && !name.starts_with('.') {
+    // A generation, such as `docs@2`, can be named wherever its collection can.
+    let plain = crate::index::names::parse(name).map_or(name, |(plain, _)| plain);
+    if atlas_shared::message::is_name(plain) && !plain.starts_with('.') {
         return Ok(());
     }
     Err(invalid(format!(

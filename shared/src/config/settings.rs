@@ -104,6 +104,18 @@ pub static SETTINGS: &[Setting] = &[
         "Subscription on the dead-letter topic, read by the fleet too.",
     ),
     setting(
+        "PUBSUB_TOPIC_DOCS",
+        Some("docs_added"),
+        Group::Queue,
+        "Topic of messages `{\"repo\": …, \"path\": …}` that start an index job (with `INDEX_ON_DOCS_ADDED`).",
+    ),
+    setting(
+        "PUBSUB_DOCS_SUBSCRIPTION",
+        Some("docs_added-atlas"),
+        Group::Queue,
+        "Subscription on that topic.",
+    ),
+    setting(
         "PUBSUB_EMULATOR_HOST",
         None,
         Group::Queue,
@@ -218,6 +230,12 @@ pub static SETTINGS: &[Setting] = &[
         Some("30"),
         Group::Worker,
         "How long running work may go on after SIGTERM; the rest is given back.",
+    ),
+    setting(
+        "INDEX_ON_DOCS_ADDED",
+        Some("false"),
+        Group::Worker,
+        "Read `docs_added` messages and have the gateway index what they name. The gateway says what it may read: `INDEX_ALLOWED_ROOTS`, `INDEX_ALLOWED_URLS`.",
     ),
     setting(
         "AGENT_MAX_SEARCHES",
@@ -375,6 +393,18 @@ pub static SETTINGS: &[Setting] = &[
         "Requests at once; more get 503 and `Retry-After`.",
     ),
     setting("MAX_INDEX_JOBS", Some("64"), Group::Gateway, "Index jobs waiting or running; more get 429."),
+    setting(
+        "INDEX_ALLOWED_ROOTS",
+        None,
+        Group::Gateway,
+        "Folders, separated by commas, below which the gateway may read by itself (`POST /v1/index`, `docs_added`). Unset: none.",
+    ),
+    setting(
+        "INDEX_ALLOWED_URLS",
+        None,
+        Group::Gateway,
+        "Beginnings of git URLs, separated by commas, that the gateway may clone by itself, such as `https://github.com/your-team/`. Unset: none.",
+    ),
     setting("CHUNK_TOKENS", Some("320"), Group::Gateway, "Upper bound of a chunk, in tokens of cl100k_base."),
     setting(
         "CHUNK_OVERLAP_TOKENS",

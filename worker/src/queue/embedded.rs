@@ -38,12 +38,14 @@ const POLL: Duration = Duration::from_millis(100);
 
 const SUBSCRIPTION: &str = "architect_in-atlas";
 const DLQ_SUBSCRIPTION: &str = "architect_dlq-atlas";
+const DOCS_SUBSCRIPTION: &str = "docs_added-atlas";
 
 pub(super) fn topics() -> Topics {
     Topics {
         requests: "architect_in".to_owned(),
         answers: "architect_out".to_owned(),
         dead_letters: "architect_dlq".to_owned(),
+        documents: "docs_added".to_owned(),
     }
 }
 
@@ -62,7 +64,18 @@ pub(super) async fn open(
         dead_letters,
     };
     let dead_letters = Some((topics().dead_letters, tuning.max_delivery_attempts));
+    let documents = if worker.index_on_docs_added {
+        // Only where somebody reads it: messages without a reader would stay for ever.
+        tables
+            .write(|connection, _| Ok(tables::subscribe(connection, DOCS_SUBSCRIPTION, &topics().documents)?))
+            .await?;
+        let policy = policy(DOCS_SUBSCRIPTION, dead_letters.clone());
+        Some(Arc::new(EmbeddedQueue::new(tables.clone(), policy, in_flight)) as Arc<dyn RequestQueue>)
+    } else {
+        None
+    };
     Ok(Queues {
+        documents,
         requests: Arc::new(EmbeddedQueue::new(tables.clone(), policy(SUBSCRIPTION, dead_letters), in_flight)),
         dead_letters: Some(Arc::new(EmbeddedQueue::new(
             tables.clone(),

@@ -128,6 +128,8 @@ pub struct Queues {
     pub requests: Arc<dyn RequestQueue>,
     /// What reached the dead-letter topic.
     pub dead_letters: Option<Arc<dyn RequestQueue>>,
+    /// `docs_added`, where this worker reads it (`INDEX_ON_DOCS_ADDED`).
+    pub documents: Option<Arc<dyn RequestQueue>>,
     /// Answers, progress, errors.
     pub publisher: Arc<dyn ResultPublisher>,
 }
@@ -141,6 +143,8 @@ pub struct Topics {
     pub answers: String,
     /// Dead letters.
     pub dead_letters: String,
+    /// What is new in the documents.
+    pub documents: String,
 }
 
 impl Topics {
@@ -152,6 +156,7 @@ impl Topics {
                 requests: pubsub.topic_in.clone(),
                 answers: pubsub.topic_out.clone(),
                 dead_letters: pubsub.topic_dlq.clone(),
+                documents: pubsub.topic_docs.clone(),
             },
         }
     }

@@ -53,6 +53,15 @@ pub(super) async fn open(
         admin.ensure_subscription(spec).await?;
     }
 
+    let documents = if worker.index_on_docs_added {
+        admin.ensure_topic(&config.topic_docs, "PUBSUB_TOPIC_DOCS").await?;
+        let spec = SubscriptionSpec::of_documents(config, tuning);
+        admin.ensure_subscription(&spec).await?;
+        Some(spec)
+    } else {
+        None
+    };
+
     let subscriber = connection.subscriber().await?;
     let options = StreamOptions {
         in_flight: worker.max_in_flight,
@@ -61,7 +70,12 @@ pub(super) async fn open(
         max_lease: worker.run_timeout + Duration::from_mins(10),
     };
     let publisher = PubSubPublisher::connect(&connection, config, admin.clone()).await?;
+    let documents = documents.map(|spec| {
+        let queue = PubSubQueue::new(subscriber.clone(), admin.clone(), spec, options);
+        Arc::new(queue) as Arc<dyn super::RequestQueue>
+    });
     Ok(Queues {
+        documents,
         requests: Arc::new(PubSubQueue::new(subscriber.clone(), admin.clone(), requests, options)),
         dead_letters: Some(Arc::new(PubSubQueue::new(subscriber, admin, dead_letters, options))),
         publisher: Arc::new(publisher),

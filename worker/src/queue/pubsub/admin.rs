@@ -59,6 +59,15 @@ impl SubscriptionSpec {
         }
     }
 
+    pub(super) fn of_documents(config: &PubSubConfig, tuning: &Tuning) -> Self {
+        Self {
+            name: config.docs_subscription.clone(),
+            topic: config.topic_docs.clone(),
+            variable: "PUBSUB_DOCS_SUBSCRIPTION",
+            ..Self::of_requests(config, tuning)
+        }
+    }
+
     fn gcloud_create(&self, project: &str) -> String {
         let mut command = format!(
             "gcloud pubsub subscriptions create {} --topic={} --project={project} --ack-deadline={} --expiration-period=never",

@@ -16,44 +16,44 @@ use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 use ignore::WalkBuilder;
 use regex::Regex;
 
-use crate::error::{CliError, Result};
+use super::extract;
 
 /// Larger files are data, not prose or code.
-pub(crate) const DEFAULT_MAX_FILE_BYTES: u64 = 1024 * 1024;
+pub const DEFAULT_MAX_FILE_BYTES: u64 = 1024 * 1024;
 
 /// Lines longer than this on average are written by machines.
 const MINIFIED_AVERAGE_LINE: usize = 400;
 
 /// The source of a [`Skipped`] whose name is not known: a folder could not be listed.
-pub(crate) const UNKNOWN: &str = "?";
+pub const UNKNOWN: &str = "?";
 
 /// A file to index.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Candidate {
+pub struct Candidate {
     /// Where it is.
-    pub(crate) path: PathBuf,
+    pub path: PathBuf,
     /// Its name in the index: the path below the root, with `/`.
-    pub(crate) source: String,
+    pub source: String,
     /// [`content_hash`] of its text.
-    pub(crate) hash: String,
+    pub hash: String,
     /// Its size.
-    pub(crate) bytes: u64,
+    pub bytes: u64,
 }
 
 /// A file that is left out.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Skipped {
+pub struct Skipped {
     /// Its name, as for [`Candidate::source`].
-    pub(crate) source: String,
+    pub source: String,
     /// Why.
-    pub(crate) reason: Skip,
+    pub reason: Skip,
     /// More about it, for `--verbose`; never the secret itself.
-    pub(crate) detail: Option<String>,
+    pub detail: Option<String>,
 }
 
 /// Why a file is left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Skip {
+pub enum Skip {
     /// It looks like a secret, or holds one.
     Secret,
     /// Not text.
@@ -70,13 +70,15 @@ pub(crate) enum Skip {
     Empty,
     /// A symbolic link: its target is indexed where it is.
     Link,
+    /// A PDF or DOCX file whose text cannot be had.
+    NoText,
     /// The system did not let us read it.
     Unreadable,
 }
 
 impl Skip {
     /// For the summary.
-    pub(crate) fn describe(self) -> &'static str {
+    pub fn describe(self) -> &'static str {
         match self {
             Self::Secret => "looks like a secret",
             Self::Binary => "binary",
@@ -86,6 +88,7 @@ impl Skip {
             Self::TooLarge => "too large",
             Self::Empty => "empty",
             Self::Link => "symbolic link",
+            Self::NoText => "no text to be had",
             Self::Unreadable => "not readable",
         }
     }
@@ -93,27 +96,26 @@ impl Skip {
 
 /// What to look at.
 #[derive(Clone, Debug)]
-pub(crate) struct WalkOptions {
+pub struct WalkOptions {
     /// Sources are named relative to this folder.
-    pub(crate) root: PathBuf,
+    pub root: PathBuf,
     /// The folder or file to look at: the root, or below it.
-    pub(crate) start: PathBuf,
+    pub start: PathBuf,
     /// Only sources that match; empty: all.
-    pub(crate) include: GlobSet,
+    pub include: GlobSet,
     /// Not sources that match.
-    pub(crate) exclude: GlobSet,
+    pub exclude: GlobSet,
     /// Sources that are indexed although they look like secrets.
-    pub(crate) not_secret: GlobSet,
+    pub not_secret: GlobSet,
     /// Larger files are skipped.
-    pub(crate) max_file_bytes: u64,
+    pub max_file_bytes: u64,
     /// A folder that is never looked into: our own data.
-    pub(crate) data_dir: Option<PathBuf>,
+    pub data_dir: Option<PathBuf>,
 }
 
 impl WalkOptions {
     /// Everything below `root`.
-    #[cfg(test)]
-    pub(crate) fn of(root: &Path) -> Self {
+    pub fn of(root: &Path) -> Self {
         Self {
             root: root.to_owned(),
             start: root.to_owned(),
@@ -126,13 +128,23 @@ impl WalkOptions {
     }
 
     /// True for sources that `--include` and `--exclude` leave in.
-    pub(crate) fn selects(&self, source: &str) -> bool {
+    pub fn selects(&self, source: &str) -> bool {
         (self.include.is_empty() || self.include.is_match(source)) && !self.exclude.is_match(source)
     }
 }
 
-/// The globs of a flag. `*.md` means Markdown files at any depth, as in `.gitignore`.
-pub(crate) fn globs(flag: &str, patterns: &[String]) -> Result<GlobSet> {
+/// A pattern that is no glob.
+#[derive(Debug, thiserror::Error)]
+#[error("{pattern:?} is not a glob: {problem}")]
+pub struct GlobFault {
+    /// The pattern.
+    pub pattern: String,
+    /// What is wrong with it.
+    pub problem: String,
+}
+
+/// A set of globs. `*.md` means Markdown files at any depth, as in `.gitignore`.
+pub fn globs(patterns: &[String]) -> Result<GlobSet, GlobFault> {
     let mut set = GlobSetBuilder::new();
     for pattern in patterns {
         let anywhere = if pattern.contains('/') {
@@ -142,27 +154,26 @@ pub(crate) fn globs(flag: &str, patterns: &[String]) -> Result<GlobSet> {
         };
         // `docs/` means all below it.
         let anywhere = if anywhere.ends_with('/') { format!("{anywhere}**") } else { anywhere };
-        let glob = GlobBuilder::new(&anywhere).literal_separator(true).build().map_err(|error| {
-            CliError::usage(format!("{flag} {pattern:?} is not a glob"))
-                .because(error.kind())
-                .fix("quote it for the shell and write it like '*.md' or 'docs/**'")
-        })?;
+        let glob = GlobBuilder::new(&anywhere)
+            .literal_separator(true)
+            .build()
+            .map_err(|error| GlobFault { pattern: pattern.clone(), problem: error.kind().to_string() })?;
         set.add(glob);
     }
-    set.build().map_err(|error| CliError::usage(format!("the globs of {flag} cannot be used")).because(error))
+    set.build().map_err(|error| GlobFault { pattern: patterns.join(", "), problem: error.to_string() })
 }
 
 /// What a walk found.
 #[derive(Debug, Default)]
-pub(crate) struct Walked {
+pub struct Walked {
     /// To index, by source.
-    pub(crate) files: Vec<Candidate>,
+    pub files: Vec<Candidate>,
     /// Left out, by source.
-    pub(crate) skipped: Vec<Skipped>,
+    pub skipped: Vec<Skipped>,
 }
 
 /// Reads the folder. Blocking. `seen` is told the number of files so far.
-pub(crate) fn walk(options: &WalkOptions, mut seen: impl FnMut(usize)) -> Walked {
+pub fn walk(options: &WalkOptions, mut seen: impl FnMut(usize)) -> Walked {
     let mut walked = Walked::default();
     let data_dir = options.data_dir.as_deref().and_then(|dir| dir.canonicalize().ok());
     let entries = WalkBuilder::new(&options.start)
@@ -236,14 +247,14 @@ pub(crate) fn walk(options: &WalkOptions, mut seen: impl FnMut(usize)) -> Walked
 }
 
 /// The name of a file in the index; `None` where it is not UTF-8.
-pub(crate) fn source_name(root: &Path, path: &Path) -> Option<String> {
+pub fn source_name(root: &Path, path: &Path) -> Option<String> {
     let below = path.strip_prefix(root).unwrap_or(path);
     let parts: Option<Vec<&str>> = below.components().map(|part| part.as_os_str().to_str()).collect();
     parts.map(|parts| parts.join("/"))
 }
 
 /// Reads one file and decides. The text that comes out is what is indexed, byte for byte.
-pub(crate) fn read(
+pub fn read(
     path: &Path,
     source: &str,
     options: &WalkOptions,
@@ -260,21 +271,28 @@ pub(crate) fn read(
         return Err((Skip::Minified, None));
     }
     let unreadable = |error: std::io::Error| (Skip::Unreadable, Some(error.to_string()));
+    let format = extract::Format::of(name);
+    // Documents carry fonts and pictures besides their text.
+    let limit = match format {
+        Some(_) => options.max_file_bytes.max(extract::MAX_FILE_BYTES),
+        None => options.max_file_bytes,
+    };
     let file = File::open(path).map_err(unreadable)?;
     let size = file.metadata().map_err(unreadable)?.len();
-    if size > options.max_file_bytes {
-        return Err((Skip::TooLarge, Some(crate::ui::bytes(size))));
+    if size > limit {
+        return Err((Skip::TooLarge, Some(format!("{} KiB", size.div_ceil(1024)))));
     }
     // Bounded even when the file grows while it is read.
     let mut data = Vec::with_capacity(usize::try_from(size).unwrap_or_default());
-    file.take(options.max_file_bytes + 1).read_to_end(&mut data).map_err(unreadable)?;
-    if data.len() as u64 > options.max_file_bytes {
+    file.take(limit + 1).read_to_end(&mut data).map_err(unreadable)?;
+    if data.len() as u64 > limit {
         return Err((Skip::TooLarge, Some("it grows".to_owned())));
     }
-    if data.contains(&0) {
-        return Err((Skip::Binary, None));
-    }
-    let text = String::from_utf8(data).map_err(|_| (Skip::Binary, Some("not UTF-8".to_owned())))?;
+    let text = match format {
+        Some(format) => extract::text(format, data).map_err(|why| (Skip::NoText, Some(why)))?,
+        None if data.contains(&0) => return Err((Skip::Binary, None)),
+        None => String::from_utf8(data).map_err(|_| (Skip::Binary, Some("not UTF-8".to_owned())))?,
+    };
     if text.trim().is_empty() {
         return Err((Skip::Empty, None));
     }
@@ -566,12 +584,12 @@ mod tests {
             ("fixtures/test.key", "not a key"),
         ]);
         let mut options = WalkOptions::of(tree.0.path());
-        options.include = globs("--include", &["*.md".to_owned(), "fixtures/".to_owned()]).unwrap();
-        options.exclude = globs("--exclude", &["./docs/deep/**".to_owned()]).unwrap();
-        options.not_secret = globs("--not-secret", &["fixtures/**".to_owned()]).unwrap();
+        options.include = globs(&["*.md".to_owned(), "fixtures/".to_owned()]).unwrap();
+        options.exclude = globs(&["./docs/deep/**".to_owned()]).unwrap();
+        options.not_secret = globs(&["fixtures/**".to_owned()]).unwrap();
         let walked = walk(&options, |_| {});
         assert_eq!(sources(&walked), ["docs/a.md", "fixtures/test.key", "src/d.md"]);
-        assert!(globs("--include", &["[".to_owned()]).unwrap_err().to_string().contains("--include \"[\""));
+        assert!(globs(&["[".to_owned()]).unwrap_err().to_string().contains("\"[\""));
     }
 
     #[test]
@@ -602,6 +620,6 @@ mod tests {
         options.max_file_bytes = 2048;
         let walked = walk(&options, |_| {});
         assert_eq!(walked.skipped[0].reason, Skip::TooLarge);
-        assert_eq!(walked.skipped[0].detail.as_deref(), Some("2.9 KiB"));
+        assert_eq!(walked.skipped[0].detail.as_deref(), Some("3 KiB"));
     }
 }

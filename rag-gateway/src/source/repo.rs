@@ -8,18 +8,18 @@ use std::{
 
 /// The repository that a folder is in.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Repository {
+pub struct Repository {
     /// Sources are named relative to this folder.
-    pub(crate) root: PathBuf,
+    pub root: PathBuf,
     /// The commit that is checked out.
-    pub(crate) commit: Option<String>,
+    pub commit: Option<String>,
     /// Paths below the root that are not as the commit has them.
-    pub(crate) uncommitted: BTreeSet<String>,
+    pub uncommitted: BTreeSet<String>,
 }
 
 impl Repository {
     /// The repository around `path`, or `path` itself (its folder, if it is a file).
-    pub(crate) fn around(path: &Path) -> Self {
+    pub fn around(path: &Path) -> Self {
         let folder = if path.is_dir() { path } else { path.parent().unwrap_or(path) };
         let Some(root) = folder.ancestors().find(|folder| folder.join(".git").exists()) else {
             return Self { root: folder.to_owned(), ..Self::default() };
@@ -37,7 +37,7 @@ impl Repository {
     }
 
     /// A name for the repository: that of its folder.
-    pub(crate) fn name(&self) -> Option<String> {
+    pub fn name(&self) -> Option<String> {
         let name: String = self
             .root
             .file_name()?

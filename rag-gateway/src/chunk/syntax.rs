@@ -1,0 +1,379 @@
+//! Source code, by its grammar (tree-sitter): where statements and definitions begin, and their names.
+//!
+//! A file is cut before definitions, then between the statements of a long one; comments and
+//! attributes stay with what they stand above. What a grammar cannot make sense of in bounded work
+//! (other languages under a known name, minified code, garbage) goes to [`super::code`], which looks
+//! at the layout only. The bounds count steps, not time: equal texts give equal chunks on any machine.
+
+use std::ops::ControlFlow;
+
+use tree_sitter::{Language, Node, ParseOptions, Parser, Tree};
+
+use super::{Definition, FIRST_BLOCK_LEVEL, Level, Structure, lines::Lines, path_of};
+
+/// Larger texts are data: grammars take ten times their size in memory.
+const MAX_BYTES: usize = 2 * 1024 * 1024;
+
+/// Lines longer than this on average are written by machines, and say nothing about structure.
+const MAX_AVERAGE_LINE: usize = 400;
+
+/// Progress calls of the parser (one in some hundred steps) for each KiB of text, and at least.
+/// Ordinary code needs about ten a KiB; recovery from errors in garbage can need any number.
+const CALLS_PER_KIB: usize = 200;
+const MIN_CALLS: usize = 2000;
+
+/// Nesting beyond this makes no difference.
+const DEEPEST: usize = 10;
+
+/// A definition, or a statement after a blank line: the shallower, the better.
+const FIRST: Level = FIRST_BLOCK_LEVEL + 1;
+
+/// A statement in the middle of others; chunks that begin here may overlap.
+const STATEMENT: Level = FIRST + 31;
+
+/// Any line after a blank one, in long comments and strings.
+const AFTER_BLANK: Level = 120;
+
+/// Any other line that closes nothing.
+const ANY: Level = 160;
+
+/// Longest name that is shown.
+const MAX_NAME_CHARS: usize = 80;
+
+/// The structure of source code; `None` where there is no grammar, or it does not fit the text.
+pub(super) fn structure(lines: &Lines<'_>, lang: &str) -> Option<Structure> {
+    let text = lines.text();
+    if text.len() > MAX_BYTES || text.len() > MAX_AVERAGE_LINE.saturating_mul(lines.len()) {
+        return None;
+    }
+    let tree = grammars(lang)
+        .into_iter()
+        .filter_map(|grammar| parse(&grammar, text))
+        .map(|tree| (unreadable_bytes(&tree), tree))
+        .min_by_key(|(unreadable, _)| *unreadable)
+        .filter(|(unreadable, _)| *unreadable <= text.len() / 2)?
+        .1;
+    let mut reading = Reading::new(lines);
+    reading.read(&tree);
+    Some(reading.structure)
+}
+
+/// The grammars of a language; the one that understands more of a text wins.
+fn grammars(lang: &str) -> Vec<Language> {
+    match lang {
+        "rust" => vec![tree_sitter_rust::LANGUAGE.into()],
+        "python" => vec![tree_sitter_python::LANGUAGE.into()],
+        "javascript" => vec![tree_sitter_javascript::LANGUAGE.into()],
+        "typescript" => vec![
+            tree_sitter_typescript::LANGUAGE_TYPESCRIPT.into(),
+            tree_sitter_typescript::LANGUAGE_TSX.into(),
+        ],
+        "go" => vec![tree_sitter_go::LANGUAGE.into()],
+        "java" => vec![tree_sitter_java::LANGUAGE.into()],
+        "kotlin" => vec![tree_sitter_kotlin_ng::LANGUAGE.into()],
+        "scala" => vec![tree_sitter_scala::LANGUAGE.into()],
+        // A `.h` may be either.
+        "c" => vec![tree_sitter_c::LANGUAGE.into(), tree_sitter_cpp::LANGUAGE.into()],
+        "cpp" => vec![tree_sitter_cpp::LANGUAGE.into()],
+        "csharp" => vec![tree_sitter_c_sharp::LANGUAGE.into()],
+        "ruby" => vec![tree_sitter_ruby::LANGUAGE.into()],
+        "php" => vec![tree_sitter_php::LANGUAGE_PHP.into()],
+        "shell" => vec![tree_sitter_bash::LANGUAGE.into()],
+        _ => Vec::new(),
+    }
+}
+
+/// Parses in bounded work.
+fn parse(grammar: &Language, text: &str) -> Option<Tree> {
+    let mut parser = Parser::new();
+    parser.set_language(grammar).ok()?;
+    let mut left = MIN_CALLS + CALLS_PER_KIB * (text.len() / 1024);
+    let mut progress = |_: &_| {
+        left = left.saturating_sub(1);
+        if left == 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    let options = ParseOptions::new().progress_callback(&mut progress);
+    let bytes = text.as_bytes();
+    let mut read = |offset: usize, _| bytes.get(offset..).unwrap_or_default();
+    parser.parse_with_options(&mut read, None, Some(options))
+}
+
+/// Bytes that the grammar could not read.
+fn unreadable_bytes(tree: &Tree) -> usize {
+    if !tree.root_node().has_error() {
+        return 0;
+    }
+    let mut cursor = tree.walk();
+    let mut bytes = 0;
+    loop {
+        let node = cursor.node();
+        if node.is_error() {
+            bytes += node.byte_range().len();
+        } else if node.has_error() && cursor.goto_first_child() {
+            continue;
+        }
+        while !cursor.goto_next_sibling() {
+            if !cursor.goto_parent() {
+                return bytes;
+            }
+        }
+    }
+}
+
+/// A definition around the node that is read.
+struct Open {
+    /// Its depth in the tree.
+    at: u32,
+    /// Last line of it.
+    end: usize,
+    name: String,
+}
+
+struct Reading<'a, 't> {
+    lines: &'a Lines<'t>,
+    structure: Structure,
+    /// Definitions around the current node, outermost first.
+    open: Vec<Open>,
+    /// Nodes around the current one that begin a line: their depth in the tree.
+    blocks: Vec<u32>,
+    /// The last line of a comment or attribute that stands alone on its lines.
+    decoration_ends: Option<usize>,
+    /// The last line that was looked at, by its outermost node.
+    last_line: Option<usize>,
+}
+
+impl<'a, 't> Reading<'a, 't> {
+    fn new(lines: &'a Lines<'t>) -> Self {
+        let mut structure = Structure::flat(lines.len());
+        for line in 0..lines.len() {
+            let text = lines.line(line).trim_start();
+            if text.is_empty() || text.starts_with(['}', ')', ']']) || text.trim_end_matches(';') == "end" {
+                continue;
+            }
+            let after_blank = line == 0 || lines.is_blank(line - 1);
+            structure.offer(line, if after_blank { AFTER_BLANK } else { ANY });
+        }
+        Self {
+            lines,
+            structure,
+            open: Vec::new(),
+            blocks: Vec::new(),
+            decoration_ends: None,
+            last_line: None,
+        }
+    }
+
+    /// Visits every node once, parents first, without recursion: nesting may be of any depth.
+    fn read(&mut self, tree: &Tree) {
+        let mut cursor = tree.walk();
+        let mut depth: u32 = 0;
+        loop {
+            self.visit(cursor.node(), depth);
+            if cursor.goto_first_child() {
+                depth += 1;
+                continue;
+            }
+            while !cursor.goto_next_sibling() {
+                if !cursor.goto_parent() {
+                    self.close(0);
+                    return;
+                }
+                depth -= 1;
+            }
+        }
+    }
+
+    fn visit(&mut self, node: Node<'_>, depth: u32) {
+        self.close(depth);
+        if depth == 0 || !node.is_named() {
+            return;
+        }
+        let line = node.start_position().row;
+        let name = definition(node, self.lines.text());
+        let begins_line = self.last_line != Some(line)
+            && line < self.lines.len()
+            && self
+                .lines
+                .raw(line)
+                .as_bytes()
+                .get(..node.start_position().column)
+                .is_some_and(|before| before.trim_ascii().is_empty());
+        if begins_line {
+            self.last_line = Some(line);
+            self.offer(node, line, name.is_some());
+        }
+        if let Some(name) = name {
+            let nesting = self.open.len();
+            self.structure.definitions.push(Definition { line, indent: nesting, name: name.clone() });
+            self.open.push(Open { at: depth, end: last_line(node), name });
+            self.name_lines(line + 1);
+        }
+        if begins_line {
+            self.blocks.push(depth);
+        }
+    }
+
+    /// Says how good a place the first line of this node is.
+    fn offer(&mut self, node: Node<'_>, line: usize, defines: bool) {
+        let decorated = self.decoration_ends.is_some_and(|end| end + 1 == line);
+        self.decoration_ends = is_decoration(node).then(|| last_line(node));
+        if decorated {
+            // What describes it is a better beginning.
+            self.structure.levels[line] = Level::MAX;
+            return;
+        }
+        let steps = 2 * Level::try_from(self.blocks.len().min(DEEPEST)).unwrap_or(Level::MAX);
+        let after_blank = line == 0 || self.lines.is_blank(line - 1);
+        let level = if after_blank {
+            FIRST + steps
+        } else if defines || is_decoration(node) || self.blocks.is_empty() {
+            FIRST + steps + 1
+        } else {
+            STATEMENT + steps
+        };
+        self.structure.offer(line, level);
+    }
+
+    /// Leaves what is not around a node of this depth.
+    fn close(&mut self, depth: u32) {
+        while self.blocks.last().is_some_and(|block| *block >= depth) {
+            self.blocks.pop();
+        }
+        while self.open.last().is_some_and(|open| open.at >= depth)
+            && let Some(closed) = self.open.pop()
+        {
+            self.name_lines(closed.end + 1);
+        }
+    }
+
+    /// From this line on, lines stand under what is open now.
+    fn name_lines(&mut self, from: usize) {
+        let path = if self.open.is_empty() {
+            None
+        } else {
+            let names: Vec<&str> = self.open.iter().map(|open| open.name.as_str()).collect();
+            self.structure.headings.push(path_of(&names));
+            Some(self.structure.headings.len() - 1)
+        };
+        let end = self.open.last().map_or(self.lines.len(), |open| open.end + 1);
+        if let Some(lines) = self.structure.heading_of.get_mut(from..end.max(from).min(self.lines.len())) {
+            lines.fill(path);
+        }
+    }
+}
+
+/// The last line that holds some of this node: an end in column 0 is the end of the line before.
+fn last_line(node: Node<'_>) -> usize {
+    let end = node.end_position();
+    let row = if end.column == 0 { end.row.saturating_sub(1) } else { end.row };
+    row.max(node.start_position().row)
+}
+
+/// Comments, attributes and the like: they belong to what follows on the next line.
+fn is_decoration(node: Node<'_>) -> bool {
+    let kind = node.kind();
+    kind.contains("comment")
+        || matches!(
+            kind,
+            "attribute_item"
+                | "decorator"
+                | "annotation"
+                | "marker_annotation"
+                | "attribute_list"
+                | "modifiers"
+        )
+}
+
+/// What a node defines, such as `fn finish`.
+fn definition(node: Node<'_>, text: &str) -> Option<String> {
+    let label = match node.kind() {
+        // Rust.
+        "function_item" | "function_signature_item" => "fn",
+        "struct_item" | "struct_specifier" | "struct_declaration" => "struct",
+        "enum_item" | "enum_specifier" | "enum_declaration" | "enum_definition" => "enum",
+        "union_item" | "union_specifier" => "union",
+        "trait_item" | "trait_definition" | "trait_declaration" => "trait",
+        "mod_item" => "mod",
+        "macro_definition" => "macro",
+        "type_item" | "type_spec" | "type_alias_declaration" | "type_definition" => "type",
+        "impl_item" => return implementation(node, text),
+        // Go has methods of this kind, Java and C# too.
+        "method_declaration" if node.child_by_field_name("receiver").is_some() => "func",
+        "method_declaration" | "method_definition" | "compact_constructor_declaration" => "method",
+        "constructor_declaration" => "constructor",
+        "function_declaration" => match node.child(0).map(|word| word.kind()) {
+            Some("func") => "func",
+            Some("def") => "def",
+            Some("fun" | "modifiers") => "fun",
+            _ => "function",
+        },
+        "generator_function_declaration" => "function",
+        "function_definition" => match node.child(0).map(|word| word.kind()) {
+            // `async def` too; Scala puts modifiers first.
+            Some("def" | "async" | "modifiers") => "def",
+            _ => "function",
+        },
+        "method" | "singleton_method" => "def",
+        "class_definition"
+        | "class_declaration"
+        | "class_specifier"
+        | "abstract_class_declaration"
+        | "class" => "class",
+        "module" => "module",
+        "interface_declaration" => "interface",
+        "annotation_type_declaration" => "@interface",
+        "record_declaration" => "record",
+        "object_definition" | "object_declaration" => "object",
+        "given_definition" => "given",
+        "namespace_definition"
+        | "namespace_declaration"
+        | "file_scoped_namespace_declaration"
+        | "internal_module" => "namespace",
+        "property_declaration" if node.child_by_field_name("accessors").is_some() => "property",
+        "delegate_declaration" => "delegate",
+        "variable_declarator" => match node.child_by_field_name("value").map(|value| value.kind()) {
+            Some("arrow_function" | "function_expression" | "class" | "generator_function") => "const",
+            _ => return None,
+        },
+        _ => return None,
+    };
+    // Types that are only named (`struct point p;`) are not defined.
+    if node.kind().ends_with("_specifier") && node.child_by_field_name("body").is_none() {
+        return None;
+    }
+    Some(format!("{label} {}", name(node, text)?))
+}
+
+fn name(node: Node<'_>, text: &str) -> Option<String> {
+    // C and C++ hide the name inside declarators: `int *(*f(int))[3] {`.
+    let mut at = node;
+    for _ in 0..16 {
+        if let Some(name) = at.child_by_field_name("name") {
+            return shown(name, text);
+        }
+        match at.child_by_field_name("declarator") {
+            Some(inner) => at = inner,
+            None if at.id() == node.id() => return None,
+            None => return shown(at, text),
+        }
+    }
+    None
+}
+
+/// `impl Store for Memory`.
+fn implementation(node: Node<'_>, text: &str) -> Option<String> {
+    let of = shown(node.child_by_field_name("type")?, text)?;
+    match node.child_by_field_name("trait").and_then(|of| shown(of, text)) {
+        Some(what) => Some(format!("impl {what} for {of}")),
+        None => Some(format!("impl {of}")),
+    }
+}
+
+/// The text of a node on one line; `None` when there is none.
+fn shown(node: Node<'_>, text: &str) -> Option<String> {
+    let text = text.get(node.byte_range())?;
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let name: String =
+        words.join(" ").chars().filter(|character| !character.is_control()).take(MAX_NAME_CHARS).collect();
+    (!name.is_empty()).then_some(name)
+}

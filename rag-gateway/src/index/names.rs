@@ -1,0 +1,45 @@
+//! Names and generations of collections.
+//!
+//! A collection that callers name (`docs`) is an alias of a *generation* (`docs@2`), so that another one
+//! can be filled beside it and take its place at once. `@` is in no name that a caller may choose.
+
+/// Between a collection's name and the number of a generation.
+const MARK: char = '@';
+
+/// The name of a generation.
+pub(crate) fn generation(name: &str, number: u64) -> String {
+    format!("{name}{MARK}{number}")
+}
+
+/// The collection and the number of a generation; `None` for the name of a collection.
+pub(crate) fn parse(name: &str) -> Option<(&str, u64)> {
+    let (name, number) = name.split_once(MARK)?;
+    Some((name, number.parse().ok()?))
+}
+
+/// The number after all that are there.
+pub(crate) fn next<'n>(name: &str, taken: impl IntoIterator<Item = &'n str>) -> u64 {
+    taken
+        .into_iter()
+        .filter_map(parse)
+        .filter(|(of, _)| *of == name)
+        .map(|(_, number)| number)
+        .max()
+        .unwrap_or_default()
+        .saturating_add(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn generations_are_counted_by_name() {
+        assert_eq!(generation("docs", 2), "docs@2");
+        assert_eq!(parse("docs@12"), Some(("docs", 12)));
+        assert_eq!(parse("docs"), None);
+        assert_eq!(parse("docs@x"), None);
+        assert_eq!(next("docs", ["docs@1", "docs@9", "doc@30", "docs"]), 10);
+        assert_eq!(next("docs", []), 1);
+    }
+}

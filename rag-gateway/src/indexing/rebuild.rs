@@ -1,0 +1,291 @@
+//! Fills another generation of a collection from the one in use, and switches over.
+//!
+//! The chunks themselves are copied and embedded anew, with the model that is configured now: neither
+//! files nor repositories are needed, and every repository and tenant in the collection comes along.
+//! The copy is a comparison that is repeated until nothing differs, so it can be stopped at any moment
+//! and goes on where it was; what is written to the old generation meanwhile is seen by the next round.
+//! For the last round writers wait (those of this gateway). Readers wait for nothing.
+
+use std::collections::{HashMap, HashSet};
+
+use crate::{
+    error::GatewayError,
+    index::{ChunkRecord, CollectionMeta, NewChunk, Selection, names},
+    jobs::Progress,
+};
+
+use super::{Indexer, PAGE, Stored};
+
+/// Documents that are copied together.
+const BATCH: usize = 32;
+
+/// Rounds before the last one: each is shorter, unless somebody writes faster than we copy.
+const MAX_ROUNDS: usize = 10;
+
+/// What has to be done.
+struct Difference {
+    /// In the old generation, not or differently in the new one.
+    missing: Vec<String>,
+    /// In the new generation only.
+    gone: Vec<String>,
+    /// Documents of the old generation.
+    total: usize,
+    /// Their chunks.
+    chunks: usize,
+}
+
+impl Indexer {
+    /// The generation that a rebuild would fill, and the one that is in use.
+    pub(crate) async fn next_generation(&self, collection: &str) -> Result<(String, String), GatewayError> {
+        let state = self.index.info(collection).await?;
+        let Some(state) = state else { return Err(GatewayError::UnknownCollection(collection.to_owned())) };
+        let Some(used) = state.generation else {
+            return Err(GatewayError::Invalid(format!(
+                "{collection:?} is not a collection that can be rebuilt; name it without its generation"
+            )));
+        };
+        let all = self.index.collections().await?;
+        let taken = all.iter().flat_map(|(name, state)| [Some(name.as_str()), state.generation.as_deref()]);
+        let number = names::next(collection, taken.flatten());
+        Ok((names::generation(collection, number), used))
+    }
+
+    /// Fills `generation`, checks it, and makes `collection` stand for it.
+    pub(crate) async fn rebuild(
+        &self,
+        collection: &str,
+        generation: &str,
+        progress: Progress<'_>,
+    ) -> Result<(), GatewayError> {
+        let Some(old) = self.index.info(collection).await? else {
+            return Err(GatewayError::UnknownCollection(collection.to_owned()));
+        };
+        if old.generation.as_deref() == Some(generation) {
+            // An earlier attempt got this far.
+            return Ok(());
+        }
+        if old.chunks == 0 {
+            return Err(GatewayError::Invalid(format!(
+                "collection {collection:?} is empty: there is nothing to rebuild"
+            )));
+        }
+        for _ in 0..MAX_ROUNDS {
+            let difference = self.difference(collection, generation).await?;
+            if difference.missing.is_empty() && difference.gone.is_empty() {
+                break;
+            }
+            progress.begin(difference.total);
+            progress.copied(difference.total - difference.missing.len(), 0, 0);
+            self.copy(collection, generation, &difference, &old.meta, progress).await?;
+        }
+        let lock = self.lock_of(collection);
+        let _writing = lock.lock().await;
+        let last = self.difference(collection, generation).await?;
+        self.copy(collection, generation, &last, &old.meta, progress).await?;
+        self.check(collection, generation).await?;
+        self.index.use_generation(collection, generation).await?;
+        self.index.changed(collection).await?;
+        tracing::info!(collection, generation, "a rebuilt collection is in use");
+        Ok(())
+    }
+
+    /// Makes a collection stand for another generation that is there.
+    pub(crate) async fn use_generation(
+        &self,
+        collection: &str,
+        generation: &str,
+    ) -> Result<(), GatewayError> {
+        if names::parse(generation).is_none_or(|(of, _)| of != collection) {
+            return Err(GatewayError::Invalid(format!(
+                "{generation:?} is not a generation of {collection:?}; `GET /v1/collections` lists them"
+            )));
+        }
+        if self.index.meta(generation).await?.is_none() {
+            return Err(GatewayError::UnknownCollection(generation.to_owned()));
+        }
+        let lock = self.lock_of(collection);
+        let _writing = lock.lock().await;
+        self.index.use_generation(collection, generation).await?;
+        self.index.changed(collection).await?;
+        Ok(())
+    }
+
+    /// Deletes a generation that no collection stands for, or a collection with all its generations.
+    pub(crate) async fn drop_collection(&self, name: &str) -> Result<(), GatewayError> {
+        let all = self.index.collections().await?;
+        if let Some((user, _)) = all.iter().find(|(_, state)| state.generation.as_deref() == Some(name)) {
+            return Err(GatewayError::InUse { generation: name.to_owned(), collection: user.clone() });
+        }
+        let lock = self.lock_of(name);
+        let _writing = lock.lock().await;
+        // The name first: from then on nobody finds half of it.
+        let mut dropped = self.index.drop_collection(name).await?;
+        for (other, _) in &all {
+            if names::parse(other).is_some_and(|(of, _)| of == name) {
+                dropped |= self.index.drop_collection(other).await?;
+            }
+        }
+        self.index.changed(name).await?;
+        if dropped { Ok(()) } else { Err(GatewayError::UnknownCollection(name.to_owned())) }
+    }
+
+    async fn difference(&self, old: &str, new: &str) -> Result<Difference, GatewayError> {
+        let firsts = Selection { first_chunks: true, ..Selection::default() };
+        let key = |record: &ChunkRecord| record.doc.clone();
+        let before = self.first_chunks(old, firsts.clone(), key).await?;
+        let after = self.first_chunks(new, firsts, key).await?;
+        let same = |a: &Stored, b: &Stored| a.rev == b.rev && a.hash == b.hash && a.cut == b.cut;
+        let missing = before
+            .iter()
+            .filter(|(doc, stored)| after.get(*doc).is_none_or(|copied| !same(stored, copied)))
+            .map(|(doc, _)| doc.clone())
+            .collect();
+        let gone = after.keys().filter(|doc| !before.contains_key(*doc)).cloned().collect();
+        let chunks = before.values().map(|stored| stored.chunks).sum();
+        Ok(Difference { missing, gone, total: before.len(), chunks })
+    }
+
+    async fn copy(
+        &self,
+        old: &str,
+        new: &str,
+        difference: &Difference,
+        meta: &CollectionMeta,
+        progress: Progress<'_>,
+    ) -> Result<(), GatewayError> {
+        for docs in difference.gone.chunks(PAGE) {
+            let selection = Selection { docs: Some(docs.to_vec()), ..Selection::default() };
+            self.index.delete(new, selection).await?;
+        }
+        for docs in difference.missing.chunks(BATCH) {
+            let documents = self.newest(old, docs).await?;
+            let (chunks, tokens) = self.write_copy(new, documents, meta).await?;
+            progress.copied(docs.len(), chunks, tokens);
+        }
+        Ok(())
+    }
+
+    /// The chunks of documents, of the newest revision of each.
+    async fn newest(
+        &self,
+        collection: &str,
+        docs: &[String],
+    ) -> Result<HashMap<String, Vec<ChunkRecord>>, GatewayError> {
+        let selection = Selection { docs: Some(docs.to_vec()), ..Selection::default() };
+        let mut documents: HashMap<String, Vec<ChunkRecord>> = HashMap::new();
+        let mut from = None;
+        loop {
+            let page = self.index.scroll(collection, &selection, from, PAGE, true).await?;
+            for (_, record) in page.records {
+                let chunks = documents.entry(record.doc.clone()).or_default();
+                match chunks.first().map(|other| other.rev) {
+                    Some(rev) if rev > record.rev => {}
+                    Some(rev) if rev < record.rev => *chunks = vec![record],
+                    _ => chunks.push(record),
+                }
+            }
+            from = page.next;
+            if from.is_none() {
+                return Ok(documents);
+            }
+        }
+    }
+
+    async fn write_copy(
+        &self,
+        generation: &str,
+        documents: HashMap<String, Vec<ChunkRecord>>,
+        meta: &CollectionMeta,
+    ) -> Result<(usize, u64), GatewayError> {
+        // Each tenant pays for its own.
+        let mut by_tenant: HashMap<String, Vec<ChunkRecord>> = HashMap::new();
+        for records in documents.into_values() {
+            // A document that is being written has no first chunk yet: the next round sees it.
+            if records.iter().any(|record| record.n == 0)
+                && let Some(first) = records.first()
+            {
+                by_tenant.entry(first.tenant.clone()).or_default().extend(records);
+            }
+        }
+        let (mut written, mut tokens) = (0, 0);
+        for (tenant, records) in by_tenant {
+            let mut vectors = Vec::new();
+            if let Some(embedder) = &self.embedder {
+                let texts: Vec<String> = records.iter().map(ChunkRecord::contextual_text).collect();
+                let tenant = Some(tenant.as_str()).filter(|tenant| !tenant.is_empty());
+                let embedded = embedder.embed_texts(&texts, tenant).await?;
+                tokens += embedded.tokens;
+                vectors = embedded.vectors;
+            }
+            let size = vectors.first().map(Vec::len);
+            let wanted = CollectionMeta {
+                embedding_model: self.embedder.as_ref().map(|embedder| embedder.model().to_owned()),
+                embedding_size: size,
+                avg_len: meta.avg_len,
+            };
+            let made = self.index.ensure(generation, &wanted).await?;
+            if made.embedding_model != wanted.embedding_model || made.embedding_size != size {
+                return Err(GatewayError::EmbeddingMismatch {
+                    collection: generation.to_owned(),
+                    built_with: made.embedding_model.unwrap_or_else(|| "no model".to_owned()),
+                    configured: "another one is configured by now; start the rebuild again".to_owned(),
+                });
+            }
+            let docs: HashSet<String> = records.iter().map(|record| record.doc.clone()).collect();
+            let ids: HashSet<_> = records.iter().map(super::chunk_id).collect();
+            let mut vectors = vectors.into_iter();
+            let chunks: Vec<NewChunk> = records
+                .into_iter()
+                .map(|record| NewChunk { id: super::chunk_id(&record), record, dense: vectors.next() })
+                .collect();
+            written += chunks.len();
+            self.metrics.index_chunks.inc_by(chunks.len() as u64);
+            self.index.upsert(generation, chunks, None).await?;
+            self.delete_others(generation, docs.into_iter().collect(), &ids).await?;
+        }
+        Ok((written, tokens))
+    }
+
+    /// Deletes chunks of these documents that are not among these: nobody reads this generation yet.
+    async fn delete_others(
+        &self,
+        generation: &str,
+        docs: Vec<String>,
+        keep: &HashSet<uuid::Uuid>,
+    ) -> Result<(), GatewayError> {
+        let selection = Selection { docs: Some(docs), ..Selection::default() };
+        let mut stale = Vec::new();
+        let mut from = None;
+        loop {
+            let page = self.index.scroll(generation, &selection, from, PAGE, false).await?;
+            stale.extend(page.records.into_iter().map(|(id, _)| id).filter(|id| !keep.contains(id)));
+            from = page.next;
+            if from.is_none() {
+                break;
+            }
+        }
+        if !stale.is_empty() {
+            self.index.delete(generation, Selection { ids: Some(stale), ..Selection::default() }).await?;
+        }
+        Ok(())
+    }
+
+    /// The new generation has every document, and every chunk of it.
+    async fn check(&self, old: &str, new: &str) -> Result<(), GatewayError> {
+        let difference = self.difference(old, new).await?;
+        let chunks = self.index.info(new).await?.map(|state| state.chunks).unwrap_or_default();
+        if difference.missing.is_empty() && difference.gone.is_empty() && chunks == difference.chunks as u64 {
+            return Ok(());
+        }
+        Err(GatewayError::Upstream(atlas_shared::UpstreamError::permanent(
+            atlas_shared::Dependency::VectorIndex,
+            "rebuild_differs",
+            format!(
+                "{new} has {chunks} chunks, {} were copied; {} documents are missing. Searches go on with the old \
+                 generation; drop {new} and rebuild again",
+                difference.chunks,
+                difference.missing.len()
+            ),
+        )))
+    }
+}

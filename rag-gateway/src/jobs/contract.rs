@@ -1,0 +1,151 @@
+//! What every [`JobStore`] promises, run against each adapter.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
+use std::{sync::Arc, time::Duration};
+
+use atlas_shared::gateway_api::{Document, JobState, JobStatus};
+use uuid::Uuid;
+
+use super::{
+    memory::MemoryJobs,
+    sqlite::SqliteJobs,
+    store::{JobStore, Leave, Work},
+    supabase::SupabaseJobs,
+};
+
+const LONG: Duration = Duration::from_secs(600);
+
+fn status(id: Uuid) -> JobStatus {
+    JobStatus {
+        job_id: id.to_string(),
+        state: JobState::Queued,
+        documents: 1,
+        documents_done: 0,
+        chunks: 0,
+        tokens: 0,
+        errors: vec!["first\0error".to_owned()],
+        note: None,
+    }
+}
+
+fn work(text: &str) -> Work {
+    let document = Document { source: "a.md".to_owned(), text: text.to_owned(), ..Document::default() };
+    Work::Documents { collection: "docs".to_owned(), documents: vec![document] }
+}
+
+async fn run(store: &dyn JobStore) {
+    // A job is done once, by whoever holds it.
+    let first = Uuid::now_v7();
+    assert_eq!(store.status(first).await.unwrap(), None);
+    assert_eq!(store.submit(first, &work("with NUL: \0 and ✓"), &status(first), 2).await.unwrap(), Some(1));
+    assert_eq!(
+        store.submit(first, &work("again"), &status(first), 2).await.unwrap(),
+        Some(1),
+        "a retry queues nothing"
+    );
+    let second = Uuid::now_v7();
+    assert_eq!(store.submit(second, &work("second"), &status(second), 2).await.unwrap(), Some(2));
+    let third = Uuid::now_v7();
+    assert_eq!(store.submit(third, &work("third"), &status(third), 2).await.unwrap(), None, "it is full");
+    assert_eq!(store.status(third).await.unwrap(), None);
+
+    let held = store.claim(LONG).await.unwrap().unwrap();
+    assert_eq!((held.id, held.attempt), (first, 1), "the oldest comes first");
+    assert_eq!(held.work, work("with NUL: \0 and ✓"));
+    let other = store.claim(LONG).await.unwrap().unwrap();
+    assert_eq!(other.id, second);
+    assert_eq!(store.claim(LONG).await.unwrap(), None, "both are held");
+
+    // Progress is seen by everybody, and only the holder may tell it.
+    let mut running = status(first);
+    running.state = JobState::Running;
+    running.documents_done = 1;
+    running.errors.clear();
+    assert!(store.report(first, 1, &running, LONG, Leave::Hold).await.unwrap());
+    assert_eq!(store.status(first).await.unwrap().unwrap(), running);
+    assert!(!store.report(first, 2, &status(first), LONG, Leave::End).await.unwrap());
+    assert_eq!(store.status(first).await.unwrap().unwrap(), running);
+
+    // A job that is given back, or whose lease is over, goes on with what was known of it.
+    assert!(store.report(first, 1, &running, LONG, Leave::Release).await.unwrap());
+    let again = store.claim(Duration::ZERO).await.unwrap().unwrap();
+    assert_eq!((again.id, again.attempt, &again.status), (first, 2, &running));
+    let taken = store.claim(LONG).await.unwrap().unwrap();
+    assert_eq!((taken.id, taken.attempt), (first, 3), "a lease that is over holds nobody up");
+    assert!(!store.report(first, 2, &running, LONG, Leave::Hold).await.unwrap(), "the late one is told");
+
+    // What has ended stays known, and makes room.
+    let done = JobStatus { state: JobState::Done, ..running };
+    assert!(store.report(first, 3, &done, LONG, Leave::End).await.unwrap());
+    assert!(!store.report(first, 3, &done, LONG, Leave::End).await.unwrap(), "it has ended");
+    assert_eq!(store.status(first).await.unwrap().unwrap(), done);
+    assert_eq!(store.claim(LONG).await.unwrap(), None);
+    assert_eq!(store.submit(third, &work("third"), &status(third), 2).await.unwrap(), Some(2));
+    let failed = JobStatus { state: JobState::Failed, ..status(second) };
+    assert!(store.report(second, 1, &failed, LONG, Leave::End).await.unwrap());
+    assert_eq!(store.status(second).await.unwrap().unwrap().state, JobState::Failed);
+}
+
+/// Many gateways that look at the same time: each job goes to one.
+async fn nobody_gets_a_job_twice(store: Arc<dyn JobStore>) {
+    // The third job of `run` is left.
+    let mut expected = vec![store.claim(LONG).await.unwrap().unwrap().id];
+    for _ in 0..20 {
+        let id = Uuid::now_v7();
+        store.submit(id, &work("x"), &status(id), 1000).await.unwrap().unwrap();
+        expected.push(id);
+    }
+    let claims = (0..40).map(|_| {
+        let store = Arc::clone(&store);
+        tokio::spawn(async move { store.claim(LONG).await.unwrap().map(|job| job.id) })
+    });
+    let mut got = vec![expected[0]];
+    for claim in claims.collect::<Vec<_>>() {
+        got.extend(claim.await.unwrap());
+    }
+    got.sort();
+    expected.sort();
+    assert_eq!(got, expected);
+}
+
+#[tokio::test]
+async fn memory_keeps_the_contract() {
+    let store = Arc::<MemoryJobs>::default();
+    run(&*store).await;
+    nobody_gets_a_job_twice(store).await;
+}
+
+#[tokio::test]
+async fn sqlite_keeps_the_contract_and_a_restart_forgets_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Arc::new(SqliteJobs::open(dir.path()).await.unwrap());
+    run(&*store).await;
+    nobody_gets_a_job_twice(Arc::clone(&store) as _).await;
+
+    let id = Uuid::now_v7();
+    store.submit(id, &work("kept"), &status(id), 1000).await.unwrap().unwrap();
+    drop(store);
+    let store = SqliteJobs::open(dir.path()).await.unwrap();
+    let job = store.claim(LONG).await.unwrap().unwrap();
+    assert_eq!((job.id, job.work), (id, work("kept")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn supabase_keeps_the_contract() {
+    let server = match atlas_test_support::supabase::Supabase::start().await {
+        Ok(server) => server,
+        Err(reason) => {
+            let test = "jobs::contract::supabase_keeps_the_contract";
+            return atlas_test_support::skip(test, "Supabase", &reason);
+        }
+    };
+    let config = atlas_shared::config::SupabaseConfig {
+        url: server.url.parse().unwrap(),
+        service_role_key: atlas_shared::Secret::new(server.service_role_key.clone()),
+        timeout: Duration::from_secs(30),
+    };
+    let store = Arc::new(SupabaseJobs::new(&config).unwrap());
+    run(&*store).await;
+    nobody_gets_a_job_twice(store).await;
+}
