@@ -49,6 +49,7 @@ pub(super) fn structure(lines: &Lines<'_>, lang: &str) -> Structure {
             "json" => json_key(trimmed),
             "toml" | "ini" => section(trimmed),
             "xml" | "html" | "css" | "csv" | "dockerfile" | "makefile" => None,
+            "shell" => shell_function(trimmed),
             _ => definition(trimmed),
         };
         if stack.len() != depth_before {
@@ -108,6 +109,18 @@ fn section(line: &str) -> Option<String> {
     let line = line.split(['#', ';']).next().unwrap_or_default().trim_end();
     let name = line.strip_prefix('[')?.strip_suffix(']')?;
     named_key(name.trim_start_matches('[').trim_end_matches(']'))
+}
+
+/// A shell function: `lock() {`, `function lock {`.
+fn shell_function(line: &str) -> Option<String> {
+    let named = line.strip_prefix("function ").map(str::trim_start);
+    let rest = named.unwrap_or(line);
+    let end = rest
+        .find(|c: char| !(c.is_alphanumeric() || matches!(c, '_' | '-' | '.' | ':')))
+        .unwrap_or(rest.len());
+    let (name, after) = rest.split_at(end);
+    let calls = after.trim_start().strip_prefix('(').is_some_and(|after| after.trim_start().starts_with(')'));
+    (!name.is_empty() && (calls || named.is_some())).then(|| format!("function {}", short(name)))
 }
 
 fn named_key(key: &str) -> Option<String> {
@@ -264,6 +277,23 @@ mod tests {
         assert_eq!(section("[profile.dev] # comment").as_deref(), Some("profile.dev"));
         assert_eq!(section("[[bin]]").as_deref(), Some("bin"));
         assert_eq!(section("key = [1]"), None);
+    }
+
+    #[test]
+    fn shell_functions_are_named() {
+        for (line, expected) in [
+            ("lock() {", Some("function lock")),
+            ("my-lock ( )", Some("function my-lock")),
+            ("function open {", Some("function open")),
+            ("function open() {", Some("function open")),
+            ("lock (a)", None),
+            ("() {", None),
+            ("type ls", None),
+            ("echo lock", None),
+            ("functional=1", None),
+        ] {
+            assert_eq!(shell_function(line).as_deref(), expected, "{line}");
+        }
     }
 
     #[test]

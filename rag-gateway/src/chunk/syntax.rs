@@ -4,8 +4,11 @@
 //! attributes stay with what they stand above. What a grammar cannot make sense of in bounded work
 //! (other languages under a known name, minified code, garbage) goes to [`super::code`], which looks
 //! at the layout only. The bounds count steps, not time: equal texts give equal chunks on any machine.
+//!
+//! Grammars bring scanners written in C, and the texts are anybody's. What was found to break one is
+//! kept from it by [`fits`].
 
-use std::ops::ControlFlow;
+use std::{collections::HashSet, ops::ControlFlow};
 
 use tree_sitter::{Language, Node, ParseOptions, Parser, Tree};
 
@@ -21,6 +24,12 @@ const MAX_AVERAGE_LINE: usize = 400;
 /// Ordinary code needs about ten a KiB; recovery from errors in garbage can need any number.
 const CALLS_PER_KIB: usize = 200;
 const MIN_CALLS: usize = 2000;
+
+/// Different indentations of a file that is parsed: see [`fits`].
+const MAX_INDENTATIONS: usize = 300;
+
+/// Longest word of a here-document in a file that is parsed, in bytes: see [`fits`].
+const MAX_WORD: usize = 120;
 
 /// Nesting beyond this makes no difference.
 const DEEPEST: usize = 10;
@@ -43,7 +52,10 @@ const MAX_NAME_CHARS: usize = 80;
 /// The structure of source code; `None` where there is no grammar, or it does not fit the text.
 pub(super) fn structure(lines: &Lines<'_>, lang: &str) -> Option<Structure> {
     let text = lines.text();
-    if text.len() > MAX_BYTES || text.len() > MAX_AVERAGE_LINE.saturating_mul(lines.len()) {
+    if text.len() > MAX_BYTES
+        || text.len() > MAX_AVERAGE_LINE.saturating_mul(lines.len())
+        || !fits(lines, lang)
+    {
         return None;
     }
     let tree = grammars(lang)
@@ -78,8 +90,49 @@ fn grammars(lang: &str) -> Vec<Language> {
         "csharp" => vec![tree_sitter_c_sharp::LANGUAGE.into()],
         "ruby" => vec![tree_sitter_ruby::LANGUAGE.into()],
         "php" => vec![tree_sitter_php::LANGUAGE_PHP.into()],
-        "shell" => vec![tree_sitter_bash::LANGUAGE.into()],
+        // Not `shell`: tree-sitter-bash 0.25 reads outside of its memory when a character beyond U+00FF
+        // stands after `{`, which ends the process (its scanner gives any character to `isdigit`).
         _ => Vec::new(),
+    }
+}
+
+/// False for texts that a scanner cannot keep its state of: it has 1 KiB for it, and ends the process, or
+/// writes beyond it, when that is not enough.
+fn fits(lines: &Lines<'_>, lang: &str) -> bool {
+    match lang {
+        // Two bytes a level of indentation (tree-sitter-python 0.25).
+        "python" => {
+            let mut widths = HashSet::new();
+            let mut continued = 0;
+            for line in 0..lines.len() {
+                let text = lines.raw(line);
+                let rest = text.trim_start();
+                widths.insert(&text[..text.len() - rest.len()]);
+                // What such a line is indented by counts for the next one too.
+                continued += usize::from(rest.trim_end() == "\\");
+            }
+            widths.len() + continued <= MAX_INDENTATIONS
+        }
+        // The length of a here-document's word in one byte (tree-sitter-ruby 0.23).
+        "ruby" => {
+            let text = lines.text();
+            text.match_indices("<<").all(|(at, mark)| {
+                let word = text[at + mark.len()..].trim_start_matches(['~', '-']);
+                if word.len() <= MAX_WORD {
+                    return true;
+                }
+                match word.chars().next() {
+                    Some(quote @ ('"' | '\'' | '`')) => {
+                        word.bytes().skip(1).take(MAX_WORD).any(|byte| byte == quote as u8)
+                    }
+                    _ => word
+                        .bytes()
+                        .take(MAX_WORD)
+                        .any(|byte| !(byte.is_ascii_alphanumeric() || byte == b'_' || byte >= 0x80)),
+                }
+            })
+        }
+        _ => true,
     }
 }
 
@@ -348,6 +401,10 @@ fn name(node: Node<'_>, text: &str) -> Option<String> {
     // C and C++ hide the name inside declarators: `int *(*f(int))[3] {`.
     let mut at = node;
     for _ in 0..16 {
+        if at.kind() == "qualified_identifier" {
+            // `Door::lock`, scope and all.
+            return shown(at, text);
+        }
         if let Some(name) = at.child_by_field_name("name") {
             return shown(name, text);
         }

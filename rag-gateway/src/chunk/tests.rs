@@ -307,7 +307,7 @@ fn outline(lang: &str, text: &str, max_tokens: usize) -> Vec<(String, String)> {
         .collect()
 }
 
-/// A file in each language with a grammar, as a template with two long bodies, what its lines are, and
+/// A file in each language with a grammar, and in shell, as a template with two long bodies, what its lines are, and
 /// the names that must be found.
 const GRAMMARS: &[(&str, &str, [&str; 2], [&str; 2])] = &[
     (
@@ -368,7 +368,7 @@ const GRAMMARS: &[(&str, &str, [&str; 2], [&str; 2])] = &[
         "csharp",
         "namespace Shop;\n\npublic class Door {\n    public void Lock(int n) {\nONE    }\n    public int Open() {\nTWO    }\n}\n",
         ["        Turn(n, 1);", "        Push(2);"],
-        ["method Lock", "method Open"],
+        ["class Door", "class Door › method Open"],
     ),
     (
         "ruby",
@@ -430,7 +430,8 @@ fn what_no_grammar_can_read_is_cut_by_layout() {
     let minified = format!("function a(){{{}}}", "b(1);c(2);".repeat(20_000));
     let nested = format!("{}{}", "(".repeat(100_000), ")".repeat(100_000));
     let lines_of_nesting = "{\n".repeat(20_000);
-    let yaml: String = (0..3000).map(|depth| format!("{}k{depth}:\n", " ".repeat(depth))).collect();
+    let keys = (0..3000).map(|depth| format!("{}k{depth}:\n", " ".repeat(depth)));
+    let yaml = keys.collect::<Vec<_>>().concat();
     for (lang, text) in [
         ("c", objc.as_str()),
         ("javascript", &minified),
@@ -442,6 +443,39 @@ fn what_no_grammar_can_read_is_cut_by_layout() {
     ] {
         assert_promises(text, Some(lang), 64, 8);
     }
+}
+
+/// Each of these ended the process, or may have.
+#[test]
+fn what_breaks_a_grammars_scanner_is_kept_from_it() {
+    // A character beyond the table of `isdigit`, after a brace (tree-sitter-bash).
+    for character in ['ā', '€', '漢', '🙂', '\u{e000}', '\u{f0000}', '\u{10ffff}'] {
+        for text in [format!("echo {{{character}}}\n"), format!("echo {{1..{character}}}\n")] {
+            assert_promises(&text.repeat(3), Some("shell"), 64, 8);
+        }
+    }
+    // A here-document's word that is longer than its length can say (tree-sitter-ruby).
+    for length in [100, 255, 256, 300, 1000, 5000] {
+        for mark in ["<<", "<<~", "<<-\"", "<<'", "<<`"] {
+            let quote = mark.trim_start_matches(['<', '~', '-']);
+            let word = "w".repeat(length);
+            let text = format!("a = {mark}{word}{quote}\n  b\n{word}\n").repeat(3);
+            assert_promises(&text, Some("ruby"), 64, 8);
+        }
+    }
+    // More indentation than its state has room for (tree-sitter-python, tree-sitter-scala).
+    for depth in [200, 299, 301, 505, 511, 515, 2000] {
+        let staircase = |line: &str| -> String {
+            let lines = (0..depth).map(|level| format!("{}{line}\n", " ".repeat(level)));
+            lines.collect::<Vec<_>>().concat()
+        };
+        let string = format!("{}\"\"\"text {{1}}\"\"\"\n", " ".repeat(depth));
+        assert_promises(&(staircase("if x:") + &string), Some("python"), 64, 8);
+        assert_promises(&(staircase("class A:") + "f" + &string), Some("python"), 64, 8);
+        assert_promises(&(staircase("object A:") + &string), Some("scala"), 64, 8);
+    }
+    let continued = "if x:\n        \\\n".repeat(600);
+    assert_promises(&continued, Some("python"), 64, 8);
 }
 
 #[test]
@@ -479,8 +513,8 @@ fn titles_of_both_markups_are_their_own() {
 
 #[test]
 fn pages_of_a_pdf_are_named() {
-    let pages: String =
-        (1..=4).map(|n| format!("This is what page {n} says. {}\n", "word ".repeat(40))).collect();
+    let pages = (1..=4).map(|n| format!("This is what page {n} says. {}\n", "word ".repeat(40)));
+    let pages = pages.collect::<Vec<_>>().concat();
     let chunks = Chunker::new(64, 0).chunk(Some("pdf"), &pages);
     assert_eq!((chunks[2].start_line, chunks[2].end_line), (3, 3));
     assert_eq!(chunks[2].heading.as_deref(), Some("page 3"));
