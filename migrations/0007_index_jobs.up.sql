@@ -3,6 +3,8 @@
 
 create table public.index_jobs (
   id         uuid primary key,
+  -- Of the caller that asked for it, and may ask how it goes; null: of one that speaks for all tenants.
+  tenant     text,
   -- As GET /v1/jobs/{id} answers it.
   status     jsonb not null,
   -- What is to be done, as the gateway wrote it; null once the job has ended.
@@ -21,7 +23,7 @@ alter table public.index_jobs enable row level security;
 revoke all on public.index_jobs from public, anon, authenticated, service_role;
 grant select on public.index_jobs to service_role;
 
--- submit_index_job({id, work_base64, status, max_active})
+-- submit_index_job({id, tenant, work_base64, status, max_active})
 -- Queues a job. The number of jobs that have not ended, or null: there were max_active, and it was not queued.
 -- A retry of the same id queues nothing again.
 -- Takes: an advisory lock, so that no two count at once.
@@ -40,9 +42,10 @@ begin
   if v_active >= (args ->> 'max_active')::numeric then
     return 'null';
   end if;
-  insert into public.index_jobs (id, status, work, created_at)
+  insert into public.index_jobs (id, tenant, status, work, created_at)
   values (
-    (args ->> 'id')::uuid, args -> 'status', decode(args ->> 'work_base64', 'base64'), public.atlas_now()
+    (args ->> 'id')::uuid, args ->> 'tenant', args -> 'status',
+    decode(args ->> 'work_base64', 'base64'), public.atlas_now()
   );
   return to_jsonb(v_active + 1);
 end
@@ -71,7 +74,8 @@ as $$
   )
   select coalesce(
       (select jsonb_build_object(
-           'id', id, 'attempt', attempt, 'work_base64', encode(work, 'base64'), 'status', status
+           'id', id, 'attempt', attempt, 'work_base64', encode(work, 'base64'), 'tenant', tenant,
+           'status', status
          ) from taken),
       'null'
     )
@@ -109,12 +113,16 @@ begin
 end
 $$;
 
--- get_index_job({id}): its status, or null.
+-- get_index_job({id}): {tenant, status}, or null.
 create function public.get_index_job(args jsonb) returns jsonb
 language sql stable security definer
 set search_path = '' set timezone = 'UTC'
 as $$
-  select coalesce((select status from public.index_jobs where id = (args ->> 'id')::uuid), 'null')
+  select coalesce(
+      (select jsonb_build_object('tenant', tenant, 'status', status)
+         from public.index_jobs where id = (args ->> 'id')::uuid),
+      'null'
+    )
 $$;
 
 revoke all on function

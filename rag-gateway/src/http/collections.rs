@@ -24,6 +24,7 @@ use crate::jobs::store::Work;
     request_body = IndexRepository,
     responses(
         (status = 202, description = "Queued.", body = JobCreated),
+        (status = 403, description = "`forbidden`: the key belongs to a tenant.", body = gateway_api::Problem, content_type = PROBLEM),
         (status = 422, description = "`source_not_allowed`: the gateway may not read this place.", body = gateway_api::Problem, content_type = PROBLEM),
         (status = 429, description = "`too_many_jobs`; see `Retry-After`.", body = gateway_api::Problem, content_type = PROBLEM),
     )
@@ -37,7 +38,7 @@ pub(super) async fn index_repository(
     let IndexRepository { repo, path, collection: name } = request;
     let collection = collection(&app, name)?;
     app.sources.check(&repo, path.as_deref())?;
-    let job_id = app.jobs.submit(Work::Repository { collection, repo, path }).await?;
+    let job_id = app.jobs.submit(Work::Repository { collection, repo, path }, None).await?;
     Ok((StatusCode::ACCEPTED, Answer(JobCreated { job_id })))
 }
 
@@ -52,6 +53,7 @@ pub(super) async fn index_repository(
     params(("name" = String, Path, description = "Which collection.")),
     responses(
         (status = 202, description = "Queued.", body = RebuildStarted),
+        (status = 403, description = "`forbidden`: the key belongs to a tenant.", body = gateway_api::Problem, content_type = PROBLEM),
         (status = 404, description = "`unknown_collection`", body = gateway_api::Problem, content_type = PROBLEM),
         (status = 429, description = "`too_many_jobs`; see `Retry-After`.", body = gateway_api::Problem, content_type = PROBLEM),
     )
@@ -65,7 +67,7 @@ pub(super) async fn rebuild(
     let collection = collection(&app, Some(name))?;
     let (generation, old) = app.indexer.next_generation(&collection).await?;
     let work = Work::Rebuild { collection, generation: generation.clone() };
-    let job_id = app.jobs.submit(work).await?;
+    let job_id = app.jobs.submit(work, None).await?;
     Ok((StatusCode::ACCEPTED, Answer(RebuildStarted { job_id, generation, old })))
 }
 
@@ -78,6 +80,7 @@ pub(super) async fn rebuild(
     request_body = UseGeneration,
     responses(
         (status = 204, description = "It is in use."),
+        (status = 403, description = "`forbidden`: the key belongs to a tenant.", body = gateway_api::Problem, content_type = PROBLEM),
         (status = 404, description = "`unknown_collection`", body = gateway_api::Problem, content_type = PROBLEM),
     )
 )]
@@ -101,6 +104,7 @@ pub(super) async fn use_generation(
     params(("name" = String, Path, description = "Such as `docs@1`, or `docs`.")),
     responses(
         (status = 204, description = "Gone."),
+        (status = 403, description = "`forbidden`: the key belongs to a tenant.", body = gateway_api::Problem, content_type = PROBLEM),
         (status = 404, description = "`unknown_collection`", body = gateway_api::Problem, content_type = PROBLEM),
         (status = 409, description = "`generation_in_use`: a collection stands for it.", body = gateway_api::Problem, content_type = PROBLEM),
     )

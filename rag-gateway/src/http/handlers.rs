@@ -102,16 +102,19 @@ pub(super) async fn embed_batch(
     let documents: Vec<Document> = items.into_iter().map(named).collect();
     let documents = owned(&caller, documents)?;
     check_count(documents.len())?;
-    let job_id = app.jobs.submit(Work::Documents { collection, documents }).await?;
+    let work = Work::Documents { collection, documents };
+    let job_id = app.jobs.submit(work, caller.tenant.as_deref()).await?;
     Ok((StatusCode::ACCEPTED, Answer(JobCreated { job_id })))
 }
 
 /// Where an index job is.
+///
+/// A key that belongs to a tenant is told of the jobs that keys of this tenant asked for.
 #[utoipa::path(
     get,
     path = "/v1/jobs/{id}",
     tag = "index",
-    params(("id" = String, Path, description = "From `POST /v1/embed_batch`.")),
+    params(("id" = String, Path, description = "From the request that made the job.")),
     responses(
         (status = 200, description = "Where the job is.", body = JobStatus),
         (status = 404, description = "`unknown_job`", body = gateway_api::Problem, content_type = PROBLEM),
@@ -119,9 +122,10 @@ pub(super) async fn embed_batch(
 )]
 pub(super) async fn job(
     State(app): State<Arc<App>>,
+    caller: Caller,
     Segment(id): Segment,
 ) -> Result<Answer<JobStatus>, Problem> {
-    Ok(Answer(app.jobs.status(&id).await?))
+    Ok(Answer(app.jobs.status(&id, caller.tenant.as_deref()).await?))
 }
 
 /// Indexes documents.

@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::{
     memory::MemoryJobs,
     sqlite::SqliteJobs,
-    store::{JobStore, Leave, Work},
+    store::{JobStore, Leave, Reported, Work},
     supabase::SupabaseJobs,
 };
 
@@ -29,6 +29,11 @@ fn status(id: Uuid) -> JobStatus {
     }
 }
 
+/// As a caller of tenant `acme` asks for it.
+fn asked(id: Uuid) -> Reported {
+    Reported { tenant: Some("acme".to_owned()), status: status(id) }
+}
+
 fn work(text: &str) -> Work {
     let document = Document { source: "a.md".to_owned(), text: text.to_owned(), ..Document::default() };
     Work::Documents { collection: "docs".to_owned(), documents: vec![document] }
@@ -38,21 +43,22 @@ async fn run(store: &dyn JobStore) {
     // A job is done once, by whoever holds it.
     let first = Uuid::now_v7();
     assert_eq!(store.status(first).await.unwrap(), None);
-    assert_eq!(store.submit(first, &work("with NUL: \0 and ✓"), &status(first), 2).await.unwrap(), Some(1));
+    assert_eq!(store.submit(first, &work("with NUL: \0 and ✓"), &asked(first), 2).await.unwrap(), Some(1));
     assert_eq!(
-        store.submit(first, &work("again"), &status(first), 2).await.unwrap(),
+        store.submit(first, &work("again"), &asked(first), 2).await.unwrap(),
         Some(1),
         "a retry queues nothing"
     );
     let second = Uuid::now_v7();
-    assert_eq!(store.submit(second, &work("second"), &status(second), 2).await.unwrap(), Some(2));
+    assert_eq!(store.submit(second, &work("second"), &asked(second), 2).await.unwrap(), Some(2));
     let third = Uuid::now_v7();
-    assert_eq!(store.submit(third, &work("third"), &status(third), 2).await.unwrap(), None, "it is full");
+    assert_eq!(store.submit(third, &work("third"), &asked(third), 2).await.unwrap(), None, "it is full");
     assert_eq!(store.status(third).await.unwrap(), None);
 
     let held = store.claim(LONG).await.unwrap().unwrap();
     assert_eq!((held.id, held.attempt), (first, 1), "the oldest comes first");
     assert_eq!(held.work, work("with NUL: \0 and ✓"));
+    assert_eq!(held.tenant.as_deref(), Some("acme"));
     let other = store.claim(LONG).await.unwrap().unwrap();
     assert_eq!(other.id, second);
     assert_eq!(store.claim(LONG).await.unwrap(), None, "both are held");
@@ -63,9 +69,9 @@ async fn run(store: &dyn JobStore) {
     running.documents_done = 1;
     running.errors.clear();
     assert!(store.report(first, 1, &running, LONG, Leave::Hold).await.unwrap());
-    assert_eq!(store.status(first).await.unwrap().unwrap(), running);
+    assert_eq!(store.status(first).await.unwrap().unwrap().status, running);
     assert!(!store.report(first, 2, &status(first), LONG, Leave::End).await.unwrap());
-    assert_eq!(store.status(first).await.unwrap().unwrap(), running);
+    assert_eq!(store.status(first).await.unwrap().unwrap().status, running);
 
     // A job that is given back, or whose lease is over, goes on with what was known of it.
     assert!(store.report(first, 1, &running, LONG, Leave::Release).await.unwrap());
@@ -79,12 +85,13 @@ async fn run(store: &dyn JobStore) {
     let done = JobStatus { state: JobState::Done, ..running };
     assert!(store.report(first, 3, &done, LONG, Leave::End).await.unwrap());
     assert!(!store.report(first, 3, &done, LONG, Leave::End).await.unwrap(), "it has ended");
-    assert_eq!(store.status(first).await.unwrap().unwrap(), done);
+    let known = Reported { tenant: Some("acme".to_owned()), status: done };
+    assert_eq!(store.status(first).await.unwrap().unwrap(), known, "whose it was, too");
     assert_eq!(store.claim(LONG).await.unwrap(), None);
-    assert_eq!(store.submit(third, &work("third"), &status(third), 2).await.unwrap(), Some(2));
+    assert_eq!(store.submit(third, &work("third"), &asked(third), 2).await.unwrap(), Some(2));
     let failed = JobStatus { state: JobState::Failed, ..status(second) };
     assert!(store.report(second, 1, &failed, LONG, Leave::End).await.unwrap());
-    assert_eq!(store.status(second).await.unwrap().unwrap().state, JobState::Failed);
+    assert_eq!(store.status(second).await.unwrap().unwrap().status.state, JobState::Failed);
 }
 
 /// Many gateways that look at the same time: each job goes to one.
@@ -93,7 +100,7 @@ async fn nobody_gets_a_job_twice(store: Arc<dyn JobStore>) {
     let mut expected = vec![store.claim(LONG).await.unwrap().unwrap().id];
     for _ in 0..20 {
         let id = Uuid::now_v7();
-        store.submit(id, &work("x"), &status(id), 1000).await.unwrap().unwrap();
+        store.submit(id, &work("x"), &asked(id), 1000).await.unwrap().unwrap();
         expected.push(id);
     }
     let claims = (0..40).map(|_| {
@@ -124,7 +131,7 @@ async fn sqlite_keeps_the_contract_and_a_restart_forgets_nothing() {
     nobody_gets_a_job_twice(Arc::clone(&store) as _).await;
 
     let id = Uuid::now_v7();
-    store.submit(id, &work("kept"), &status(id), 1000).await.unwrap().unwrap();
+    store.submit(id, &work("kept"), &asked(id), 1000).await.unwrap().unwrap();
     drop(store);
     let store = SqliteJobs::open(dir.path()).await.unwrap();
     let job = store.claim(LONG).await.unwrap().unwrap();

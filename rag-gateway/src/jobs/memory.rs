@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use atlas_shared::{UpstreamError, gateway_api::JobStatus};
 use uuid::Uuid;
 
-use super::store::{Claimed, JobStore, Leave, REMEMBERED, Work};
+use super::store::{Claimed, JobStore, Leave, REMEMBERED, Reported, Work};
 
 #[derive(Default)]
 pub(super) struct MemoryJobs(Mutex<State>);
@@ -23,7 +23,7 @@ struct State {
 }
 
 struct Job {
-    status: JobStatus,
+    reported: Reported,
     /// `None` once it has ended.
     work: Option<Work>,
     attempt: u32,
@@ -42,7 +42,7 @@ impl JobStore for MemoryJobs {
         &self,
         id: Uuid,
         work: &Work,
-        status: &JobStatus,
+        job: &Reported,
         max_active: usize,
     ) -> Result<Option<usize>, UpstreamError> {
         let mut state = self.state();
@@ -53,7 +53,7 @@ impl JobStore for MemoryJobs {
         if active >= max_active {
             return Ok(None);
         }
-        let job = Job { status: status.clone(), work: Some(work.clone()), attempt: 0, held_until: None };
+        let job = Job { reported: job.clone(), work: Some(work.clone()), attempt: 0, held_until: None };
         state.jobs.insert(id, job);
         Ok(Some(active + 1))
     }
@@ -66,7 +66,8 @@ impl JobStore for MemoryJobs {
         let Some(work) = job.work.clone() else { return Ok(None) };
         job.attempt += 1;
         job.held_until = Some(now + lease);
-        Ok(Some(Claimed { id: *id, attempt: job.attempt, work, status: job.status.clone() }))
+        let Reported { tenant, status } = job.reported.clone();
+        Ok(Some(Claimed { id: *id, attempt: job.attempt, work, tenant, status }))
     }
 
     async fn report(
@@ -82,7 +83,7 @@ impl JobStore for MemoryJobs {
         if job.attempt != attempt || job.work.is_none() {
             return Ok(false);
         }
-        job.status = status.clone();
+        job.reported.status = status.clone();
         job.held_until = (leave == Leave::Hold).then(|| Instant::now() + lease);
         if leave == Leave::End {
             job.work = None;
@@ -96,7 +97,7 @@ impl JobStore for MemoryJobs {
         Ok(true)
     }
 
-    async fn status(&self, id: Uuid) -> Result<Option<JobStatus>, UpstreamError> {
-        Ok(self.state().jobs.get(&id).map(|job| job.status.clone()))
+    async fn status(&self, id: Uuid) -> Result<Option<Reported>, UpstreamError> {
+        Ok(self.state().jobs.get(&id).map(|job| job.reported.clone()))
     }
 }

@@ -31,7 +31,7 @@ mod sqlite;
 pub(crate) mod store;
 mod supabase;
 
-use store::{Claimed, JobStore, Leave, Work};
+use store::{Claimed, JobStore, Leave, Reported, Work};
 
 /// Errors that are kept of a job.
 const MAX_ERRORS: usize = 10;
@@ -65,9 +65,16 @@ pub(crate) struct Jobs {
 #[derive(Default)]
 struct Shared {
     /// Jobs that this gateway works on: newer than what the store knows.
-    live: Mutex<HashMap<Uuid, Arc<Mutex<JobStatus>>>>,
+    live: Mutex<HashMap<Uuid, Live>>,
     /// Rings when a job was queued here.
     bell: Notify,
+}
+
+/// A job that is worked on here.
+struct Live {
+    /// Whose it is; see [`Reported`].
+    tenant: Option<String>,
+    status: Arc<Mutex<JobStatus>>,
 }
 
 /// Works. Ends when it is told to stop, and gives back what it holds.
@@ -143,8 +150,8 @@ impl Jobs {
         (Self { store, max_active, shared }, runner)
     }
 
-    /// Queues a job and returns its id. From then on no restart forgets it.
-    pub(crate) async fn submit(&self, work: Work) -> Result<String, GatewayError> {
+    /// Queues a job and returns its id. From then on no restart forgets it. `tenant`: whose the caller is.
+    pub(crate) async fn submit(&self, work: Work, tenant: Option<&str>) -> Result<String, GatewayError> {
         let id = Uuid::now_v7();
         let status = JobStatus {
             job_id: id.to_string(),
@@ -156,22 +163,32 @@ impl Jobs {
             errors: Vec::new(),
             note: None,
         };
-        match self.store.submit(id, &work, &status, self.max_active).await? {
+        let job = Reported { tenant: tenant.map(str::to_owned), status };
+        match self.store.submit(id, &work, &job, self.max_active).await? {
             Some(_) => {
                 self.shared.bell.notify_one();
-                Ok(status.job_id)
+                Ok(job.status.job_id)
             }
             None => Err(GatewayError::TooManyJobs(self.max_active)),
         }
     }
 
-    pub(crate) async fn status(&self, id: &str) -> Result<JobStatus, GatewayError> {
+    /// Where a job is. `tenant`: whose the caller is. To one that belongs to a tenant no other job exists:
+    /// errors name documents.
+    pub(crate) async fn status(&self, id: &str, tenant: Option<&str>) -> Result<JobStatus, GatewayError> {
         let unknown = || GatewayError::UnknownJob(id.to_owned());
         let key: Uuid = id.parse().map_err(|_| unknown())?;
-        if let Some(live) = lock(&self.shared.live).get(&key) {
-            return Ok(lock(live).clone());
+        let live = lock(&self.shared.live)
+            .get(&key)
+            .map(|live| Reported { tenant: live.tenant.clone(), status: lock(&live.status).clone() });
+        let job = match live {
+            Some(job) => job,
+            None => self.store.status(key).await?.ok_or_else(unknown)?,
+        };
+        if tenant.is_some() && job.tenant.as_deref() != tenant {
+            return Err(unknown());
         }
-        self.store.status(key).await?.ok_or_else(unknown)
+        Ok(job.status)
     }
 }
 
@@ -215,7 +232,8 @@ impl Runner {
             note: None,
             ..job.status.clone()
         }));
-        lock(&self.shared.live).insert(job.id, Arc::clone(&live));
+        let entry = Live { tenant: job.tenant.clone(), status: Arc::clone(&live) };
+        lock(&self.shared.live).insert(job.id, entry);
         let leave = self.work_while_held(&job, &live).await;
         if let Some(leave) = leave {
             self.note(&job, &live, leave).await;

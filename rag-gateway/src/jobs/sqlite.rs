@@ -11,11 +11,13 @@ use atlas_shared::{
 use serde::{Serialize, de::DeserializeOwned};
 use uuid::Uuid;
 
-use super::store::{Claimed, JobStore, Leave, REMEMBERED, Work};
+use super::store::{Claimed, JobStore, Leave, REMEMBERED, Reported, Work};
 
 const SCHEMA: &str = "
 CREATE TABLE IF NOT EXISTS index_jobs (
     id         TEXT PRIMARY KEY,
+    -- Of the caller; NULL: of one that speaks for all tenants.
+    tenant     TEXT,
     status     TEXT NOT NULL,
     -- NULL once the job has ended.
     work       TEXT,
@@ -44,10 +46,11 @@ impl JobStore for SqliteJobs {
         &self,
         id: Uuid,
         work: &Work,
-        status: &JobStatus,
+        job: &Reported,
         max_active: usize,
     ) -> Result<Option<usize>, UpstreamError> {
-        let (id, work, status) = (id.to_string(), text(work)?, text(status)?);
+        let (id, work, status) = (id.to_string(), text(work)?, text(&job.status)?);
+        let tenant = job.tenant.clone();
         self.0
             .write(move |tx, now| {
                 let active: i64 =
@@ -66,8 +69,8 @@ impl JobStore for SqliteJobs {
                     return Ok(None);
                 }
                 tx.execute(
-                    "INSERT INTO index_jobs (id, status, work, created_at) VALUES (?1, ?2, ?3, ?4)",
-                    (&id, &status, &work, to_micros(now)),
+                    "INSERT INTO index_jobs (id, tenant, status, work, created_at) VALUES (?1, ?2, ?3, ?4, ?5)",
+                    (&id, &tenant, &status, &work, to_micros(now)),
                 )?;
                 Ok(Some(active + 1))
             })
@@ -82,7 +85,7 @@ impl JobStore for SqliteJobs {
                       WHERE id = (SELECT id FROM index_jobs
                                    WHERE work IS NOT NULL AND coalesce(held_until, 0) <= ?1
                                    ORDER BY created_at, id LIMIT 1)
-                     RETURNING id, attempt, work, status",
+                     RETURNING id, attempt, work, tenant, status",
                 )?;
                 let mut rows = claim.query((to_micros(now), to_micros(after(now, lease))))?;
                 let Some(row) = rows.next()? else { return Ok(None) };
@@ -91,7 +94,8 @@ impl JobStore for SqliteJobs {
                     id: id.parse().map_err(|error| damaged(&error))?,
                     attempt: row.get(1)?,
                     work: value(&row.get::<_, String>(2)?)?,
-                    status: value(&row.get::<_, String>(3)?)?,
+                    tenant: row.get(3)?,
+                    status: value(&row.get::<_, String>(4)?)?,
                 }))
             })
             .await
@@ -130,14 +134,14 @@ impl JobStore for SqliteJobs {
             .await
     }
 
-    async fn status(&self, id: Uuid) -> Result<Option<JobStatus>, UpstreamError> {
+    async fn status(&self, id: Uuid) -> Result<Option<Reported>, UpstreamError> {
         let id = id.to_string();
         self.0
             .read(move |tx, _| {
-                let mut select = tx.prepare_cached("SELECT status FROM index_jobs WHERE id = ?1")?;
+                let mut select = tx.prepare_cached("SELECT tenant, status FROM index_jobs WHERE id = ?1")?;
                 let mut rows = select.query([id])?;
                 let Some(row) = rows.next()? else { return Ok(None) };
-                value(&row.get::<_, String>(0)?).map(Some)
+                Ok(Some(Reported { tenant: row.get(0)?, status: value(&row.get::<_, String>(1)?)? }))
             })
             .await
     }

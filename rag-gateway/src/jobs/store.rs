@@ -33,6 +33,14 @@ pub(crate) enum Work {
     Rebuild { collection: String, generation: String },
 }
 
+/// Where a job is, and whose it is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Reported {
+    /// Of the caller that asked for it; `None`: of one that speaks for all of them.
+    pub(crate) tenant: Option<String>,
+    pub(crate) status: JobStatus,
+}
+
 /// A job that somebody works on. Whoever holds it may report, until its lease is over and another
 /// takes the job: then the attempt is another one.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,6 +49,8 @@ pub(crate) struct Claimed {
     /// Counted from 1; names the holder in every report.
     pub(crate) attempt: u32,
     pub(crate) work: Work,
+    /// Whose it is; see [`Reported`].
+    pub(crate) tenant: Option<String>,
     /// As it was reported last.
     pub(crate) status: JobStatus,
 }
@@ -66,7 +76,7 @@ pub(crate) trait JobStore: Send + Sync {
         &self,
         id: Uuid,
         work: &Work,
-        status: &JobStatus,
+        job: &Reported,
         max_active: usize,
     ) -> Result<Option<usize>, UpstreamError>;
 
@@ -84,7 +94,7 @@ pub(crate) trait JobStore: Send + Sync {
     ) -> Result<bool, UpstreamError>;
 
     /// A job as it was reported last.
-    async fn status(&self, id: Uuid) -> Result<Option<JobStatus>, UpstreamError>;
+    async fn status(&self, id: Uuid) -> Result<Option<Reported>, UpstreamError>;
 }
 
 /// The store that the configuration names: that of runs and tokens, where there is one.

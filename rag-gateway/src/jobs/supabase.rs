@@ -16,7 +16,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::store::{Claimed, JobStore, Leave, REMEMBERED, Work};
+use super::store::{Claimed, JobStore, Leave, REMEMBERED, Reported, Work};
 
 pub(super) struct SupabaseJobs(RpcClient);
 
@@ -31,6 +31,7 @@ struct Row {
     id: Uuid,
     attempt: u32,
     work_base64: String,
+    tenant: Option<String>,
     status: JobStatus,
 }
 
@@ -40,14 +41,15 @@ impl JobStore for SupabaseJobs {
         &self,
         id: Uuid,
         work: &Work,
-        status: &JobStatus,
+        job: &Reported,
         max_active: usize,
     ) -> Result<Option<usize>, UpstreamError> {
         let work = serde_json::to_vec(work).map_err(|error| damaged(&error))?;
         let args = json!({
             "id": id,
             "work_base64": BASE64.encode(work),
-            "status": storable(status)?,
+            "tenant": job.tenant,
+            "status": storable(&job.status)?,
             "max_active": max_active,
         });
         self.0.call("submit_index_job", &args).await.map_err(upstream)
@@ -56,12 +58,12 @@ impl JobStore for SupabaseJobs {
     async fn claim(&self, lease: Duration) -> Result<Option<Claimed>, UpstreamError> {
         let args = json!({"lease_ms": millis(lease)});
         let row: Option<Row> = self.0.call("claim_index_job", &args).await.map_err(upstream)?;
-        let Some(Row { id, attempt, work_base64, status }) = row else { return Ok(None) };
+        let Some(Row { id, attempt, work_base64, tenant, status }) = row else { return Ok(None) };
         // Postgres breaks lines in its base64.
         let compact: String = work_base64.split_ascii_whitespace().collect();
         let work = BASE64.decode(compact).map_err(|error| damaged(&error))?;
         let work = serde_json::from_slice(&work).map_err(|error| damaged(&error))?;
-        Ok(Some(Claimed { id, attempt, work, status }))
+        Ok(Some(Claimed { id, attempt, work, tenant, status }))
     }
 
     async fn report(
@@ -83,7 +85,7 @@ impl JobStore for SupabaseJobs {
         self.0.call("report_index_job", &args).await.map_err(upstream)
     }
 
-    async fn status(&self, id: Uuid) -> Result<Option<JobStatus>, UpstreamError> {
+    async fn status(&self, id: Uuid) -> Result<Option<Reported>, UpstreamError> {
         self.0.call("get_index_job", &json!({"id": id})).await.map_err(upstream)
     }
 }

@@ -107,6 +107,66 @@ async fn a_bound_key_cannot_name_another_tenant() {
 }
 
 #[tokio::test]
+async fn a_bound_key_is_told_of_its_own_jobs_only() {
+    let stand = stand().await;
+    let batch = |who: &str| json!([{"source": "job.md", "text": format!("A job of {who}.\n")}]);
+    let mut jobs = Vec::new();
+    for (key, who) in [(ACME, "acme"), (ZORG, "zorg"), (ROOT, "everybody")] {
+        let created = ask(&stand, key, Method::POST, "/v1/embed_batch", batch(who)).await.ok();
+        jobs.push((who, format!("/v1/jobs/{}", created["job_id"].as_str().unwrap())));
+    }
+    let ended = async |key: &str, path: &str| {
+        let look = async {
+            loop {
+                let status = ask(&stand, key, Method::GET, path, json!({})).await.ok();
+                if status["state"] == "done" {
+                    return status;
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(60), look).await.expect("the job ends")
+    };
+    // While it waits, while it runs, and after it has ended.
+    for round in 0..2 {
+        for (who, path) in &jobs {
+            for (key, caller) in [(ACME, "acme"), (ZORG, "zorg")] {
+                let reply = ask(&stand, key, Method::GET, path, json!({})).await;
+                if *who == caller {
+                    reply.ok();
+                } else {
+                    reply.problem(404, "unknown_job");
+                }
+            }
+            ask(&stand, ROOT, Method::GET, path, json!({})).await.ok();
+            if round == 0 {
+                assert_eq!(ended(ROOT, path).await["documents_done"], 1);
+            }
+        }
+    }
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_bound_key_administers_nothing() {
+    let stand = stand().await;
+    for (method, path, body) in [
+        (Method::POST, "/v1/index", json!({"repo": "shop"})),
+        (Method::POST, "/v1/collections/atlas/rebuild", json!({})),
+        (Method::POST, "/v1/collections/nothing/rebuild", json!({})),
+        (Method::PUT, "/v1/collections/atlas/generation", json!({"generation": "atlas@1"})),
+        (Method::DELETE, "/v1/collections/atlas", json!({})),
+        (Method::DELETE, "/v1/collections/atlas@1", json!({})),
+    ] {
+        ask(&stand, ACME, method, path, body).await.problem(403, "forbidden");
+    }
+    let list = ask(&stand, ROOT, Method::GET, "/v1/collections", json!({})).await.ok();
+    assert_eq!((&list[0]["name"], &list[0]["generation"]), (&json!("atlas"), &json!("atlas@1")));
+    assert_eq!(list.as_array().unwrap().len(), 1, "nothing was made or dropped: {list}");
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
 async fn filters_are_values_and_never_conditions() {
     let stand = stand().await;
     let inject = "r\" OR tenant:\"zorg";
