@@ -515,6 +515,32 @@ async fn a_collection_is_rebuilt_while_it_is_searched_and_its_old_generation_is_
 }
 
 #[tokio::test]
+async fn no_name_of_a_collection_gives_answers_from_before_a_change() {
+    let stand = Stand::start(&[]).await;
+    let texts = async |name: &str| {
+        let found = stand.post("/v1/query_chat", json!({"query": "apple", "collection": name})).await.ok();
+        let texts: Vec<String> =
+            found.as_array().unwrap().iter().map(|p| p["text"].as_str().unwrap().to_owned()).collect();
+        texts.concat()
+    };
+    let put = |text: &str| stand.put(json!([{"source": "a.md", "text": format!("An apple, {text}.\n")}]));
+    put("green").await.ok();
+    assert!(texts("atlas").await.contains("green") && texts("atlas@1").await.contains("green"));
+    put("red").await.ok();
+    assert!(texts("atlas@1").await.contains("red"), "a generation is its collection by another name");
+
+    let started = stand.post("/v1/collections/atlas/rebuild", json!({})).await.ok();
+    assert_eq!(ended(&stand, started["job_id"].as_str().unwrap()).await["state"], "done");
+    put("brown").await.ok();
+    assert!(texts("atlas").await.contains("brown") && texts("atlas@1").await.contains("red"));
+    let uses = json!({"generation": "atlas@1"});
+    let back = stand.request(Method::PUT, "/v1/collections/atlas/generation").json(&uses);
+    assert_eq!(stand.send(back).await.status.as_u16(), 204);
+    assert!(texts("atlas").await.contains("red"), "the switch is seen at once, in spite of the cache");
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_repository_below_an_allowed_root_is_indexed_and_followed() {
     let repos = tempfile::tempdir().unwrap();
     let shop = repos.path().join("shop");

@@ -400,6 +400,27 @@ async fn a_folder_is_opened_by_one_gateway_at_a_time() {
 
 #[cfg(feature = "embedded")]
 #[tokio::test]
+async fn a_collection_that_nobody_waits_for_is_made_to_its_end_before_the_index_is_closed() {
+    use futures::FutureExt as _;
+
+    let dir = tempfile::tempdir().unwrap();
+    for _ in 0..10 {
+        let index = edge::EdgeIndex::open(dir.path()).await.unwrap();
+        // As a job's is, when its gateway stops.
+        assert!(index.ensure("cut", &meta(None)).now_or_never().is_none());
+        index.close().await;
+        drop(index);
+        let index = edge::EdgeIndex::open(dir.path()).await.unwrap();
+        index.ensure("cut", &meta(None)).await.unwrap();
+        let generations = index.collections().await.unwrap();
+        assert_eq!(generations.len(), 1, "{generations:?}");
+        assert!(index.drop_collection("cut").await.unwrap());
+        index.close().await;
+    }
+}
+
+#[cfg(feature = "embedded")]
+#[tokio::test]
 async fn readers_and_writers_do_not_disturb_each_other() {
     let dir = tempfile::tempdir().unwrap();
     let index = Arc::new(edge::EdgeIndex::open(dir.path()).await.unwrap());

@@ -59,14 +59,17 @@ const REWEIGH_PAGE: usize = 512;
 pub(super) struct EdgeIndex {
     dir: PathBuf,
     /// By the names of their folders: generations.
-    collections: RwLock<BTreeMap<String, Arc<Collection>>>,
+    collections: Arc<RwLock<BTreeMap<String, Arc<Collection>>>>,
     /// Collections with their generations, as in [`ALIASES_FILE`].
-    aliases: RwLock<BTreeMap<String, String>>,
-    /// Held while a collection is made or dropped.
-    changing: tokio::sync::Mutex<()>,
+    aliases: Arc<Aliases>,
+    /// Held while a collection is made or dropped, to the end of it: also where nobody waits for that any more.
+    changing: Arc<tokio::sync::Mutex<()>>,
     /// One process at a time has the folder open, so they need not be on disk.
     versions: LocalVersions,
 }
+
+/// Collections with their generations.
+type Aliases = RwLock<BTreeMap<String, String>>;
 
 /// One open collection.
 struct Collection {
@@ -112,9 +115,9 @@ impl EdgeIndex {
             aliases.retain(|_, generation| collections.contains_key(generation));
             Ok(Self {
                 dir,
-                collections: RwLock::new(collections),
-                aliases: RwLock::new(aliases),
-                changing: tokio::sync::Mutex::new(()),
+                collections: Arc::new(RwLock::new(collections)),
+                aliases: Arc::new(RwLock::new(aliases)),
+                changing: Arc::default(),
                 versions: LocalVersions::new(),
             })
         })
@@ -132,16 +135,6 @@ impl EdgeIndex {
         self.aliases.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
     }
 
-    /// Writes the aliases to disk, then uses them.
-    fn set_aliases(&self, change: impl FnOnce(&mut BTreeMap<String, String>)) -> Result<(), UpstreamError> {
-        let mut aliases = self.aliases.read().unwrap_or_else(PoisonError::into_inner).clone();
-        change(&mut aliases);
-        let text = serde_json::to_string_pretty(&aliases).map_err(|error| failed("aliases", error))?;
-        replace_file(&self.dir, ALIASES_FILE, &text)?;
-        *self.aliases.write().unwrap_or_else(PoisonError::into_inner) = aliases;
-        Ok(())
-    }
-
     fn existing(&self, name: &str) -> Result<Arc<Collection>, UpstreamError> {
         self.get(name).ok_or_else(|| {
             UpstreamError::permanent(
@@ -153,10 +146,24 @@ impl EdgeIndex {
     }
 }
 
+/// Writes the aliases to disk, then uses them.
+fn set_aliases(
+    dir: &Path,
+    shared: &Aliases,
+    change: impl FnOnce(&mut BTreeMap<String, String>),
+) -> Result<(), UpstreamError> {
+    let mut aliases = shared.read().unwrap_or_else(PoisonError::into_inner).clone();
+    change(&mut aliases);
+    let text = serde_json::to_string_pretty(&aliases).map_err(|error| failed("aliases", error))?;
+    replace_file(dir, ALIASES_FILE, &text)?;
+    *shared.write().unwrap_or_else(PoisonError::into_inner) = aliases;
+    Ok(())
+}
+
 #[async_trait]
 impl VectorIndex for EdgeIndex {
     async fn ensure(&self, name: &str, meta: &CollectionMeta) -> Result<CollectionMeta, UpstreamError> {
-        let _changing = self.changing.lock().await;
+        let changing = Arc::clone(&self.changing).lock_owned().await;
         if let Some(collection) = self.get(name) {
             return Ok(collection.meta());
         }
@@ -166,17 +173,22 @@ impl VectorIndex for EdgeIndex {
             let taken = self.collections.read().unwrap_or_else(PoisonError::into_inner);
             names::generation(name, names::next(name, taken.keys().map(String::as_str)))
         };
-        let (dir, meta) = (self.dir.join(&generation), meta.clone());
-        let collection = blocking(move || Collection::create(&dir, meta)).await?;
-        let meta = collection.meta();
-        self.collections
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(generation.clone(), collection);
-        if generation != name {
-            self.set_aliases(|aliases| drop(aliases.insert(name.to_owned(), generation)))?;
-        }
-        Ok(meta)
+        let (dir, name, meta) = (self.dir.clone(), name.to_owned(), meta.clone());
+        let (collections, aliases) = (Arc::clone(&self.collections), Arc::clone(&self.aliases));
+        blocking(move || {
+            let _changing = changing;
+            let collection = Collection::create(&dir.join(&generation), meta)?;
+            let meta = collection.meta();
+            collections
+                .write()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(generation.clone(), collection);
+            if generation != name {
+                set_aliases(&dir, &aliases, |aliases| drop(aliases.insert(name, generation)))?;
+            }
+            Ok(meta)
+        })
+        .await
     }
 
     async fn meta(&self, name: &str) -> Result<Option<CollectionMeta>, UpstreamError> {
@@ -254,18 +266,21 @@ impl VectorIndex for EdgeIndex {
     async fn use_generation(&self, name: &str, generation: &str) -> Result<(), UpstreamError> {
         let _changing = self.changing.lock().await;
         self.existing(generation)?;
-        self.set_aliases(|aliases| drop(aliases.insert(name.to_owned(), generation.to_owned())))
+        set_aliases(&self.dir, &self.aliases, |aliases| {
+            aliases.insert(name.to_owned(), generation.to_owned());
+        })
     }
 
     async fn drop_collection(&self, name: &str) -> Result<bool, UpstreamError> {
-        let _changing = self.changing.lock().await;
+        let changing = Arc::clone(&self.changing).lock_owned().await;
         let generation = self.generation_of(name).unwrap_or_else(|| name.to_owned());
         // First the name, then what it stands for: a crash in between leaves a generation that can be dropped.
-        self.set_aliases(|aliases| aliases.retain(|_, used| *used != generation))?;
+        set_aliases(&self.dir, &self.aliases, |aliases| aliases.retain(|_, used| *used != generation))?;
         let removed = self.collections.write().unwrap_or_else(PoisonError::into_inner).remove(&generation);
         let Some(collection) = removed else { return Ok(false) };
         self.versions.changed(name);
         blocking(move || {
+            let _changing = changing;
             collection.stop();
             let dir = collection.dir.clone();
             drop(collection);
@@ -317,6 +332,8 @@ impl VectorIndex for EdgeIndex {
     }
 
     async fn close(&self) {
+        // Whoever opens the folder next must not meet a collection that is still being made.
+        let _changing = self.changing.lock().await;
         let all = std::mem::take(&mut *self.collections.write().unwrap_or_else(PoisonError::into_inner));
         // Errors have nowhere to go: everything that was answered is on disk already.
         let _ = blocking(move || {
@@ -332,7 +349,7 @@ impl VectorIndex for EdgeIndex {
 impl Drop for EdgeIndex {
     fn drop(&mut self) {
         // Each writer thread holds its collection: without this they would never end.
-        for collection in self.collections.get_mut().unwrap_or_else(PoisonError::into_inner).values() {
+        for collection in self.collections.read().unwrap_or_else(PoisonError::into_inner).values() {
             drop(collection.writes.lock().unwrap_or_else(PoisonError::into_inner).take());
         }
     }

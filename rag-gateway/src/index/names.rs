@@ -17,6 +17,12 @@ pub(crate) fn parse(name: &str) -> Option<(&str, u64)> {
     Some((name, number.parse().ok()?))
 }
 
+/// The collection's own name, whichever of its generations is named. Changes are announced under it:
+/// answers may be cached under either name.
+pub(crate) fn plain(name: &str) -> &str {
+    parse(name).map_or(name, |(plain, _)| plain)
+}
+
 /// The number after all that are there.
 pub(crate) fn next<'n>(name: &str, taken: impl IntoIterator<Item = &'n str>) -> u64 {
     taken

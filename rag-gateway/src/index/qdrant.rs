@@ -438,8 +438,11 @@ impl VectorIndex for QdrantIndex {
             match mark {
                 Mark::Number { of, number } if of == ALL => version.epoch = number,
                 Mark::Number { of, number } => {
-                    for (slot, _) in
-                        version.numbers.iter_mut().zip(collections).filter(|(_, name)| **name == of)
+                    for (slot, _) in version
+                        .numbers
+                        .iter_mut()
+                        .zip(collections)
+                        .filter(|(_, name)| names::plain(name) == of)
                     {
                         *slot = number;
                     }
@@ -456,13 +459,13 @@ impl VectorIndex for QdrantIndex {
 
     async fn begin_change(&self, name: &str) -> Result<ChangeId, UpstreamError> {
         let id = Uuid::new_v4();
-        let payload = serde_json::json!({"c": name, "since": Timestamp::now().as_second()});
+        let payload = serde_json::json!({"c": names::plain(name), "since": Timestamp::now().as_second()});
         self.set_mark(id, payload).await?;
         Ok(ChangeId(id))
     }
 
     async fn changed(&self, name: &str) -> Result<(), UpstreamError> {
-        self.set_number(name).await.map(drop)
+        self.set_number(names::plain(name)).await.map(drop)
     }
 
     async fn end_change(&self, name: &str, change: ChangeId) -> Result<(), UpstreamError> {
@@ -518,7 +521,7 @@ enum Mark {
 impl QdrantIndex {
     /// What is known of these collections, and of all.
     async fn marks(&self, collections: &[String]) -> Result<Vec<Mark>, UpstreamError> {
-        let mut names = collections.to_vec();
+        let mut names: Vec<String> = collections.iter().map(|name| names::plain(name).to_owned()).collect();
         names.push(ALL.to_owned());
         let request = ScrollPointsBuilder::new(VERSIONS)
             .filter(Filter::must([Condition::matches("c", names)]))

@@ -13,6 +13,8 @@ use std::{
 
 use uuid::Uuid;
 
+use super::names;
+
 /// What an answer is kept under.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Version {
@@ -46,14 +48,14 @@ impl LocalVersions {
 
     pub(crate) fn of(&self, collections: &[String]) -> Version {
         let state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = |name: &String| state.numbers.get(name).copied().unwrap_or_default();
+        let number = |name: &String| state.numbers.get(names::plain(name)).copied().unwrap_or_default();
         // A change that was cut short ended with its process.
         Version { epoch: state.epoch, numbers: collections.iter().map(number).collect(), unfinished: false }
     }
 
     pub(crate) fn changed(&self, collection: &str) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        state.numbers.insert(collection.to_owned(), Uuid::new_v4());
+        state.numbers.insert(names::plain(collection).to_owned(), Uuid::new_v4());
     }
 
     pub(crate) fn new_epoch(&self) {

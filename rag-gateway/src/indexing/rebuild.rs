@@ -14,7 +14,7 @@ use crate::{
     jobs::Progress,
 };
 
-use super::{Indexer, PAGE, Stored};
+use super::{Change, Indexer, PAGE, Stored};
 
 /// Documents that are copied together.
 const BATCH: usize = 32;
@@ -83,8 +83,7 @@ impl Indexer {
         let last = self.difference(collection, generation).await?;
         self.copy(collection, generation, &last, &old.meta, progress).await?;
         self.check(collection, generation).await?;
-        self.index.use_generation(collection, generation).await?;
-        self.index.changed(collection).await?;
+        self.switch(collection, generation).await?;
         tracing::info!(collection, generation, "a rebuilt collection is in use");
         Ok(())
     }
@@ -105,9 +104,15 @@ impl Indexer {
         }
         let lock = self.lock_of(collection);
         let _writing = lock.lock().await;
+        self.switch(collection, generation).await
+    }
+
+    /// Readers see the old generation until here and the new one from here on, from no cache either.
+    async fn switch(&self, collection: &str, generation: &str) -> Result<(), GatewayError> {
+        let mut change = Change::of(&self.index, collection).await?;
+        change.begin().await?;
         self.index.use_generation(collection, generation).await?;
-        self.index.changed(collection).await?;
-        Ok(())
+        change.end().await
     }
 
     /// Deletes a generation that no collection stands for, or a collection with all its generations.
@@ -118,6 +123,8 @@ impl Indexer {
         }
         let lock = self.lock_of(name);
         let _writing = lock.lock().await;
+        let mut change = Change::of(&self.index, name).await?;
+        change.begin().await?;
         // The name first: from then on nobody finds half of it.
         let mut dropped = self.index.drop_collection(name).await?;
         for (other, _) in &all {
@@ -125,7 +132,7 @@ impl Indexer {
                 dropped |= self.index.drop_collection(other).await?;
             }
         }
-        self.index.changed(name).await?;
+        change.end().await?;
         if dropped { Ok(()) } else { Err(GatewayError::UnknownCollection(name.to_owned())) }
     }
 

@@ -162,7 +162,7 @@ fn collections_of(
 /// Collections are folders and parts of URLs.
 pub(crate) fn check_collection_name(name: &str) -> Result<(), GatewayError> {
     // A generation, such as `docs@2`, can be named wherever its collection can.
-    let plain = crate::index::names::parse(name).map_or(name, |(plain, _)| plain);
+    let plain = crate::index::names::plain(name);
     if atlas_shared::message::is_name(plain) && !plain.starts_with('.') {
         return Ok(());
     }
