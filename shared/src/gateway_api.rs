@@ -109,6 +109,26 @@ pub struct Passage {
     pub commit: Option<String>,
 }
 
+impl Passage {
+    /// These lines of a file, and nothing else known about them.
+    pub fn of_lines(collection: &str, source: &str, start_line: u32, text: &str) -> Self {
+        let more = u32::try_from(text.lines().count().saturating_sub(1)).unwrap_or(u32::MAX);
+        Self {
+            text: text.to_owned(),
+            similarity: None,
+            source: source.to_owned(),
+            start_line,
+            end_line: start_line.saturating_add(more),
+            heading: None,
+            score: 0.0,
+            collection: collection.to_owned(),
+            lang: None,
+            repo: None,
+            commit: None,
+        }
+    }
+}
+
 /// A document to index. A bare string in `/v1/embed_batch` is a document named by its hash.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Document {

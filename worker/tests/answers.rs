@@ -14,12 +14,12 @@ mod support;
 use std::sync::Arc;
 
 use atlas_shared::{
-    gateway_api::QueryChatRequest,
+    gateway_api::{Passage, QueryChatRequest},
     message::{Answer, AnswerType},
 };
 use pulldown_cmark::{Event, Options, Parser, Tag};
 use serde_json::{Value, json};
-use support::{Stack, passage};
+use support::Stack;
 
 const REQUEST: &str = "Design the event bus of our billing platform. No event may be lost.";
 /// `TOKEN_BUDGET_PER_RUN`'s default.
@@ -238,7 +238,7 @@ async fn a_fallback_whose_tokens_are_counted_otherwise_gets_a_prompt_that_fits()
     let passages = |request: &QueryChatRequest| {
         let collection = request.collection.clone().unwrap_or_default();
         let text = |n: u32| (0..500).map(|word| format!("part{n}word{word}")).collect::<Vec<_>>().join(" ");
-        (0..6).map(|n| passage(&collection, &format!("docs/{n}.md"), 1, &text(n))).collect()
+        (0..6).map(|n| Passage::of_lines(&collection, &format!("docs/{n}.md"), 1, &text(n))).collect()
     };
     let stack = Stack::with_search(Arc::new(passages)).await;
     let stack = stack.with("OPENAI_FALLBACK_MODELS", "sim-unknown").with("TOKEN_BUDGET_PER_RUN", "30000");

@@ -234,7 +234,7 @@ fn chunks(file: &str, text: &str) -> Vec<Passage> {
         let trimmed = body.trim_end();
         if trimmed.split_whitespace().count() > 12 {
             let first = u32::try_from(start + 1).unwrap();
-            chunks.push(Passage { heading, ..support::passage("atlas", file, first, trimmed) });
+            chunks.push(Passage { heading, ..Passage::of_lines("atlas", file, first, trimmed) });
         }
     };
     if is_code {

@@ -20,7 +20,7 @@ use atlas_worker::queue::{
     self, BacklogScope, Delivery, MAX_PUBLISH_BYTES, Queues, RequestQueue, Topics, Tuning,
 };
 use bytes::Bytes;
-use tokio::{sync::OnceCell, time::timeout};
+use tokio::{sync::OnceCell, task::JoinHandle, time::timeout};
 use uuid::Uuid;
 
 /// Longer than any of this takes, shorter than anybody's patience.
@@ -736,6 +736,32 @@ async fn undisturbed(rig: &Rig, test: &str) -> Option<Queues> {
     Some(direct.open().await)
 }
 
+/// Somebody who waits for a message behind a proxy, after one has come through.
+struct Waiting {
+    rig: Rig,
+    proxy: Proxy,
+    queues: Queues,
+    /// Publishes past the proxy.
+    direct: Queues,
+    /// The next message.
+    next: JoinHandle<Delivery>,
+}
+
+async fn waiting_behind_proxy(test: &str) -> Option<Waiting> {
+    let (rig, proxy) = rig_behind_proxy(test).await?;
+    let queues = rig.open().await;
+    let direct = undisturbed(&rig, test).await?;
+    rig.publish(&direct, b"before").await;
+    ack(pull(&queues.requests).await).await;
+    // Or the ack may be lost with the connection, and the message come again.
+    queues.requests.flush(BOUND).await.unwrap();
+    let next = tokio::spawn({
+        let requests = queues.requests.clone();
+        async move { pull_within(&requests, Duration::from_mins(3)).await }
+    });
+    Some(Waiting { rig, proxy, queues, direct, next })
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cut_connection_loses_nothing_and_pulling_goes_on() {
     let test = "a_cut_connection_loses_nothing_and_pulling_goes_on";
@@ -774,17 +800,7 @@ async fn a_cut_connection_loses_nothing_and_pulling_goes_on() {
 #[tokio::test(flavor = "multi_thread")]
 async fn pulling_resumes_soon_after_the_server_is_back() {
     let test = "pulling_resumes_soon_after_the_server_is_back";
-    let Some((rig, proxy)) = rig_behind_proxy(test).await else { return };
-    let queues = rig.open().await;
-    let Some(direct) = undisturbed(&rig, test).await else { return };
-    rig.publish(&direct, b"before").await;
-    ack(pull(&queues.requests).await).await;
-    // Or the ack may be lost with the connection, and the message come again.
-    queues.requests.flush(BOUND).await.unwrap();
-    let waiting = tokio::spawn({
-        let requests = queues.requests.clone();
-        async move { pull_within(&requests, Duration::from_mins(3)).await }
-    });
+    let Some(Waiting { rig, proxy, queues, direct, next }) = waiting_behind_proxy(test).await else { return };
 
     // Long enough for the client's own backoff to have grown, and for our probe to have seen it.
     proxy.go_down();
@@ -798,7 +814,7 @@ async fn pulling_resumes_soon_after_the_server_is_back() {
     proxy.come_back();
     rig.publish(&direct, b"after").await;
     // The client alone may take a minute; the probe looks every second.
-    let delivery = timeout(Duration::from_secs(20), waiting).await.expect("pulling resumes").unwrap();
+    let delivery = timeout(Duration::from_secs(20), next).await.expect("pulling resumes").unwrap();
     assert_eq!(&delivery.data[..], b"after");
     ack(delivery).await;
     queues.requests.check().await.unwrap();
@@ -807,17 +823,7 @@ async fn pulling_resumes_soon_after_the_server_is_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_network_that_goes_silent_is_noticed_and_pulling_resumes() {
     let test = "a_network_that_goes_silent_is_noticed_and_pulling_resumes";
-    let Some((rig, proxy)) = rig_behind_proxy(test).await else { return };
-    let queues = rig.open().await;
-    let Some(direct) = undisturbed(&rig, test).await else { return };
-    rig.publish(&direct, b"before").await;
-    ack(pull(&queues.requests).await).await;
-    // Or the ack may be lost with the connection, and the message come again.
-    queues.requests.flush(BOUND).await.unwrap();
-    let waiting = tokio::spawn({
-        let requests = queues.requests.clone();
-        async move { pull_within(&requests, Duration::from_mins(3)).await }
-    });
+    let Some(Waiting { rig, proxy, queues, direct, next }) = waiting_behind_proxy(test).await else { return };
     // Connections that nobody closes and nothing comes through: only a probe can tell.
     proxy.go_silent();
     let noticed = async {
@@ -831,7 +837,7 @@ async fn a_network_that_goes_silent_is_noticed_and_pulling_resumes() {
     proxy.cut_all(Cut::Finish);
     proxy.come_back();
     rig.publish(&direct, b"after").await;
-    let delivery = timeout(BOUND, waiting).await.expect("pulling resumes").unwrap();
+    let delivery = timeout(BOUND, next).await.expect("pulling resumes").unwrap();
     assert_eq!(&delivery.data[..], b"after");
     ack(delivery).await;
 }

@@ -80,6 +80,15 @@ static PATTERNS: LazyLock<Vec<Pattern>> = LazyLock::new(|| {
         ("Google API key", r"\bAIza[0-9A-Za-z_-]{35}"),
         ("Stripe key", r"\b[rs]k_(?:live|test)_[0-9A-Za-z]{16,}"),
         ("npm token", r"\bnpm_[A-Za-z0-9]{36}\b"),
+        ("Google OAuth token", r"\bya29\.[A-Za-z0-9_-]{20,}"),
+        ("Hugging Face token", r"\bhf_[A-Za-z0-9]{30,}"),
+        ("SendGrid key", r"\bSG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}"),
+        ("PyPI token", r"\bpypi-[A-Za-z0-9_-]{32,}"),
+        ("DigitalOcean token", r"\bdo[opr]_v1_[a-f0-9]{40,}"),
+        ("Supabase key", r"\b(?:sbp_[a-f0-9]{40}|sb_secret_[A-Za-z0-9_-]{20,})"),
+        ("Slack webhook", r"\bhttps://hooks\.slack\.com/services/[A-Za-z0-9/_-]{20,}"),
+        ("age key", r"\bAGE-SECRET-KEY-1[0-9A-Z]{50,}"),
+        ("Azure key", r"(?i)\b(?:AccountKey|SharedAccessKey)=[A-Za-z0-9+/]{32,}={0,2}"),
         ("JWT", r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"),
     ]
     .into_iter()
@@ -99,6 +108,18 @@ static ASSIGNMENT: LazyLock<Option<Regex>> = LazyLock::new(|| {
     .ok()
 });
 
+/// `Authorization: Bearer …`; the value is judged by [`looks_random`].
+static AUTHORIZATION: LazyLock<Option<Regex>> =
+    LazyLock::new(|| Regex::new(r"(?i)\b((?:bearer|basic)\s+)([A-Za-z0-9+/_=.~-]{16,})").ok());
+
+/// `password = "…"`, in quotes: people choose shorter ones than machines do, with a digit in them.
+static PASSWORD: LazyLock<Option<Regex>> = LazyLock::new(|| {
+    Regex::new(
+        r#"(?i)\b((?:passw(?:or)?d|passphrase|pwd)["']?\s*(?:=|:|=>)\s*["'])([^"'\s${}<>()]{6,64})(["'])"#,
+    )
+    .ok()
+});
+
 /// Takes out what looks like a secret.
 pub(super) fn redact(text: &str) -> Cow<'_, str> {
     let mut text = Cow::Borrowed(text);
@@ -112,11 +133,21 @@ pub(super) fn redact(text: &str) -> Cow<'_, str> {
     {
         text = Cow::Owned(regex.replace_all(&text, "$1(redacted)@").into_owned());
     }
-    if let Some(regex) = &*ASSIGNMENT
+    for regex in [&*ASSIGNMENT, &*AUTHORIZATION].into_iter().flatten() {
+        if regex.is_match(&text) {
+            let judged = regex.replace_all(&text, |found: &Captures<'_>| {
+                if looks_random(&found[2]) { format!("{}(redacted)", &found[1]) } else { found[0].to_owned() }
+            });
+            text = Cow::Owned(judged.into_owned());
+        }
+    }
+    if let Some(regex) = &*PASSWORD
         && regex.is_match(&text)
     {
         let judged = regex.replace_all(&text, |found: &Captures<'_>| {
-            if looks_random(&found[2]) { format!("{}(redacted)", &found[1]) } else { found[0].to_owned() }
+            let chosen = found[2].bytes().any(|byte| byte.is_ascii_digit())
+                && found[2].bytes().any(|byte| byte.is_ascii_alphabetic());
+            if chosen { format!("{}(redacted){}", &found[1], &found[3]) } else { found[0].to_owned() }
         });
         text = Cow::Owned(judged.into_owned());
     }
@@ -140,9 +171,10 @@ mod tests {
 
     #[test]
     fn every_pattern_compiles() {
-        assert_eq!(PATTERNS.len(), 10);
-        assert!(URL_PASSWORD.is_some());
-        assert!(ASSIGNMENT.is_some());
+        assert_eq!(PATTERNS.len(), 19);
+        for regex in [&URL_PASSWORD, &ASSIGNMENT, &AUTHORIZATION, &PASSWORD] {
+            assert!(regex.is_some());
+        }
     }
 
     /// Put together here, so that no scanner takes this file for a leak.
@@ -159,6 +191,16 @@ mod tests {
             format!("sk_live_{long}"),
             format!("npm_{}", &long[..36]),
             format!("eyJ{long}.eyJ{long}.{long}"),
+            format!("ya29.{long}"),
+            format!("hf_{long}"),
+            format!("SG.{long}.{long}"),
+            format!("pypi-{long}"),
+            format!("dop_v1_{}", "0a1b2c3d4e".repeat(6)),
+            format!("sbp_{}", "0a1b2c3d4e".repeat(4)),
+            format!("sb_secret_{long}"),
+            format!("https://hooks.slack.com/services/T0/B0/{long}"),
+            format!("AGE-SECRET-KEY-1{}", "QP0ZRY9X8G".repeat(6)),
+            format!("AccountKey={long}{long}=="),
             format!("-----BEGIN RSA PRIVATE {}-----\n{long}\n{long}\n-----END RSA PRIVATE KEY-----", "KEY"),
             format!("-----BEGIN OPENSSH PRIVATE {}-----\n{long}", "KEY"),
         ]
@@ -173,6 +215,8 @@ mod tests {
         }
         assert_eq!(text("postgres://app:hunter2@db/atlas"), "postgres://app:(redacted)@db/atlas");
         assert_eq!(text("API_KEY=\"aB3dE5fG7hJ9kL1m\""), "API_KEY=\"(redacted)\"");
+        assert_eq!(text("Authorization: Bearer aB3dE5fG7hJ9kL1m"), "Authorization: Bearer (redacted)");
+        assert_eq!(text("password: 'hunter2!'"), "password: '(redacted)'");
     }
 
     #[test]
@@ -184,6 +228,9 @@ mod tests {
             "sk-learn is a library; task_id and disk-usage are words",
             "http://localhost:8501/v1/query_chat",
             "commit 3f9a2c1b and port 8000",
+            "Authorization: Bearer $SERVICE_ROLE_KEY_OF_THE_PROJECT",
+            "password: \"changeme\", pwd = '${DB_PASSWORD_2}', \"password\": \"<yours, 8 signs>\"",
+            "a basic understanding-of-the-architecture is enough",
         ] {
             assert_eq!(text(ordinary), ordinary);
         }

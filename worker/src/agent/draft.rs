@@ -893,7 +893,7 @@ fn query_of(call: &ToolCall) -> Result<String, String> {
     Ok(query)
 }
 
-fn search_tool() -> ToolSpec {
+pub(super) fn search_tool() -> ToolSpec {
     ToolSpec {
         name: SEARCH_TOOL.to_owned(),
         description: "Searches the team's indexed code and documents. Returns numbered passages that can \

@@ -24,7 +24,7 @@ use super::{
 /// Citations of one statement that are kept.
 const MAX_CITATIONS_A_CLAIM: usize = 8;
 /// Citation faults that are listed in the metadata; all are counted.
-const MAX_LISTED_FAULTS: usize = 20;
+const MAX_LISTED_FAULTS: usize = 100;
 
 /// A finished document.
 #[derive(Clone, Debug, PartialEq)]
@@ -169,6 +169,7 @@ pub(super) fn finish(draft: Draft<'_>) -> Finished {
         request,
         citations: &citations,
         weak: &checked.faults,
+        unsupported: &checked.unsupported,
         notes: &notes,
         degraded,
         without_passages: given == 0,
@@ -243,8 +244,11 @@ struct Checked {
     order: Vec<u32>,
     invalid: usize,
     weak: usize,
+    /// Statements without a citation that supports them.
     uncited: usize,
     faults: Vec<CitationFault>,
+    /// Keys of statements whose citations are all weak.
+    unsupported: HashSet<String>,
 }
 
 /// Removes citations of passages that were not given, finds those that support nothing, and numbers
@@ -252,9 +256,16 @@ struct Checked {
 fn check_citations(spec: &mut Spec, kind: Kind, shelf: &Shelf) -> Checked {
     let bags: HashMap<u32, HashSet<String>> =
         shelf.entries().filter(|entry| entry.given).map(|entry| (entry.n, entry.words())).collect();
-    let mut checked = Checked { order: Vec::new(), invalid: 0, weak: 0, uncited: 0, faults: Vec::new() };
+    let mut checked = Checked {
+        order: Vec::new(),
+        invalid: 0,
+        weak: 0,
+        uncited: 0,
+        faults: Vec::new(),
+        unsupported: HashSet::new(),
+    };
     for item in spec.items(kind) {
-        let claim = item.claim();
+        let (claim, key) = (item.claim(), item.key());
         let field = item.field;
         let Some(citations) = item.citations else { continue };
         if claim.trim().is_empty() {
@@ -264,6 +275,7 @@ fn check_citations(spec: &mut Spec, kind: Kind, shelf: &Shelf) -> Checked {
         let said = words::of(&claim);
         let mut seen = HashSet::new();
         let mut kept = Vec::new();
+        let mut supported = false;
         for n in std::mem::take(citations) {
             if !seen.insert(n) {
                 continue;
@@ -290,11 +302,16 @@ fn check_citations(spec: &mut Spec, kind: Kind, shelf: &Shelf) -> Checked {
             if is_weak(&said, bag) {
                 checked.weak += 1;
                 checked.faults.push(fault("weak", number));
+            } else {
+                supported = true;
             }
             kept.push(number);
         }
         kept.sort_unstable();
-        checked.uncited += usize::from(kept.is_empty() && field != Field::Title);
+        checked.uncited += usize::from(!supported && field != Field::Title);
+        if !supported && !kept.is_empty() {
+            checked.unsupported.insert(key);
+        }
         *citations = kept;
     }
     checked.faults.truncate(MAX_LISTED_FAULTS);

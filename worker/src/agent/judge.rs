@@ -345,7 +345,12 @@ fn markers(line: &str) -> Vec<u32> {
 }
 
 fn is_labelled(line: &str) -> bool {
-    line.contains("*(general knowledge)*") || line.contains("*(from the request)*")
+    is_general(line) || line.contains("*(from the request)*")
+}
+
+/// Also where passages are cited that hardly speak of it.
+fn is_general(line: &str) -> bool {
+    line.contains("*(general knowledge")
 }
 
 fn components(page: &Page<'_>) -> Check {
@@ -430,7 +435,7 @@ fn grounding(page: &Page<'_>) -> Check {
         .flat_map(|field| page.items(*field))
         .filter(|line| !line.contains("*(from the request)*"))
         .collect();
-    let cited = claims.iter().filter(|line| !markers(line).is_empty()).count();
+    let cited = claims.iter().filter(|line| !markers(line).is_empty() && !is_general(line)).count();
     let honest = claims.iter().filter(|line| !markers(line).is_empty() || is_labelled(line)).count();
     let detail = format!(
         "{cited} of {} statements cite a passage, {} are unmarked",

@@ -133,16 +133,12 @@ fn record(request: &str, shelf: &Shelf) -> Spec {
     let drivers = material.saying(MUSTS);
     let confirmation = material.saying(PROOFS);
     let (good, bad) = (material.saying(GAINS), material.saying(COSTS));
-    let options = choices
-        .iter()
-        .filter_map(|claim| {
-            let entry = shelf.get(*claim.citations.first()?)?;
-            Some(Choice {
-                name: place_name(entry),
-                description: claim.text.clone(),
-                citations: claim.citations.clone(),
-                ..Choice::default()
-            })
+    let options = named(choices, shelf)
+        .map(|(name, Claim { text, citations })| Choice {
+            name,
+            description: text,
+            citations,
+            ..Choice::default()
         })
         .collect();
     let mut open_questions = unknown_words(request, shelf);
@@ -171,18 +167,14 @@ fn review(request: &str, shelf: &Shelf) -> Spec {
     let strengths = material.saying(STRENGTHS);
     let risks =
         material.saying(&["fail", "failure", "crash", "timeout", "lost", "lose", "outage", "dies", "dead"]);
-    let findings = weaknesses
-        .into_iter()
-        .filter_map(|claim| {
-            let entry = shelf.get(*claim.citations.first()?)?;
-            Some(Finding {
-                title: place_name(entry),
-                severity: Severity::Medium,
-                finding: claim.text,
-                recommendation: "Judge whether this matters here: the sentence was found by its words alone"
-                    .to_owned(),
-                citations: claim.citations,
-            })
+    let findings = named(weaknesses, shelf)
+        .map(|(title, Claim { text, citations })| Finding {
+            title,
+            severity: Severity::Medium,
+            finding: text,
+            recommendation: "Judge whether this matters here: the sentence was found by its words alone"
+                .to_owned(),
+            citations,
         })
         .collect();
     let mut open_questions = unknown_words(request, shelf);
@@ -197,15 +189,7 @@ fn review(request: &str, shelf: &Shelf) -> Spec {
         context: material.rest(),
         strengths,
         findings,
-        risks: risks
-            .into_iter()
-            .map(|claim| Risk {
-                risk: claim.text,
-                severity: Severity::Medium,
-                mitigation: String::new(),
-                citations: claim.citations,
-            })
-            .collect(),
+        risks: risks.into_iter().map(unjudged).collect(),
         diagrams: diagram(&title(request), &material.files).into_iter().collect(),
         open_questions,
         ..Spec::default()
@@ -261,9 +245,22 @@ fn refinement(request: &str, parent: Option<&Value>, shelf: &Shelf) -> Spec {
     spec
 }
 
+/// Quotations with what their passage is called.
+fn named(claims: Vec<Claim>, shelf: &Shelf) -> impl Iterator<Item = (String, Claim)> {
+    claims.into_iter().filter_map(|claim| {
+        let name = place_name(shelf.get(*claim.citations.first()?)?);
+        Some((name, claim))
+    })
+}
+
 /// What a passage is called: its heading, or its file.
 fn place_name(entry: &Entry) -> String {
     entry.passage.heading.clone().unwrap_or_else(|| format!("From {}", entry.passage.source))
+}
+
+/// A sentence about something that can go wrong; how bad it is nobody has judged.
+fn unjudged(Claim { text, citations }: Claim) -> Risk {
+    Risk { risk: text, severity: Severity::Medium, mitigation: String::new(), citations }
 }
 
 /// A section that is filled with the sentences that speak about its subject.
@@ -358,15 +355,7 @@ fn assemble(request: &str, shelf: &Shelf) -> Spec {
             Field::Security => spec.security = found,
             Field::Observability => spec.observability = found,
             _ => {
-                spec.risks = found
-                    .into_iter()
-                    .map(|claim| Risk {
-                        risk: claim.text,
-                        severity: Severity::Medium,
-                        mitigation: String::new(),
-                        citations: claim.citations,
-                    })
-                    .collect();
+                spec.risks = found.into_iter().map(unjudged).collect();
             }
         }
     }

@@ -13,9 +13,18 @@ const MAX_PASSAGES: usize = 120;
 /// A longer passage is cut to its most relevant lines.
 const MAX_PASSAGE_CHARS: usize = 4_000;
 /// Texts more alike than this (Jaccard over words) are one passage.
-const SAME: f64 = 0.92;
+const SAME: f64 = 0.85;
 /// What a passage costs besides its text: its place and its fence, in characters.
 const FRAME_CHARS: usize = 80;
+/// What is left of a passage after lines that are known already must be this many lines, or it says nothing.
+const MIN_NEW_LINES: usize = 3;
+/// Being found at rank `r` (from 0) is worth `1 / (this + r)`: the tenth a quarter of the first. Being found twice
+/// adds up, as in reciprocal rank fusion.
+const RANK_OFFSET: f64 = 3.0;
+/// Of two that were found at the same rank, the one that the model asked for is worth more.
+const ASKED_FOR: f64 = 1.1;
+/// A shorter passage counts as this long: a snippet is no bargain only because it is short.
+const LEAST_SIZE: usize = 600;
 
 /// The passages at hand.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -47,6 +56,9 @@ pub(super) struct Entry {
     pub(super) text_hash: String,
     /// Which addition brought it: 1 is the first retrieval.
     pub(super) addition: u32,
+    /// What it is worth: how often it was found, and how far up.
+    #[serde(default)]
+    worth: f64,
     /// In the next prompt?
     pub(super) packed: bool,
     /// Did the model see it?
@@ -61,6 +73,11 @@ impl Entry {
 
     fn size(&self) -> usize {
         self.passage.text.len() + self.passage.source.len() + FRAME_CHARS
+    }
+
+    /// What it is worth per character.
+    fn bargain(&self) -> f64 {
+        self.worth / self.size().max(LEAST_SIZE) as f64
     }
 
     /// The words of the passage, its path and its heading.
@@ -81,20 +98,24 @@ impl Shelf {
     pub(super) fn add(&mut self, passages: Vec<Passage>) -> Vec<u32> {
         self.additions += 1;
         let about = words::of(&self.about);
+        let weight = if self.additions > 1 { ASKED_FOR } else { 1.0 };
         let mut numbers = Vec::new();
-        for passage in passages {
+        for (rank, passage) in passages.into_iter().enumerate() {
+            let worth = weight / (RANK_OFFSET + rank as f64);
             let length = passage.text.len();
+            let passage = self.without_known_lines(passage);
+            let trimmed = passage.text.len() < length || length > MAX_PASSAGE_CHARS;
             let Some((passage, text_hash)) = tidy(passage, &about) else { continue };
-            let trimmed = length > MAX_PASSAGE_CHARS;
             let bag = words::of(&passage.text);
-            let known = self.entries.iter().find(|entry| {
+            let known = self.entries.iter().position(|entry| {
                 contains(&entry.passage, &passage)
                     || words::similarity(&words::of(&entry.passage.text), &bag) > SAME
             });
             let n = match known {
-                Some(entry) => {
+                Some(at) => {
                     self.duplicates += 1;
-                    entry.n
+                    self.entries[at].worth += worth;
+                    self.entries[at].n
                 }
                 None if self.entries.len() >= MAX_PASSAGES => continue,
                 None => {
@@ -105,6 +126,7 @@ impl Shelf {
                         passage,
                         text_hash,
                         addition: self.additions,
+                        worth,
                         packed: true,
                         given: false,
                     });
@@ -116,6 +138,49 @@ impl Shelf {
             }
         }
         numbers
+    }
+
+    /// The passage without the lines at its ends that passages of the same file hold already, so that they
+    /// are not paid for twice. Where hardly anything is left, the other passages stand for all of it.
+    fn without_known_lines(&self, passage: Passage) -> Passage {
+        let (Some(first), Some(last)) =
+            (usize::try_from(passage.start_line).ok(), usize::try_from(passage.end_line).ok())
+        else {
+            return passage;
+        };
+        let lines: Vec<&str> = passage.text.lines().collect();
+        if lines.is_empty() || last.checked_sub(first).map(|more| more + 1) != Some(lines.len()) {
+            // The lines do not add up, so none of them can be named.
+            return passage;
+        }
+        let known = |at: usize| {
+            let line = u32::try_from(first + at).unwrap_or(u32::MAX);
+            self.entries.iter().any(|entry| {
+                same_file(&entry.passage, &passage)
+                    && (entry.passage.start_line..=entry.passage.end_line).contains(&line)
+            })
+        };
+        let start = (0..lines.len()).find(|at| !known(*at)).unwrap_or(lines.len());
+        let end = (start..lines.len()).rev().find(|at| !known(*at)).map_or(start, |at| at + 1);
+        if end - start == lines.len() {
+            return passage;
+        }
+        let said = lines[start..end].iter().filter(|line| !line.trim().is_empty()).count();
+        if said < MIN_NEW_LINES {
+            let of_it = |entry: &&Entry| {
+                same_file(&entry.passage, &passage)
+                    && entry.passage.start_line <= passage.end_line
+                    && passage.start_line <= entry.passage.end_line
+            };
+            return self.entries.iter().find(of_it).map_or(passage.clone(), |entry| entry.passage.clone());
+        }
+        let line = |at: usize| u32::try_from(first + at).unwrap_or(u32::MAX);
+        Passage {
+            text: lines[start..end].join("\n"),
+            start_line: line(start),
+            end_line: line(end - 1),
+            ..passage
+        }
     }
 
     /// How many additions there were.
@@ -170,17 +235,14 @@ impl Shelf {
         self.renumber();
     }
 
-    /// The best that fit into `room` tokens, where all of them together cost `scale`. What a search
-    /// brought goes first, because the model asked for it; then by rank. A passage that is too long
-    /// for what is left makes way for shorter ones after it.
+    /// The best that fit into `room` tokens, where all of them together cost `scale`: in the order of what
+    /// they are worth per token. One that is too long for what is left makes way for shorter ones after it.
     pub(super) fn pack_within(&mut self, room: u64, scale: u64) {
         let total: usize = self.entries.iter().map(Entry::size).sum();
         let total = u64::try_from(total.max(1)).unwrap_or(u64::MAX);
         let mut order: Vec<usize> = (0..self.entries.len()).collect();
-        order.sort_by_key(|index| {
-            let addition = self.entries[*index].addition;
-            (addition <= 1, u32::MAX - addition, *index)
-        });
+        // Stable: equals stay in the order they came.
+        order.sort_by(|a, b| self.entries[*b].bargain().total_cmp(&self.entries[*a].bargain()));
         let mut left = room;
         for index in order {
             let size = u64::try_from(self.entries[index].size()).unwrap_or(u64::MAX);
@@ -216,11 +278,11 @@ impl Shelf {
 }
 
 fn contains(outer: &Passage, inner: &Passage) -> bool {
-    outer.source == inner.source
-        && outer.collection == inner.collection
-        && outer.repo == inner.repo
-        && outer.start_line <= inner.start_line
-        && inner.end_line <= outer.end_line
+    same_file(outer, inner) && outer.start_line <= inner.start_line && inner.end_line <= outer.end_line
+}
+
+fn same_file(a: &Passage, b: &Passage) -> bool {
+    a.source == b.source && a.collection == b.collection && a.repo == b.repo && a.commit == b.commit
 }
 
 /// The passage fit for a prompt, and the hash by which its lines can be found in the file again.
@@ -297,19 +359,10 @@ pub(super) mod tests {
 
     /// A passage with lines that add up.
     pub(in super::super) fn passage(source: &str, start_line: u32, text: &str) -> Passage {
-        let lines = u32::try_from(text.lines().count().max(1)).unwrap_or(1);
         Passage {
-            text: text.to_owned(),
-            similarity: None,
-            source: source.to_owned(),
-            start_line,
-            end_line: start_line + lines - 1,
-            heading: None,
-            score: 0.5,
-            collection: "atlas".to_owned(),
-            lang: None,
             repo: Some("atlas".to_owned()),
             commit: Some("3f9a2c1".to_owned()),
+            ..Passage::of_lines("atlas", source, start_line, text)
         }
     }
 
@@ -359,13 +412,64 @@ pub(super) mod tests {
             passage("3.md", 1, "gamma third"),
         ]);
         shelf.pack_within(300, 1_000);
-        let kept: Vec<&str> =
-            shelf.entries().filter(|e| e.packed).map(|e| e.passage.source.as_str()).collect();
-        assert_eq!(kept, ["1.md", "3.md"]);
+        assert_eq!(kept(&shelf), ["1.md", "3.md"]);
         assert_eq!(numbers(&shelf), [1, 2]);
         shelf.mark_given();
         shelf.pack_all();
         assert_eq!(numbers(&shelf), [1, 3, 2], "numbers given to the model stay");
+    }
+
+    fn kept(shelf: &Shelf) -> Vec<&str> {
+        shelf.entries().filter(|entry| entry.packed).map(|entry| entry.passage.source.as_str()).collect()
+    }
+
+    #[test]
+    fn lines_that_are_known_are_not_paid_for_twice() {
+        let lines: Vec<String> = (1..=40).map(|n| format!("line{n} says word{n} and more{n}")).collect();
+        let part = |first: usize, last: usize| {
+            passage("a.rs", u32::try_from(first).unwrap_or(0), &lines[first - 1..last].join("\n"))
+        };
+        let mut shelf = Shelf::new("x");
+        shelf.add(vec![part(10, 20), part(15, 30), part(1, 12), part(19, 22), part(12, 31)]);
+        let spans: Vec<(u32, u32)> =
+            shelf.entries().map(|entry| (entry.passage.start_line, entry.passage.end_line)).collect();
+        assert_eq!(spans, [(10, 20), (21, 30), (1, 9)]);
+        assert_eq!((shelf.duplicates(), shelf.trimmed()), (2, 2));
+        for entry in shelf.entries() {
+            let Passage { start_line, end_line, .. } = entry.passage;
+            let named = lines[start_line as usize - 1..end_line as usize].join("\n");
+            assert_eq!(entry.passage.text, named, "exactly the lines it names");
+            assert_eq!(entry.text_hash, quote_hash(&named));
+        }
+    }
+
+    #[test]
+    fn passages_are_packed_by_what_they_are_worth_per_token() {
+        let long = |name: &str| (0..160).map(|n| format!("{name}{n}")).collect::<Vec<_>>().join(" ");
+        let mut shelf = Shelf::new("x");
+        shelf.add(vec![
+            passage("first.md", 1, &long("a")),
+            passage("long.md", 1, &format!("{} {} {}", long("b"), long("c"), long("d"))),
+            passage("third.md", 1, &long("e")),
+            passage("twice.md", 1, &long("f")),
+        ]);
+        shelf.mark_given();
+        // What a search brings, and what it finds again.
+        shelf.add(vec![passage("asked.md", 1, &long("g")), passage("twice.md", 1, &long("f"))]);
+        let all = |shelf: &Shelf| {
+            let mut order: Vec<String> = Vec::new();
+            for room in (0..=1_100).step_by(10) {
+                let mut shelf = shelf.clone();
+                shelf.pack_within(room, 1_000);
+                for source in kept(&shelf) {
+                    if !order.iter().any(|known| known == source) {
+                        order.push(source.to_owned());
+                    }
+                }
+            }
+            order
+        };
+        assert_eq!(all(&shelf), ["twice.md", "asked.md", "first.md", "third.md", "long.md"]);
     }
 
     #[test]
@@ -375,9 +479,7 @@ pub(super) mod tests {
         shelf.mark_given();
         shelf.add(vec![passage("new.md", 1, "epsilon zeta")]);
         shelf.pack_within(340, 1_000);
-        let kept: Vec<&str> =
-            shelf.entries().filter(|e| e.packed).map(|e| e.passage.source.as_str()).collect();
-        assert_eq!(kept, ["new.md"]);
+        assert_eq!(kept(&shelf), ["new.md"]);
     }
 
     #[test]

@@ -14,8 +14,9 @@ use sha2::{Digest, Sha256};
 
 use super::{
     clean,
-    draft::{Subject, ToolResult},
+    draft::{Subject, ToolResult, search_tool},
     passages::{Entry, Shelf},
+    schema,
     spec::{Field, Kind},
 };
 
@@ -58,10 +59,18 @@ static VERSION: LazyLock<String> = LazyLock::new(|| {
         hash.update(text.as_bytes());
         hash.update([0]);
     }
+    // What goes with the prompt says as much about the answer as its words.
+    for kind in Kind::ALL {
+        hash.update(schema::of_kind(kind).to_string());
+        hash.update([0]);
+    }
+    hash.update(search_tool().parameters.to_string());
+    hash.update(search_tool().description);
     hex(&hash.finalize(), 12)
 });
 
-/// Which prompts these are: a short hash of all templates, stored with every document.
+/// Which prompts these are: a short hash of all templates, schemas and the tool, stored with every document.
+/// `worker/prompts/VERSIONS.md` lists them; its history says which commit had which.
 pub fn version() -> &'static str {
     &VERSION
 }
@@ -288,4 +297,19 @@ fn shown(entry: &Entry, fence: &str) -> minijinja::Value {
 
 fn render(name: &str, context: minijinja::Value) -> Result<String, minijinja::Error> {
     Ok(ENVIRONMENT.get_template(name)?.render(context)?.trim_end().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_is_listed_so_that_a_document_can_be_traced_to_its_prompt() {
+        let listed = include_str!("../../prompts/VERSIONS.md");
+        assert!(
+            listed.lines().any(|line| line.starts_with(&format!("| `{}` |", version()))),
+            "the prompts, schemas or the tool changed: add a line for `{}` to worker/prompts/VERSIONS.md",
+            version()
+        );
+    }
 }

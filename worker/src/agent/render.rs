@@ -9,7 +9,7 @@ use regex::Regex;
 use super::{
     clean,
     finish::{Citation, CitationFault, Note},
-    spec::{Claim, Field, Kind, Severity, Spec},
+    spec::{Claim, Field, Kind, Severity, Spec, key},
     words,
 };
 
@@ -21,6 +21,8 @@ pub(super) struct Input<'a> {
     pub(super) request: &'a str,
     pub(super) citations: &'a [Citation],
     pub(super) weak: &'a [CitationFault],
+    /// Keys of statements whose citations are all weak.
+    pub(super) unsupported: &'a HashSet<String>,
     pub(super) notes: &'a [Note],
     pub(super) degraded: Option<&'a str>,
     pub(super) without_passages: bool,
@@ -28,6 +30,8 @@ pub(super) struct Input<'a> {
 
 /// Marks a statement that no passage supports.
 const GENERAL_KNOWLEDGE: &str = "*(general knowledge)*";
+/// Marks a statement whose passages share hardly a word with it.
+const UNSUPPORTED: &str = "*(general knowledge: what is cited hardly speaks of it)*";
 /// Marks a statement that repeats the request.
 const FROM_THE_REQUEST: &str = "*(from the request)*";
 
@@ -36,6 +40,7 @@ pub(super) fn markdown(input: &Input<'_>) -> String {
     let mut page = Page {
         out: String::new(),
         request: words::of(input.request),
+        unsupported: input.unsupported,
         offline: input.notes.contains(&Note::Offline),
     };
     page.notes(input);
@@ -50,13 +55,14 @@ pub(super) fn markdown(input: &Input<'_>) -> String {
     page.out.trim_end().to_owned() + "\n"
 }
 
-struct Page {
+struct Page<'a> {
     out: String,
     request: HashSet<String>,
+    unsupported: &'a HashSet<String>,
     offline: bool,
 }
 
-impl Page {
+impl Page<'_> {
     /// A block: text and a blank line.
     fn line(&mut self, text: &str) {
         // Writing to a String cannot fail.
@@ -296,10 +302,14 @@ impl Page {
     /// What stands behind a statement: its citations, or where else it comes from.
     fn marks(&self, texts: &[&str], citations: &[u32]) -> String {
         if !citations.is_empty() {
-            return citations.iter().fold(String::new(), |mut marks, n| {
+            let mut marks = citations.iter().fold(String::new(), |mut marks, n| {
                 let _ = write!(marks, " [{n}]");
                 marks
             });
+            if self.unsupported.contains(&key(texts.iter().copied())) {
+                let _ = write!(marks, " {UNSUPPORTED}");
+            }
+            return marks;
         }
         let said = words::of(&texts.join(" "));
         if said.len() >= 2 && words::share(&said, &self.request) >= 0.6 {

@@ -499,6 +499,16 @@ impl Item<'_> {
     pub(super) fn claim(&self) -> String {
         self.texts.iter().map(|text| text.as_str()).collect::<Vec<_>>().join(" ")
     }
+
+    /// What tells this item from others.
+    pub(super) fn key(&self) -> String {
+        key(self.texts.iter().map(|text| text.as_str()))
+    }
+}
+
+/// The [`Item::key`] of an item with these texts: name and body say which one it is.
+pub(super) fn key<'a>(texts: impl Iterator<Item = &'a str>) -> String {
+    texts.take(2).collect::<Vec<_>>().join("\n")
 }
 
 fn claims(field: Field, claims: &mut [Claim]) -> impl Iterator<Item = Item<'_>> {

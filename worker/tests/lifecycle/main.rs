@@ -11,6 +11,8 @@
 
 mod crash_points;
 mod fleet;
+#[path = "../support/gateway.rs"]
+mod gateway;
 mod guarantees;
 mod link;
 mod stack;

@@ -1,13 +1,12 @@
 //! What the tests of this binary share: one folder with the embedded store and queue, a gateway of canned
 //! passages, the simulator of the model API, and the books to look into at the end.
 
-use std::{collections::BTreeMap, future::Future, net::SocketAddr, time::Duration};
+use std::{collections::BTreeMap, future::Future, sync::Arc, time::Duration};
 
 use atlas_openai_sim::{RunningSim, Sim, SimOptions};
 use atlas_shared::{
     Config, Env, TaskId, Tokens, UpstreamError, WorkerId,
     config::Process,
-    gateway_api::{Passage, QueryChatRequest},
     message::{Answer, AnswerType},
     sqlite::Database,
 };
@@ -16,13 +15,12 @@ use atlas_worker::{
     queue::{self, Queues},
     store::{self, Claim, ClaimRequest, Lease, RunDetail, RunStatus, RunStore},
 };
-use axum::{Json, Router, routing::post};
 use bytes::Bytes;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-/// Nothing here takes this long; a test that does has failed.
-pub(crate) const BOUND: Duration = Duration::from_secs(60);
+pub(crate) use crate::gateway::{BOUND, bounded, serve};
+use crate::gateway::{gateway, two_passages};
 
 /// One folder, one gateway, and optionally a simulator: all that workers of one test share.
 pub(crate) struct Stack {
@@ -40,7 +38,8 @@ impl Stack {
         let dir = tempfile::tempdir().unwrap();
         let db = Database::open(dir.path()).await.unwrap();
         let stack = Self { dir, settings: BTreeMap::new(), sim: None, db };
-        let (folder, gateway) = (stack.dir.path().display().to_string(), gateway().await);
+        let (folder, gateway) =
+            (stack.dir.path().display().to_string(), gateway(Arc::new(two_passages)).await);
         stack
             .with("ATLAS_DATA_DIR", &folder)
             .with("WORKER_LISTEN", "127.0.0.1:0")
@@ -261,48 +260,6 @@ pub(crate) fn request(task: TaskId, content: &str, metadata: Value) -> Value {
 pub(crate) fn command(content: Value) -> (TaskId, Value) {
     let task = TaskId::random();
     (task, json!({"task_id": task, "role": "architect", "msg_type": "control", "content": content}))
-}
-
-/// A gateway that finds the same two passages whatever is asked.
-pub(crate) async fn gateway() -> SocketAddr {
-    async fn query(Json(request): Json<QueryChatRequest>) -> Json<Vec<Passage>> {
-        let passage = |source: &str, start_line, text: &str| Passage {
-            text: text.to_owned(),
-            similarity: None,
-            source: source.to_owned(),
-            start_line,
-            end_line: start_line + 1,
-            heading: None,
-            score: 0.03,
-            collection: request.collection.clone().unwrap_or_default(),
-            lang: None,
-            repo: None,
-            commit: None,
-        };
-        Json(vec![
-            passage(
-                "docs/queue.md",
-                3,
-                "The event bus is Google Pub/Sub.\nEvery topic has a dead-letter topic.",
-            ),
-            passage("docs/store.md", 10, "Results are stored in Postgres.\nWrites go through SQL functions."),
-        ])
-    }
-    let app = Router::new()
-        .route("/v1/query_chat", post(query))
-        .route("/health/ready", axum::routing::get(|| async { Json(json!({"status": "ready"})) }));
-    serve(app).await
-}
-
-pub(crate) async fn serve(app: Router) -> SocketAddr {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let addr = listener.local_addr().unwrap();
-    tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
-    addr
-}
-
-pub(crate) async fn bounded<T>(what: &str, work: impl Future<Output = T>) -> T {
-    tokio::time::timeout(BOUND, work).await.unwrap_or_else(|_| panic!("waited {BOUND:?} for {what}"))
 }
 
 /// Looks until there is something to see.

@@ -63,26 +63,41 @@ pub(crate) struct Faults {
     pub(crate) midnights: u8,
 }
 
+/// One crash each, and nothing else.
+pub(crate) const CRASHES: Faults = Faults {
+    crashes: 1,
+    stalls: 0,
+    failures: 0,
+    timeouts: 0,
+    duplicates: 0,
+    lost_answers: 0,
+    drains: 0,
+    midnights: 0,
+};
+
 impl Default for Config {
     fn default() -> Self {
-        Self {
-            tasks: TASKS,
-            workers: WORKERS,
-            calls: 1,
-            bills: &[1],
-            daily_limit: 100,
-            raised_limit: None,
-            run_limit: 100,
-            max_run_attempts: 100,
-            max_deliveries: 0,
-            malformed: false,
-            faults: Faults { crashes: 1, ..Faults::default() },
-            mutation: None,
-        }
+        Self::BASE
     }
 }
 
 impl Config {
+    /// As many tasks and workers as a state can hold, limits that nobody meets, one crash of each worker.
+    pub(crate) const BASE: Self = Self {
+        tasks: TASKS,
+        workers: WORKERS,
+        calls: 1,
+        bills: &[1],
+        daily_limit: 100,
+        raised_limit: None,
+        run_limit: 100,
+        max_run_attempts: 100,
+        max_deliveries: 0,
+        malformed: false,
+        faults: CRASHES,
+        mutation: None,
+    };
+
     pub(crate) fn is_malformed(&self, task: u8) -> bool {
         self.malformed && usize::from(task) + 1 == self.tasks
     }

@@ -22,7 +22,7 @@ use std::collections::{BTreeSet, HashMap};
 use stateright::{Checker as _, HasDiscoveries, Model as _};
 
 use crate::{
-    config::{Config, Faults, Mutation},
+    config::{CRASHES, Config, Faults, Mutation},
     model::{Action, At, Protocol, Sight, State},
     properties::{
         DAY_LIMIT, DURABLE_BEFORE_ACK, FINAL_NEVER_CHANGES, LEDGER_COVERS, NEVER_PAID_AGAIN,
@@ -32,17 +32,6 @@ use crate::{
     store::{Run, Status},
 };
 
-/// One crash each, and nothing else.
-const CRASHES: Faults = Faults {
-    crashes: 1,
-    stalls: 0,
-    failures: 0,
-    timeouts: 0,
-    duplicates: 0,
-    lost_answers: 0,
-    drains: 0,
-    midnights: 0,
-};
 const NO_FAULTS: Faults = Faults { crashes: 0, ..CRASHES };
 
 /// Visits every state, once for all states that differ only in names. Every guarantee must hold in each,
@@ -378,20 +367,7 @@ fn is_caught(mutation: Mutation, config: Config, property: &'static str) {
 }
 
 /// One task and two workers are enough for most.
-const SMALL: Config = Config {
-    tasks: 1,
-    workers: 2,
-    calls: 1,
-    bills: &[2],
-    daily_limit: 100,
-    raised_limit: None,
-    run_limit: 100,
-    max_run_attempts: 100,
-    max_deliveries: 0,
-    malformed: false,
-    faults: CRASHES,
-    mutation: None,
-};
+const SMALL: Config = Config { tasks: 1, workers: 2, bills: &[2], ..Config::BASE };
 
 #[test]
 fn dropping_the_fence_check_is_caught() {

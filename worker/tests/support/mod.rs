@@ -4,13 +4,14 @@
 #![allow(dead_code, reason = "each test file uses a part of it")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
-use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+mod gateway;
+
+use std::sync::Arc;
 
 use atlas_openai_sim::{RunningSim, Sim, SimOptions};
 use atlas_shared::{
     Config, Env, TaskId, Tokens,
     config::Process,
-    gateway_api::{Passage, QueryChatRequest},
     message::{Answer, AnswerType},
 };
 use atlas_worker::{
@@ -18,14 +19,10 @@ use atlas_worker::{
     queue::{self, Queues},
     store::{self, RunDetail, RunStatus, RunStore},
 };
-use axum::{Json, Router, extract::State, routing::post};
 use serde_json::{Value, json};
 
-/// Nothing here takes this long; a test that does has failed.
-pub(crate) const BOUND: Duration = Duration::from_secs(120);
-
-/// Finds passages for a query.
-pub(crate) type Search = Arc<dyn Fn(&QueryChatRequest) -> Vec<Passage> + Send + Sync>;
+pub(crate) use gateway::{Search, bounded};
+use gateway::{gateway, two_passages};
 
 /// One folder, one gateway, one simulator.
 pub(crate) struct Stack {
@@ -143,61 +140,4 @@ impl Stack {
         };
         assert_eq!(detail.run.status, wanted, "{answer:?}");
     }
-}
-
-/// The same two passages whatever is asked.
-fn two_passages(request: &QueryChatRequest) -> Vec<Passage> {
-    let collection = request.collection.clone().unwrap_or_default();
-    vec![
-        passage(
-            &collection,
-            "docs/queue.md",
-            3,
-            "The event bus is Google Pub/Sub, because the team runs on Google Cloud.\nEvery topic has a dead-letter topic.",
-        ),
-        passage(
-            &collection,
-            "docs/store.md",
-            10,
-            "Results are stored in Postgres.\nWrites go through SQL functions, so that each is one transaction.",
-        ),
-    ]
-}
-
-pub(crate) fn passage(collection: &str, source: &str, start_line: u32, text: &str) -> Passage {
-    let lines = u32::try_from(text.lines().count().max(1)).unwrap();
-    Passage {
-        text: text.to_owned(),
-        similarity: None,
-        source: source.to_owned(),
-        start_line,
-        end_line: start_line + lines - 1,
-        heading: None,
-        score: 0.03,
-        collection: collection.to_owned(),
-        lang: None,
-        repo: None,
-        commit: None,
-    }
-}
-
-async fn gateway(search: Search) -> SocketAddr {
-    async fn query(
-        State(search): State<Search>,
-        Json(request): Json<QueryChatRequest>,
-    ) -> Json<Vec<Passage>> {
-        Json(search(&request))
-    }
-    let app = Router::new()
-        .route("/v1/query_chat", post(query))
-        .route("/health/ready", axum::routing::get(|| async { Json(json!({"status": "ready"})) }))
-        .with_state(search);
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let addr = listener.local_addr().unwrap();
-    tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
-    addr
-}
-
-pub(crate) async fn bounded<T>(what: &str, work: impl Future<Output = T>) -> T {
-    tokio::time::timeout(BOUND, work).await.unwrap_or_else(|_| panic!("waited {BOUND:?} for {what}"))
 }
