@@ -622,11 +622,26 @@ impl Draft {
     /// Takes the model's answer to the call that [`next`](Self::next) gave.
     pub fn answered(&mut self, answer: &ChatAnswer) {
         self.shelf.mark_given();
+        let unfenced = self.without_fence(answer);
+        let answer = unfenced.as_ref().unwrap_or(answer);
         match self.stage.clone() {
             Stage::Drafting { again } => self.drafted(answer, again),
             Stage::Mending { fields, .. } => self.mended(answer, &fields),
             Stage::Searching { .. } | Stage::Finished { .. } | Stage::Failed(_) => {}
         }
+    }
+
+    /// The answer without the code that fences its data, which small models copy; `None`: it has none.
+    fn without_fence(&self, answer: &ChatAnswer) -> Option<ChatAnswer> {
+        let content = answer.content.as_deref()?;
+        let fence = &self.subject.fence;
+        let mut capital = fence.clone();
+        capital[..1].make_ascii_uppercase();
+        if !content.contains(fence.as_str()) && !content.contains(&capital) {
+            return None;
+        }
+        let content = content.replace(fence.as_str(), "").replace(&capital, "");
+        Some(ChatAnswer { content: Some(content), ..answer.clone() })
     }
 
     fn drafted(&mut self, answer: &ChatAnswer, again: Option<prompt::Again>) {
@@ -1172,6 +1187,18 @@ mod tests {
         let mut draft = Draft::new(input());
         draft.answered(&ChatAnswer { finish_reason: FinishReason::ContentFilter, ..says("") });
         assert_eq!(failed(&mut draft).code, "content_filter");
+    }
+
+    #[test]
+    fn the_fence_of_the_prompt_does_not_show_in_the_document() {
+        let mut draft = Draft::new(input());
+        let fence = draft.subject.fence.clone();
+        let mut answer = good_spec();
+        answer["title"] = json!(format!("D{} [1] docs/a.md", &fence[1..]));
+        answer["summary"] = json!(format!("<<<{fence} leases {fence}>>>"));
+        draft.answered(&says(answer));
+        let markdown = finished(&mut draft).markdown;
+        assert!(!markdown.to_lowercase().contains(&fence), "{markdown}");
     }
 
     #[test]

@@ -462,6 +462,7 @@ const ARROWS: &[&str] = &["<<-->>", "<<->>", "-->>", "->>", "-->", "--x", "--)",
 
 fn sequence<'a>(lines: impl Iterator<Item = (usize, &'a str)>) -> Result<(), Fault> {
     let mut open: Vec<(usize, &str)> = Vec::new();
+    // How often each is active; everybody who was met is in it.
     let mut active: HashMap<String, i32> = HashMap::new();
     let mut messages = 0;
     for (number, line) in lines {
@@ -478,12 +479,15 @@ fn sequence<'a>(lines: impl Iterator<Item = (usize, &'a str)>) -> Result<(), Fau
                 if let Some(fault) = id_fault(id).or_else(|| label.and_then(text_fault)) {
                     return Err(fail(fault));
                 }
+                active.entry(id.to_owned()).or_default();
             }
             "activate" | "deactivate" => {
                 if let Some(fault) = id_fault(rest) {
                     return Err(fail(fault));
                 }
-                let count = active.entry(rest.to_owned()).or_default();
+                let Some(count) = active.get_mut(rest) else {
+                    return Err(fail(format!("`{rest}` is nobody yet; name it as a participant first")));
+                };
                 *count += if word == "activate" { 1 } else { -1 };
                 if *count < 0 {
                     return Err(fail(format!("`{rest}` is not active here")));
@@ -550,6 +554,7 @@ fn message(line: &str, active: &mut HashMap<String, i32>) -> Result<(), String> 
         if let Some(fault) = id_fault(id) {
             return Err(fault);
         }
+        active.entry(id.to_owned()).or_default();
     }
     if let Some(fault) = text_fault(text.trim()) {
         return Err(fault);
@@ -599,7 +604,8 @@ fn text_fault(text: &str) -> Option<String> {
 // -------------------------------------------------------------------------------------- state
 
 fn state<'a>(lines: impl Iterator<Item = (usize, &'a str)>) -> Result<(), Fault> {
-    let mut open: Vec<usize> = Vec::new();
+    // Where a group was opened, and the states it holds so far; at the bottom the diagram itself.
+    let mut open: Vec<(usize, HashSet<&str>)> = vec![(0, HashSet::new())];
     let mut groups: HashSet<&str> = HashSet::new();
     // States with a description on a line of its own: a group may only have a label.
     let mut described: Vec<(usize, &str)> = Vec::new();
@@ -607,11 +613,20 @@ fn state<'a>(lines: impl Iterator<Item = (usize, &'a str)>) -> Result<(), Fault>
     for (number, line) in lines {
         let fail = |message: String| (number, message);
         if line == "}" {
-            if open.pop().is_none() {
-                return Err(fail("this `}` closes nothing".to_owned()));
+            match open.pop() {
+                Some((_, held)) if !open.is_empty() && held.is_empty() => {
+                    return Err(fail("this group holds no state".to_owned()));
+                }
+                Some(_) if !open.is_empty() => {}
+                _ => return Err(fail("this `}` closes nothing".to_owned())),
             }
             continue;
         }
+        let mut mention = |id| {
+            if let Some((_, held)) = open.last_mut() {
+                held.insert(id);
+            }
+        };
         if let Some(rest) = line.strip_prefix("direction ") {
             if !matches!(rest.trim(), "TB" | "BT" | "RL" | "LR") {
                 return Err(fail("`direction` is one of TB, BT, RL, LR".to_owned()));
@@ -619,18 +634,22 @@ fn state<'a>(lines: impl Iterator<Item = (usize, &'a str)>) -> Result<(), Fault>
             continue;
         }
         if let Some(rest) = line.strip_prefix("note ") {
-            state_note(rest).map_err(fail)?;
+            let id = state_note(rest).map_err(fail)?;
+            if !open.last().is_some_and(|(_, held)| held.contains(id)) {
+                return Err(fail(format!("the note is on `{id}`, which is no state above it and beside it")));
+            }
             continue;
         }
         if let Some(rest) = line.strip_prefix("state ") {
             states += 1;
             let rest = rest.trim();
             if let Some(id) = rest.strip_suffix('{') {
-                state_declaration(id.trim()).map_err(fail)?;
-                groups.extend(id.split_whitespace().next_back());
-                open.push(number);
+                let id = state_declaration(id.trim()).map_err(fail)?;
+                mention(id);
+                groups.insert(id);
+                open.push((number, HashSet::new()));
             } else {
-                state_declaration(rest).map_err(fail)?;
+                mention(state_declaration(rest).map_err(fail)?);
             }
             continue;
         }
@@ -650,12 +669,14 @@ fn state<'a>(lines: impl Iterator<Item = (usize, &'a str)>) -> Result<(), Fault>
                     {
                         return Err(fail(fault));
                     }
+                    mention(id);
                 }
             }
             None => {
                 if let Some(fault) = state_id_fault(head) {
                     return Err(fail(fault));
                 }
+                mention(head);
                 described.push((number, head));
             }
         }
@@ -664,39 +685,43 @@ fn state<'a>(lines: impl Iterator<Item = (usize, &'a str)>) -> Result<(), Fault>
         return Err((number, format!("`{id}` holds states; label it with `state \"text\" as {id}` instead")));
     }
     match open.pop() {
-        Some(number) => Err((number, "this `{` is not closed by `}`".to_owned())),
-        None if states == 0 => Err((1, "there is no state".to_owned())),
-        None => Ok(()),
+        Some((number, _)) if number > 0 => Err((number, "this `{` is not closed by `}`".to_owned())),
+        _ if states == 0 => Err((1, "there is no state".to_owned())),
+        _ => Ok(()),
     }
 }
 
 /// `A`, `"label" as A`, `A <<choice>>`
-fn state_declaration(rest: &str) -> Result<(), String> {
+/// Gives the id.
+fn state_declaration(rest: &str) -> Result<&str, String> {
     if let Some(quoted) = rest.strip_prefix('"') {
         let wrong = || "write `state \"label\" as id`".to_owned();
         let (label, id) = quoted.split_once('"').ok_or_else(wrong)?;
         let id = id.trim().strip_prefix("as ").ok_or_else(wrong)?.trim();
-        return quoted_label_fault(label).or_else(|| state_id_fault(id)).map_or(Ok(()), Err);
+        return quoted_label_fault(label).or_else(|| state_id_fault(id)).map_or(Ok(id), Err);
     }
     let id = ["<<choice>>", "<<fork>>", "<<join>>"]
         .iter()
         .find_map(|mark| rest.strip_suffix(mark))
         .unwrap_or(rest)
         .trim();
-    state_id_fault(id).map_or(Ok(()), Err)
+    state_id_fault(id).map_or(Ok(id), Err)
 }
 
-/// `right of A : text`
-fn state_note(rest: &str) -> Result<(), String> {
+/// `right of A : text`; gives the id.
+fn state_note(rest: &str) -> Result<&str, String> {
     let wrong = || "a note is `note right of A : text`".to_owned();
     let (place, text) = rest.split_once(':').ok_or_else(wrong)?;
     let id = ["left of ", "right of "].iter().find_map(|prefix| place.trim().strip_prefix(prefix));
     let id = id.ok_or_else(wrong)?.trim();
-    state_id_fault(id).or_else(|| state_text_fault(text.trim())).map_or(Ok(()), Err)
+    state_id_fault(id).or_else(|| state_text_fault(text.trim())).map_or(Ok(id), Err)
 }
 
 /// As elsewhere, but a `-` begins an arrow.
 fn state_id_fault(id: &str) -> Option<String> {
+    if id.eq_ignore_ascii_case("root") {
+        return Some(format!("`{id}` is a word of Mermaid; use another id"));
+    }
     id_fault(id).or_else(|| id.contains('-').then(|| format!("no `-` in the id `{id}` of a state; use `_`")))
 }
 
@@ -755,6 +780,10 @@ mod tests {
             "sequenceDiagram\n  a->>b: 50 %% x",
             "flowchart LR\n  a((- item)) --> b",
             "stateDiagram-v2\n  state \"x\" as a\n  state a {\n    a : y\n  }",
+            "stateDiagram-v2\n  a --> b\n  state c {\n    direction LR\n  }",
+            "stateDiagram-v2\n  a --> b\n  note right of c : here",
+            "stateDiagram-v2\n  a --> root",
+            "sequenceDiagram\n  activate a\n  b->>c: x",
         ];
         let told: Vec<String> = broken
             .iter()
