@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# Writes docs/examples anew: indexes this repository's documents and asks three questions, with the
-# simulator as the model API. Needs the built binaries: cargo build --workspace --bins
+# Writes docs/examples anew: indexes documents and code of this repository as last committed, and asks three
+# questions of the golden set. The model API is the simulator, which gives the answers in
+# worker/tests/golden/answers. Needs the built binaries: cargo build --workspace --bins --tests
 #
 #   scripts/examples.sh [FOLDER]        FOLDER: where to write, docs/examples by default
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bin=${ATLAS_BIN_DIR:-${CARGO_TARGET_DIR:-target}/debug}
-out=${1:-docs/examples}
+bin=$(realpath "${ATLAS_BIN_DIR:-${CARGO_TARGET_DIR:-target}/debug}")
+out=$(realpath "${1:-docs/examples}")
+answers=$PWD/worker/tests/golden/answers
 work=$(mktemp -d)
 sim=
 finish() {
     [[ -n $sim ]] && kill "$sim" 2>/dev/null
+    git worktree remove --force "$work/atlas" 2>/dev/null
     rm -rf "$work"
 }
 trap finish EXIT
@@ -29,17 +32,23 @@ done
 # Nothing of the caller's settings: the same command gives the same documents everywhere.
 atlas() {
     env -i PATH="$PATH" HOME="$work" TMPDIR="${TMPDIR:-/tmp}" NO_COLOR=1 ATLAS_DATA_DIR="$work/data" \
-        OPENAI_BASE_URL="$url" OPENAI_API_KEY=sk-simulated OPENAI_EMBEDDING_MODEL=none \
+        OPENAI_BASE_URL="$url" OPENAI_API_KEY=sk-simulated OPENAI_EMBEDDING_MODEL=none TOKEN_BUDGET_PER_RUN=24000 \
         SOURCE_URL_TEMPLATE='https://git.example.com/team/atlas/blob/{commit}/{path}#L{start}-L{end}' \
         "$bin/atlas" "$@"
 }
 
-# The documents; not the examples themselves.
-atlas index . --repo atlas --include 'docs/*.md' --include 'migrations/README.md' --include 'README.md' \
-    --exclude 'docs/CONFIGURATION.md' --exclude 'docs/examples/**' --exclude 'docs/runbooks/**' --quiet
-atlas ask "Design token budgets for tenants, so that no tenant can use up the day of the others." \
-    --live never --out "$out/tenant-budgets.md"
-atlas ask "Write an ADR on where the lease of a run is kept, and whose clock ends it." \
-    --live never --out "$out/adr-leases.md"
-atlas ask "Review how a finished answer gets from the store to the topic, and what a crash can do to it." \
-    --live never --out "$out/review-outbox.md"
+# What somebody reads to decide: not the tests, not the examples themselves, nothing that is not committed.
+git worktree add --quiet --detach "$work/atlas"
+atlas index "$work/atlas" --repo atlas --include README.md --include 'docs/*.md' --include 'migrations/*' \
+    --include 'worker/src/*.rs' --include 'shared/src/**/*.rs' --exclude docs/CONFIGURATION.md \
+    --exclude docs/JUDGE.md --exclude docs/MODELS.md --exclude 'docs/examples/**' --exclude 'docs/runbooks/**' \
+    --exclude '**/tests.rs' --quiet
+
+# FILE, then the request, as in the golden set.
+example() {
+    curl --silent --show-error --fail --request PUT --data-binary "@$answers/$1.json" "${url%/v1}/sim/script"
+    atlas ask "$2" --live never --out "$out/$1.md"
+}
+example tenant-budgets "Design token budgets for tenants, so that no tenant can use up the day of the others"
+example adr-leases "Write an ADR on where the lease of a run is kept"
+example review-outbox "Review how answers get from the outbox to the topic"

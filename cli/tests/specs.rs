@@ -5,7 +5,7 @@
 
 mod support;
 
-use std::{collections::BTreeSet, fmt::Write as _, fs, path::Path};
+use std::{collections::BTreeSet, fmt::Write as _, fs, path::Path, process::Command};
 
 use atlas_openai_sim::{RunningSim, Sim, SimOptions};
 use atlas_worker::agent::judge::{judge, sources};
@@ -118,4 +118,45 @@ fn the_examples_in_the_documentation_hold() {
     }
     assert_eq!(kinds.into_iter().collect::<Vec<_>>(), ["adr", "review", "spec"]);
     insta::assert_snapshot!("examples", cards);
+}
+
+fn git(root: &Path, arguments: &[&str]) -> Option<String> {
+    let output = Command::new("git").arg("-C").arg(root).args(arguments).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// The lines behind each citation of an example are in the commit that it names, which is part of this
+/// history.
+#[test]
+fn the_examples_cite_lines_that_their_commit_has() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    if git(root, &["rev-parse", "--is-shallow-repository"]).is_none_or(|answer| answer.trim() != "false") {
+        return atlas_test_support::skip(
+            "the_examples_cite_lines_that_their_commit_has",
+            "the git history",
+            "this is no git repository, or a shallow one",
+        );
+    }
+    for name in ["tenant-budgets.md", "adr-leases.md", "review-outbox.md"] {
+        let markdown = fs::read_to_string(root.join("docs/examples").join(name)).unwrap();
+        let links: Vec<(&str, &str)> = markdown
+            .lines()
+            .filter_map(|line| line.split_once("/blob/")?.1.split_once('/'))
+            .map(|(commit, rest)| (commit, rest.trim_end_matches([')', '>'])))
+            .collect();
+        let cited = sources(&markdown);
+        assert_eq!(links.len(), cited.len(), "{name}: every source has a link to its commit");
+        for ((commit, link), source) in links.into_iter().zip(cited) {
+            assert!(
+                git(root, &["merge-base", "--is-ancestor", commit, "HEAD"]).is_some(),
+                "{name} names {commit}, which is not in this history: run scripts/examples.sh on main"
+            );
+            assert!(
+                link.starts_with(&format!("{}#L{}-L{}", source.path, source.start, source.end)),
+                "{name}: {link}"
+            );
+            let file = git(root, &["show", &format!("{commit}:{}", source.path)]).unwrap();
+            assert!(file.lines().count() >= source.end as usize, "{name}: {link}");
+        }
+    }
 }
