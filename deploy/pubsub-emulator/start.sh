@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Starts the Google Pub/Sub emulator with the cure for its ghost streams (see InternalStatus.java).
+# Starts the Google Pub/Sub emulator with the cures for its ghost streams (see InternalStatus.java) and for
+# its leases that never end (see MessageBacklog.java).
 # Tests, `make e2e` and the compose stack all start it through this script.
 #
 #   start.sh [--host HOST] [--port PORT]     defaults: 127.0.0.1 8085
-#   start.sh --compile                       only compile the cure (image builds: a JRE is enough later)
+#   start.sh --compile                       only compile the cures (image builds: a JRE is enough later)
 #   start.sh --jar                           only print where the emulator's jar is
 #
 # ATLAS_PUBSUB_EMULATOR_JAR   the jar; otherwise it is looked for in the Google Cloud CLI
-# ATLAS_PUBSUB_SHIM_DIR       where the compiled cure is kept; otherwise the user's cache folder
+# ATLAS_PUBSUB_SHIM_DIR       where the compiled cures are kept; otherwise the user's cache folder
 # ATLAS_PUBSUB_JAVA_OPTS      options for the Java machine
 set -euo pipefail
 
@@ -59,14 +60,28 @@ done
 
 jar=$(find_jar)
 shim=${ATLAS_PUBSUB_SHIM_DIR:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/atlas/pubsub-shim/$(basename "$jar" .jar)}
-if [[ ! -f $shim/io/grpc/InternalStatus.class || $here/InternalStatus.java -nt $shim/io/grpc/InternalStatus.class ]]; then
-    command -v javac >/dev/null || fail "javac is missing: install a JDK 17 or newer, or compile the cure elsewhere with --compile"
+# shellcheck disable=SC2016  # a dollar sign in the name of a class
+cures=(
+    'io/grpc/InternalStatus.class'
+    # The outer class is only there to compile against: the jar's own must win.
+    'com/google/cloud/pubsub/testing/v1/MessageBacklog$ExpireOutstandingMessagesRunnable.class'
+)
+stale=false
+for cure in "${cures[@]}"; do
+    [[ -f $shim/$cure && ! $here/InternalStatus.java -nt $shim/$cure && ! $here/MessageBacklog.java -nt $shim/$cure ]] || stale=true
+done
+if $stale; then
+    command -v javac >/dev/null || fail "javac is missing: install a JDK 17 or newer, or compile the cures elsewhere with --compile"
     mkdir -p "$shim"
     # Compiled aside and moved, so that two starts at once never see half a class.
     aside=$(mktemp -d "$shim/compile.XXXXXX")
     javac --release 17 -cp "$jar" -d "$aside" "$here/InternalStatus.java"
-    mkdir -p "$shim/io/grpc"
-    mv -f "$aside"/io/grpc/*.class "$shim/io/grpc/"
+    # Not against the jar: it would bring its own inner class.
+    javac --release 17 -d "$aside" "$here/MessageBacklog.java"
+    for cure in "${cures[@]}"; do
+        mkdir -p "$(dirname "$shim/$cure")"
+        mv -f "$aside/$cure" "$shim/$cure"
+    done
     rm -rf "$aside"
 fi
 if $compile_only; then
@@ -76,5 +91,5 @@ command -v java >/dev/null || fail "java is missing: install a JRE 17 or newer"
 
 read -ra java_opts <<<"${ATLAS_PUBSUB_JAVA_OPTS:--Xmx512m}"
 
-# The shim comes first: its InternalStatus wins over the jar's.
+# The shim comes first: its classes win over the jar's.
 exec java "${java_opts[@]}" -cp "$shim:$jar" com.google.cloud.pubsub.testing.v1.Main "--host=$host" "--port=$port"
