@@ -65,6 +65,7 @@ pub async fn run(options: ChaosOptions) -> Result<Outcome, FleetError> {
 /// After a difference the logs are worth more than the space.
 fn keep_logs(fleet: &crate::fleet::Fleet, folder: &std::path::Path) {
     let _ = std::fs::create_dir_all(folder);
+    let _ = std::fs::write(folder.join("emulator.log"), fleet.emulator.log());
     for entry in std::fs::read_dir(fleet.dir()).into_iter().flatten().flatten() {
         if entry.path().extension().is_some_and(|extension| extension == "log") {
             let _ = std::fs::copy(entry.path(), folder.join(entry.file_name()));

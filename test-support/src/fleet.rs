@@ -355,6 +355,17 @@ impl Process {
         }
     }
 
+    /// What it says of itself to Prometheus; why not, if it does not.
+    pub async fn metrics(&self) -> String {
+        let url = self.ready_url.replace("/health/ready", "/metrics");
+        let answer = async { reqwest::get(url).await?.text().await };
+        match tokio::time::timeout(Duration::from_secs(5), answer).await {
+            Ok(Ok(text)) => text,
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "no answer".to_owned(),
+        }
+    }
+
     /// Sends a signal, by its name without `SIG`.
     pub fn signal(&mut self, name: &str) -> anyhow::Result<()> {
         let running = self.running.as_mut().with_context(|| format!("{} does not run", self.name))?;

@@ -12,7 +12,8 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-/// A guarded child process; ends when this is dropped, or with the test process.
+/// A guarded child process; ends when this is dropped, or with the test process. Once it is dropped the
+/// child is gone, with its ports and its process id: the next one may take them.
 #[derive(Debug)]
 pub struct Guarded {
     shell: Child,
@@ -30,7 +31,7 @@ impl Guarded {
                 wait) wait "$child"; echo $? >"$file" ;;
                 *) kill -s "$word" "$child" 2>/dev/null ;;
             esac; done
-            kill -9 "$child" 2>/dev/null; kill -9 -$$"#;
+            kill -9 "$child" 2>/dev/null; wait "$child"; kill -9 -$$"#;
         Self::spawn_script(SCRIPT, "guard".as_ref(), program, args, configure)
     }
 
@@ -50,7 +51,7 @@ impl Guarded {
     ) -> io::Result<Self> {
         const SCRIPT: &str = r#""$@" </dev/null & child=$!; read -r _; kill -INT "$child"
             i=0; while kill -0 "$child" 2>/dev/null && [ $i -lt 100 ]; do sleep 0.1; i=$((i+1)); done
-            kill -9 "$child" 2>/dev/null; rm -rf -- "$0""#;
+            kill -9 "$child" 2>/dev/null; wait "$child"; rm -rf -- "$0""#;
         Self::spawn_script(SCRIPT, folder.as_os_str(), program, args, configure)
     }
 

@@ -26,6 +26,9 @@ use crate::guard::Guarded;
 /// How long Postgres may take to come up.
 const START_TIMEOUT: Duration = Duration::from_mins(1);
 
+/// How long the processes of a killed server may take to vanish.
+const GONE_TIMEOUT: Duration = Duration::from_secs(20);
+
 /// The database that every [`Supabase`] is a copy of.
 const TEMPLATE: &str = "atlas_template";
 
@@ -160,7 +163,10 @@ impl Postgres {
 
     /// `SIGKILL` for the server and all its processes at once, as a crash of the machine would be. What
     /// was committed is on disk.
-    pub fn crash(&mut self) -> io::Result<()> {
+    ///
+    /// Returns once all of them are gone: as long as one is left, dead but not reaped, its lock file keeps
+    /// the next server from starting.
+    pub async fn crash(&mut self) -> io::Result<()> {
         let pids = self.processes();
         if !pids.is_empty() {
             Command::new("kill")
@@ -170,7 +176,14 @@ impl Postgres {
                 .status()?;
         }
         self.server = None;
-        Ok(())
+        let gone = async {
+            while pids.iter().any(|pid| Path::new("/proc").join(pid.to_string()).exists()) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(GONE_TIMEOUT, gone).await.map_err(|_| {
+            io::Error::new(io::ErrorKind::TimedOut, format!("killed, but not gone: processes {pids:?}"))
+        })
     }
 
     /// Stops the server as an administrator would: clients are disconnected, transactions rolled back.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    fmt::Write as _,
     time::{Duration, Instant},
 };
 
@@ -23,7 +24,7 @@ const BATCH: usize = 20;
 /// How often the driver looks.
 const TICK: Duration = Duration::from_millis(150);
 /// The run fails when nothing has changed for so long although something should.
-const STUCK: Duration = Duration::from_secs(240);
+const STUCK: Duration = Duration::from_secs(180);
 /// A limit that nothing of a run reaches.
 const NO_LIMIT: i64 = 1_000_000_000_000;
 
@@ -164,6 +165,7 @@ fn settings() -> Vec<(String, String)> {
         ("CIRCUIT_OPEN_SECONDS", "1"),
         ("RETRY_BASE_MILLISECONDS", "100"),
         ("RETRY_MAX_DELAY_SECONDS", "3"),
+        ("LOG_LEVEL", "info,atlas_worker::queue=debug"),
     ]
     .map(|(name, value)| (name.to_owned(), value.to_owned()))
     .to_vec()
@@ -217,7 +219,7 @@ impl<'a> Driver<'a> {
 
     async fn tick(&mut self) -> anyhow::Result<()> {
         tokio::time::sleep(TICK).await;
-        self.mend()?;
+        self.mend().await?;
         self.look_around().await;
         self.publish_more().await?;
         self.publish_late().await?;
@@ -229,13 +231,15 @@ impl<'a> Driver<'a> {
             self.said = Instant::now();
             self.say();
         }
-        ensure!(
-            self.moved.elapsed() < STUCK,
-            "nothing has changed for {STUCK:?}: {:?}, {} messages not published, {} duplicates not sent",
-            self.look,
-            self.waiting.len(),
-            self.late.len()
-        );
+        if self.moved.elapsed() > STUCK {
+            let held = self.who_holds_the_messages().await;
+            bail!(
+                "nothing has changed for {STUCK:?}: {:?}, {} messages not published, {} duplicates not sent. {held}",
+                self.look,
+                self.waiting.len(),
+                self.late.len(),
+            );
+        }
         Ok(())
     }
 
@@ -382,7 +386,7 @@ impl<'a> Driver<'a> {
             }
             Blow::CrashPostgres { back_ms } => {
                 self.database = None;
-                self.fleet.postgres.as_mut().context("a durable Postgres")?.crash()?;
+                self.fleet.postgres.as_mut().context("a durable Postgres")?.crash().await?;
                 Some((after(back_ms), Mend::StartPostgres))
             }
             Blow::RestartPostgres { back_ms } => {
@@ -431,7 +435,7 @@ impl<'a> Driver<'a> {
         self.fleet.proxy.as_ref().context("a proxy")
     }
 
-    fn mend(&mut self) -> anyhow::Result<()> {
+    async fn mend(&mut self) -> anyhow::Result<()> {
         let now = Instant::now();
         let (due, later) = self.mends.iter().partition(|(at, _)| *at <= now);
         self.mends = later;
@@ -452,7 +456,7 @@ impl<'a> Driver<'a> {
                 Mend::StartPostgres => {
                     let postgres = self.fleet.postgres.as_mut().context("a durable Postgres")?;
                     // Two blows may overlap: the later one's end is the end.
-                    postgres.crash()?;
+                    postgres.crash().await?;
                     postgres.start_again()?;
                 }
                 Mend::StartPostgrest => {
@@ -518,6 +522,44 @@ impl<'a> Driver<'a> {
     }
 
     // --- The end ---------------------------------------------------------------------------------
+
+    /// For a run that is stuck: asks the emulator for messages past the workers, then ends worker after
+    /// worker and asks again. Whoever held them is the one after whose end they come.
+    async fn who_holds_the_messages(&mut self) -> String {
+        let url = self.fleet.emulator_url("subscriptions/architect_in-atlas:pull");
+        let request = self.http.post(url).json(&json!({"maxMessages": 1000, "returnImmediately": true}));
+        let connections = self.fleet.proxy.as_ref().map_or(0, crate::proxy::Proxy::connections);
+        let mut said = format!("{connections} connections to Pub/Sub are open.");
+        for worker in &self.fleet.workers {
+            let metrics = worker.metrics().await;
+            let gauges = ["atlas_in_flight", "atlas_work_blocked", "pubsub_", "atlas_circuit"];
+            let lines: Vec<&str> =
+                metrics.lines().filter(|line| gauges.iter().any(|name| line.starts_with(name))).collect();
+            let _ = write!(said, "\n{}: {}", worker.name(), lines.join(", "));
+        }
+        for ended in 0..=self.fleet.workers.len() {
+            if let Some(worker) = ended.checked_sub(1).and_then(|last| self.fleet.workers.get_mut(last)) {
+                worker.kill();
+            }
+            let mut came = 0;
+            let began = Instant::now();
+            // Longer than an ack deadline.
+            while came == 0 && began.elapsed() < Duration::from_secs(40) {
+                let Some(request) = request.try_clone() else { break };
+                if let Ok(answer) = request.send().await
+                    && let Ok(answer) = answer.json::<Value>().await
+                {
+                    came = answer["receivedMessages"].as_array().map_or(0, Vec::len);
+                }
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+            let _ = write!(said, " With {ended} workers ended the emulator gives {came} messages.");
+            if came > 0 {
+                break;
+            }
+        }
+        said
+    }
 
     /// Waits until nothing is left to do: every process ready, every book closed.
     async fn rest(&mut self) -> anyhow::Result<()> {
