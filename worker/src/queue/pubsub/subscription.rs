@@ -33,6 +33,7 @@ use google_cloud_pubsub::{
 };
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, Semaphore},
+    task::unconstrained,
     time::{Instant, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -504,10 +505,11 @@ fn close(shared: &Shared, stream: Option<MessageStream>) {
     let Some(mut stream) = stream else { return };
 
     // What the client holds: it is given back only after the stream is closed, or the server would
-    // push it into the closing stream again, where it would wait for its ack deadline.
+    // push it into the closing stream again, where it would wait for its ack deadline. Unconstrained: a task
+    // that has used up its turn would see an empty stream, and the client would hold what is left for ever.
     let mut handlers = Vec::new();
     while handlers.len() < MAX_HELD
-        && let Some(Some(Ok((_, handler)))) = stream.next().now_or_never()
+        && let Some(Some(Ok((_, handler)))) = unconstrained(stream.next()).now_or_never()
     {
         handlers.push(handler);
     }
