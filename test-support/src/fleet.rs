@@ -454,6 +454,6 @@ fn atlas(env: &BTreeMap<String, String>, args: &[impl AsRef<OsStr>]) -> anyhow::
 }
 
 /// A port nobody listens on now.
-fn free_port() -> std::io::Result<u16> {
+pub(crate) fn free_port() -> std::io::Result<u16> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }

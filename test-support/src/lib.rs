@@ -1,4 +1,5 @@
-//! Real services for tests: a Pub/Sub emulator, and Postgres behind a PostgREST-compatible server.
+//! Real services for tests: a Pub/Sub emulator, Postgres behind a PostgREST-compatible server, and a
+//! Qdrant server.
 //!
 //! A service that a machine lacks is a *named skip*: the test says so and returns. With
 //! `ATLAS_REQUIRE_SERVICES=1` (set in CI) the same is a failure. See [`skip`].
@@ -12,6 +13,7 @@ pub mod emulator;
 pub mod fleet;
 pub mod guard;
 pub mod proxy;
+pub mod qdrant;
 pub mod redis;
 pub mod supabase;
 

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
+use atlas_test_support::qdrant::Qdrant;
+
 use super::*;
 
 /// A collection name that no other test uses: servers outlive test runs.
@@ -447,14 +449,29 @@ async fn readers_and_writers_do_not_disturb_each_other() {
     assert_eq!(index.info("busy").await.unwrap().unwrap().chunks, 40);
 }
 
+/// A server for this process: `QDRANT_URL`, else one of its own, else a named skip.
+async fn a_real_server(test: &str) -> Option<(qdrant::QdrantIndex, Option<Qdrant>)> {
+    let timeout = std::time::Duration::from_secs(30);
+    if let Ok(url) = std::env::var("QDRANT_URL") {
+        let key = std::env::var("QDRANT_API_KEY").ok().map(atlas_shared::Secret::new);
+        let url = url.parse().expect("QDRANT_URL is a URL");
+        let index = qdrant::QdrantIndex::connect(&url, key.as_ref(), timeout).unwrap();
+        return Some((index, None));
+    }
+    let server = match Qdrant::start().await {
+        Ok(server) => server,
+        Err(reason) => {
+            let test = format!("index::contract::{test}");
+            atlas_test_support::skip_everywhere(&test, "a Qdrant server", &reason);
+            return None;
+        }
+    };
+    let index = qdrant::QdrantIndex::connect(&server.url().parse().unwrap(), None, timeout).unwrap();
+    Some((index, Some(server)))
+}
+
 #[tokio::test]
 async fn a_real_server_keeps_the_contract() {
-    let Ok(url) = std::env::var("QDRANT_URL") else {
-        let test = "index::contract::a_real_server_keeps_the_contract";
-        return atlas_test_support::skip_everywhere(test, "a Qdrant server", "QDRANT_URL is not set");
-    };
-    let key = std::env::var("QDRANT_API_KEY").ok().map(atlas_shared::Secret::new);
-    let url = url.parse().expect("QDRANT_URL is a URL");
-    let index = qdrant::QdrantIndex::connect(&url, key.as_ref(), std::time::Duration::from_secs(30)).unwrap();
+    let Some((index, _server)) = a_real_server("a_real_server_keeps_the_contract").await else { return };
     run(&index).await;
 }

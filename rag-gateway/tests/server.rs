@@ -1,0 +1,254 @@
+//! The gateway on a real Qdrant server: that its answers are those of the embedded engine, and what
+//! happens when the server dies, comes back, or wants a key.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::{fs, path::Path, time::Duration};
+
+use atlas_openai_sim::{Sim, SimOptions};
+use atlas_test_support::{fleet::workspace, qdrant::Qdrant};
+use reqwest::Method;
+use serde_json::{Value, json};
+use support::{Stand, sources};
+
+/// Nothing is waited for longer: readiness looks every 10 s.
+const BOUND: Duration = Duration::from_secs(60);
+
+/// Many small chunks, no answer from a cache.
+const SMALL_CHUNKS: [(&str, &str); 3] =
+    [("CHUNK_TOKENS", "64"), ("CHUNK_OVERLAP_TOKENS", "0"), ("CACHE_TTL", "0")];
+
+const QUERIES: [&str; 8] = [
+    "how is the daily token budget enforced?",
+    "what happens when the vector index is down",
+    "RUN_TIMEOUT_SECONDS",
+    "claim a run with a fencing token",
+    "dead letters",
+    "qdrant",
+    "the of and",
+    "zebra crossing",
+];
+
+async fn server(test: &str, settings: &[(&str, &str)]) -> Option<Qdrant> {
+    match Qdrant::start_with(settings).await {
+        Ok(server) => Some(server),
+        Err(reason) => {
+            atlas_test_support::skip_everywhere(test, "a Qdrant server", &reason);
+            None
+        }
+    }
+}
+
+async fn on(server: &Qdrant, more: &[(&str, &str)]) -> Stand {
+    let url = server.url();
+    let settings: Vec<_> = [("QDRANT_URL", url.as_str()), ("RETRY_MAX_ATTEMPTS", "1")]
+        .into_iter()
+        .chain(more.iter().copied())
+        .collect();
+    Stand::start(&settings).await
+}
+
+/// Looks until `look` sees what it wants; bounded.
+async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
+    tokio::time::timeout(BOUND, async {
+        let mut ticks = tokio::time::interval(Duration::from_millis(100));
+        loop {
+            ticks.tick().await;
+            if let Some(seen) = look().await {
+                return seen;
+            }
+        }
+    })
+    .await
+    .unwrap_or_else(|_| panic!("waited {BOUND:?} for: {what}"))
+}
+
+/// Our own documentation.
+fn corpus() -> Vec<Value> {
+    let mut documents = Vec::new();
+    for folder in ["docs", "migrations"] {
+        for entry in fs::read_dir(workspace().join(folder)).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|extension| extension == "md") {
+                documents.push(document(&path));
+            }
+        }
+    }
+    documents.sort_by_key(|document| document["source"].as_str().unwrap().to_owned());
+    documents
+}
+
+fn document(path: &Path) -> Value {
+    let source = path.strip_prefix(workspace()).unwrap().display().to_string();
+    json!({"source": source, "text": fs::read_to_string(path).unwrap(), "repo": "atlas"})
+}
+
+/// The same question to both: the same passages in the same order, and scores that differ in rounding only.
+async fn assert_equal_answers(embedded: &Stand, server: &Stand) {
+    for query in QUERIES {
+        for filter in [json!({}), json!({"path": "docs/**"}), json!({"repo": "atlas", "lang": "markdown"})] {
+            let body = json!({"query": query, "filter": filter});
+            let [left, right] = [
+                embedded.post("/v1/query_chat", body.clone()).await.ok(),
+                server.post("/v1/query_chat", body).await.ok(),
+            ];
+            let [left, right] = [left, right].map(|answer| answer.as_array().unwrap().clone());
+            assert_eq!(places(&left), places(&right), "{query} {filter}");
+            for (left, right) in left.iter().zip(&right) {
+                for number in ["similarity", "score"] {
+                    let [a, b] = [left, right].map(|passage| passage[number].as_f64());
+                    let near = a.zip(b).map_or(a == b, |(a, b)| (a - b).abs() < 1e-4);
+                    assert!(near, "{query} {filter}: {number} {a:?} and {b:?}");
+                }
+                assert_eq!(left["text"], right["text"]);
+                assert_eq!(left["heading"], right["heading"]);
+            }
+        }
+    }
+}
+
+fn places(answer: &[Value]) -> Vec<String> {
+    let place = |passage: &Value| format!("{}:{}", passage["source"], passage["start_line"]);
+    answer.iter().map(place).collect()
+}
+
+async fn compare_engines(test: &str, more: &[(&str, &str)]) {
+    let Some(server) = server(test, &[]).await else { return };
+    let settings: Vec<_> = SMALL_CHUNKS.into_iter().chain(more.iter().copied()).collect();
+    let stands = [Stand::start(&settings).await, on(&server, &settings).await];
+    let [embedded, remote] = &stands;
+    let corpus = corpus();
+    for stand in &stands {
+        let put = stand.put(json!(corpus)).await.ok();
+        assert!(put["results"].as_array().unwrap().iter().all(|result| result["outcome"] == "indexed"));
+    }
+    let chunks = remote.get("/v1/collections").await.ok()[0]["chunks"].as_u64().unwrap();
+    assert!(chunks > 300, "more than one request's worth: {chunks}");
+    assert_eq!(embedded.get("/v1/collections").await.ok(), remote.get("/v1/collections").await.ok());
+    assert_eq!(embedded.get("/v1/documents").await.ok(), remote.get("/v1/documents").await.ok());
+    assert_equal_answers(embedded, remote).await;
+
+    // A file is changed, one is deleted, the others are sent again unchanged.
+    let mut changed = corpus.clone();
+    let gone = changed.remove(0);
+    changed[0]["text"] = json!("# Zebras\n\nA zebra crossing is where a zebra crosses.\n");
+    for stand in &stands {
+        let put = stand.put(json!(changed)).await.ok();
+        let indexed =
+            put["results"].as_array().unwrap().iter().filter(|result| result["outcome"] == "indexed").count();
+        assert_eq!(indexed, 1, "{put}");
+        let delete = stand
+            .request(Method::DELETE, "/v1/documents")
+            .json(&json!({"repo": "atlas", "sources": [gone["source"]]}));
+        assert_eq!(stand.send(delete).await.ok(), json!({"deleted": 1}));
+        let found = stand.query("zebra crossing").await.ok();
+        assert_eq!(sources(&found)[0], changed[0]["source"].as_str().unwrap());
+    }
+    assert_eq!(embedded.get("/v1/documents").await.ok(), remote.get("/v1/documents").await.ok());
+    assert_equal_answers(embedded, remote).await;
+    for stand in stands {
+        stand.gateway.shutdown().await;
+    }
+}
+
+#[tokio::test]
+async fn lexical_answers_are_those_of_the_embedded_engine() {
+    compare_engines("lexical_answers_are_those_of_the_embedded_engine", &[]).await;
+}
+
+#[tokio::test]
+async fn hybrid_answers_are_those_of_the_embedded_engine() {
+    let sim = Sim::start(SimOptions::default()).await.unwrap();
+    let url = sim.base_url();
+    let settings = [("OPENAI_BASE_URL", url.as_str()), ("DAILY_TOKEN_BUDGET", "100000000")];
+    compare_engines("hybrid_answers_are_those_of_the_embedded_engine", &settings).await;
+}
+
+#[tokio::test]
+async fn an_outage_is_told_and_ends_by_itself() {
+    let Some(mut server) = server("an_outage_is_told_and_ends_by_itself", &[]).await else { return };
+    let stand = on(&server, &[]).await;
+    let kept = json!([{"source": "kept.md", "text": "An apple a day.\n"}]);
+    stand.put(kept.clone()).await.ok();
+    let answer = stand.query("apple").await.ok();
+    assert_eq!(sources(&answer), ["kept.md"]);
+
+    server.kill();
+    let refused = stand.query("another question").await;
+    refused.problem(503, "upstream_unavailable");
+    assert!(refused.header("retry-after").is_some());
+    assert_eq!(stand.query("apple").await.ok(), answer, "what is cached is still answered");
+    stand.put(json!([{"source": "new.md", "text": "A pear.\n"}])).await.problem(503, "upstream_unavailable");
+    let ready = eventually("readiness to tell", async || {
+        let ready = stand.get("/health/ready").await;
+        (ready.status.as_u16() == 503).then_some(ready)
+    })
+    .await;
+    assert_eq!(ready.body["checks"]["vector_index"]["ok"], false);
+    assert_eq!(stand.get("/health/live").await.status.as_u16(), 200);
+
+    server.resume().await.unwrap();
+    eventually("answers to come back", async || {
+        let reply = stand.query("an apple").await;
+        reply.status.is_success().then_some(reply)
+    })
+    .await;
+    assert_eq!(sources(&stand.query("apples").await.ok()), ["kept.md"], "nothing that was answered is lost");
+    assert_eq!(stand.put(kept).await.ok()["results"][0]["outcome"], "unchanged");
+    stand.put(json!([{"source": "new.md", "text": "A pear.\n"}])).await.ok();
+    assert_eq!(sources(&stand.query("pear").await.ok()), ["new.md"]);
+    eventually("readiness to recover", async || {
+        stand.get("/health/ready").await.status.is_success().then_some(())
+    })
+    .await;
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_server_that_wants_a_key_gets_it_and_a_wrong_one_is_named() {
+    let settings = [("QDRANT__SERVICE__API_KEY", "key-of-the-server")];
+    let Some(server) = server("a_server_that_wants_a_key_gets_it_and_a_wrong_one_is_named", &settings).await
+    else {
+        return;
+    };
+    for wrong in [&[][..], &[("QDRANT_API_KEY", "another-key-entirely")]] {
+        let stand = on(&server, wrong).await;
+        let ready = stand.get("/health/ready").await;
+        assert_eq!(ready.status.as_u16(), 503, "{}", ready.text);
+        let message = ready.body["checks"]["vector_index"]["message"].as_str().unwrap();
+        assert!(message.contains("QDRANT_API_KEY") && !message.contains("another-key"), "{message}");
+        assert_eq!(stand.query("apple").await.status.as_u16(), 503);
+        stand.gateway.shutdown().await;
+    }
+    let stand = on(&server, &[("QDRANT_API_KEY", "key-of-the-server")]).await;
+    stand.get("/health/ready").await.ok();
+    stand.put(json!([{"source": "a.md", "text": "An apple.\n"}])).await.ok();
+    assert_eq!(sources(&stand.query("apple").await.ok()), ["a.md"]);
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn replicas_share_nothing_but_the_server() {
+    let Some(server) = server("replicas_share_nothing_but_the_server", &[]).await else { return };
+    let (left, right) = tokio::join!(on(&server, &SMALL_CHUNKS), on(&server, &SMALL_CHUNKS));
+    let document =
+        |number: usize| json!({"source": format!("{number}.md"), "text": format!("Apple {number}.\n")});
+    // Both find that there is no collection yet, and make it.
+    let (one, two) =
+        tokio::join!(left.put((0..10).map(document).collect()), right.put((10..20).map(document).collect()),);
+    one.ok();
+    two.ok();
+    for stand in [&left, &right] {
+        let body = json!({"query": "apple", "top_k": 50});
+        assert_eq!(sources(&stand.post("/v1/query_chat", body).await.ok()).len(), 20);
+    }
+    // What one deletes the other does not find.
+    let delete = left.request(Method::DELETE, "/v1/documents").json(&json!({"sources": ["15.md"]}));
+    assert_eq!(left.send(delete).await.ok(), json!({"deleted": 1}));
+    let body = json!({"query": "apple", "top_k": 50});
+    assert_eq!(sources(&right.post("/v1/query_chat", body).await.ok()).len(), 19);
+    left.gateway.shutdown().await;
+    right.gateway.shutdown().await;
+}
