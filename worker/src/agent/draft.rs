@@ -460,16 +460,15 @@ impl Draft {
 
     fn request(&self) -> Result<ChatRequest, minijinja::Error> {
         let in_prompt = self.options.response_format != ResponseFormatSetting::JsonSchema;
-        let fields = match &self.stage {
-            Stage::Mending { fields, .. } => fields.as_slice(),
-            _ => self.kind.fields(),
+        let schema = match &self.stage {
+            Stage::Mending { fields, .. } => schema::of_fields(fields),
+            _ => schema::of_kind(self.kind),
         };
-        let schema = schema::of_fields(fields);
         let mut messages =
             vec![ChatMessage::System { content: prompt::system(self.kind, in_prompt.then_some(&schema))? }];
         let words = self.completion_cap / 2;
         match &self.stage {
-            Stage::Mending { faults, shown, .. } => messages
+            Stage::Mending { fields, faults, shown, .. } => messages
                 .push(ChatMessage::User { content: prompt::mend(&self.subject, fields, faults, shown)? }),
             stage => {
                 messages
@@ -607,16 +606,21 @@ impl Draft {
         }
         let Ok(request) = self.request() else { return };
         let prompt = count(&request);
+        let (least, most) = (self.options.min_completion_tokens, self.options.max_completion_tokens);
+        let answer = Tokens(u64::from(least) * 3 / 2).max(Tokens(u64::from(most) * 3 / 4));
+        let rest = Tokens(TOOL_CALL_TOKENS * 5) + answer;
+        // Without passages it is at most as long: most requests need no closer look.
+        if prompt + prompt + rest <= available {
+            self.may_search = true;
+            return;
+        }
         let bare = {
             let mut bare = self.clone();
             bare.shelf.pack_none();
             bare.request().map_or(prompt, |request| count(&request))
         };
-        let (least, most) = (self.options.min_completion_tokens, self.options.max_completion_tokens);
-        let answer = Tokens(u64::from(least) * 3 / 2).max(Tokens(u64::from(most) * 3 / 4));
         let passages = Tokens(prompt.saturating_sub(bare).0 / 2);
-        let another = bare + passages + Tokens(TOOL_CALL_TOKENS * 4) + answer;
-        self.may_search = prompt + Tokens(TOOL_CALL_TOKENS) + another <= available;
+        self.may_search = prompt + bare + passages + rest <= available;
     }
 
     /// Takes the model's answer to the call that [`next`](Self::next) gave.

@@ -98,6 +98,9 @@ impl Shelf {
     pub(super) fn add(&mut self, passages: Vec<Passage>) -> Vec<u32> {
         self.additions += 1;
         let about = words::of(&self.about);
+        // Each passage is compared with all before it: its words are taken once.
+        let mut bags: Vec<HashSet<String>> =
+            self.entries.iter().map(|entry| words::of(&entry.passage.text)).collect();
         let weight = if self.additions > 1 { ASKED_FOR } else { 1.0 };
         let mut numbers = Vec::new();
         for (rank, passage) in passages.into_iter().enumerate() {
@@ -107,9 +110,8 @@ impl Shelf {
             let trimmed = passage.text.len() < length || length > MAX_PASSAGE_CHARS;
             let Some((passage, text_hash)) = tidy(passage, &about) else { continue };
             let bag = words::of(&passage.text);
-            let known = self.entries.iter().position(|entry| {
-                contains(&entry.passage, &passage)
-                    || words::similarity(&words::of(&entry.passage.text), &bag) > SAME
+            let known = self.entries.iter().zip(&bags).position(|(entry, words)| {
+                contains(&entry.passage, &passage) || words::similarity(words, &bag) > SAME
             });
             let n = match known {
                 Some(at) => {
@@ -130,6 +132,7 @@ impl Shelf {
                         packed: true,
                         given: false,
                     });
+                    bags.push(bag);
                     n
                 }
             };

@@ -1,6 +1,8 @@
 //! The JSON schema of each kind, in the strict dialect of the OpenAI API: every property required,
 //! no other allowed. [`coerce`] bends whatever came back into that shape and says where it had to.
 
+use std::sync::LazyLock;
+
 use serde_json::{Map, Value, json};
 
 use super::spec::{Field, Kind};
@@ -10,7 +12,11 @@ pub(super) const NAME: &str = "architecture_document";
 
 /// The schema of a whole document.
 pub fn of_kind(kind: Kind) -> Value {
-    of_fields(kind.fields())
+    // Every prompt has one.
+    static SCHEMAS: LazyLock<[(Kind, Value); 4]> =
+        LazyLock::new(|| Kind::ALL.map(|kind| (kind, of_fields(kind.fields()))));
+    let made = SCHEMAS.iter().find(|(of, _)| *of == kind);
+    made.map_or_else(|| of_fields(kind.fields()), |(_, schema)| schema.clone())
 }
 
 /// The schema of some fields of a document, for a repair.

@@ -30,7 +30,9 @@ pub(super) fn list(text: &str) -> Vec<String> {
             push(&mut words, &word);
             word.clear();
         }
-        if c.is_alphanumeric() {
+        if c.is_ascii_alphanumeric() {
+            word.push(c.to_ascii_lowercase());
+        } else if c.is_alphanumeric() {
             word.extend(c.to_lowercase());
         }
         was_lower = c.is_lowercase();
@@ -40,7 +42,7 @@ pub(super) fn list(text: &str) -> Vec<String> {
 }
 
 fn push(words: &mut Vec<String>, word: &str) {
-    if word.chars().count() < 3 || STOP_WORDS.binary_search(&word).is_ok() {
+    if word.len() < 3 || word.chars().count() < 3 || STOP_WORDS.binary_search(&word).is_ok() {
         return;
     }
     words.push(stem(word).to_owned());
@@ -69,6 +71,7 @@ pub(super) fn share(part: &HashSet<String>, whole: &HashSet<String>) -> f64 {
 
 /// How much two texts have in common, 0 to 1 (Jaccard).
 pub(super) fn similarity(a: &HashSet<String>, b: &HashSet<String>) -> f64 {
+    let (a, b) = if a.len() <= b.len() { (a, b) } else { (b, a) };
     let common = a.intersection(b).count();
     let all = a.len() + b.len() - common;
     if all == 0 { 0.0 } else { common as f64 / all as f64 }

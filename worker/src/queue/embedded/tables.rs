@@ -11,7 +11,7 @@
 use std::time::Duration;
 
 use atlas_shared::{Dependency, UpstreamError};
-use rusqlite::{Connection, OptionalExtension as _, params};
+use rusqlite::{Connection, OptionalExtension as _, Params, Row, params};
 use uuid::Uuid;
 
 /// Kept messages: those that no subscription waits for.
@@ -39,6 +39,7 @@ CREATE TABLE IF NOT EXISTS queue_messages (
 CREATE INDEX IF NOT EXISTS queue_messages_by_task ON queue_messages (topic, task_id, id);
 CREATE INDEX IF NOT EXISTS queue_messages_by_age ON queue_messages (published_at);
 CREATE INDEX IF NOT EXISTS queue_messages_kept ON queue_messages (id) WHERE kept = 1;
+CREATE INDEX IF NOT EXISTS queue_messages_kept_by_age ON queue_messages (published_at) WHERE kept = 1;
 CREATE TABLE IF NOT EXISTS queue_subscriptions (
     name  TEXT PRIMARY KEY,
     topic TEXT NOT NULL
@@ -84,7 +85,8 @@ pub(super) struct Kept {
 }
 
 pub(super) fn subscribe(connection: &Connection, name: &str, topic: &str) -> rusqlite::Result<()> {
-    connection.execute(
+    execute(
+        connection,
         "INSERT INTO queue_subscriptions (name, topic) VALUES (?1, ?2)
          ON CONFLICT (name) DO UPDATE SET topic = excluded.topic WHERE topic <> excluded.topic",
         params![name, topic],
@@ -93,8 +95,7 @@ pub(super) fn subscribe(connection: &Connection, name: &str, topic: &str) -> rus
 }
 
 pub(super) fn is_subscribed(connection: &Connection, name: &str) -> rusqlite::Result<bool> {
-    connection
-        .query_row("SELECT 1 FROM queue_subscriptions WHERE name = ?1", [name], |_| Ok(()))
+    query_row(connection, "SELECT 1 FROM queue_subscriptions WHERE name = ?1", [name], |_| Ok(()))
         .optional()
         .map(|row| row.is_some())
 }
@@ -107,14 +108,14 @@ pub(super) fn publish(
     attributes: &[(String, String)],
     now: i64,
 ) -> Result<String, UpstreamError> {
-    let full: Option<String> = connection
-        .query_row(
-            "SELECT name FROM queue_subscriptions s WHERE topic = ?1 AND EXISTS (
+    let full: Option<String> = query_row(
+        connection,
+        "SELECT name FROM queue_subscriptions s WHERE topic = ?1 AND EXISTS (
                  SELECT 1 FROM queue_deliveries d WHERE d.subscription = s.name LIMIT 1 OFFSET ?2)",
-            params![topic, BACKLOG_AT_MOST - 1],
-            |row| row.get(0),
-        )
-        .optional()?;
+        params![topic, BACKLOG_AT_MOST - 1],
+        |row| row.get(0),
+    )
+    .optional()?;
     if let Some(subscription) = full {
         return Err(UpstreamError::transient(
             Dependency::Queue,
@@ -130,7 +131,8 @@ pub(super) fn publish(
 /// Whether [`claim`] would find something, so that an idle consumer, which looks often, does not take
 /// the write lock for it; otherwise when the next delivery is due.
 pub(super) fn look(connection: &Connection, policy: &Policy, now: i64) -> rusqlite::Result<Look> {
-    let next: Option<i64> = connection.query_row(
+    let next: Option<i64> = query_row(
+        connection,
         "SELECT min(visible_at) FROM queue_deliveries WHERE subscription = ?1",
         [&policy.subscription],
         |row| row.get(0),
@@ -165,12 +167,14 @@ pub(super) fn claim(connection: &Connection, policy: &Policy, now: i64) -> rusql
             continue;
         }
         let lease = Uuid::new_v4().to_string();
-        connection.execute(
+        execute(
+            connection,
             "UPDATE queue_deliveries SET attempt = attempt + 1, lease = ?3, visible_at = ?4
              WHERE subscription = ?1 AND message = ?2",
             params![policy.subscription, message, lease, now + millis(policy.lease)],
         )?;
-        let (message_id, data, attributes) = connection.query_row(
+        let (message_id, data, attributes) = query_row(
+            connection,
             "SELECT message_id, data, attributes FROM queue_messages WHERE id = ?1",
             [message],
             |row| Ok((row.get(0)?, row.get(1)?, row.get::<_, String>(2)?)),
@@ -188,7 +192,8 @@ pub(super) fn ack(
     message: i64,
     lease: &str,
 ) -> rusqlite::Result<bool> {
-    let held = connection.execute(
+    let held = execute(
+        connection,
         "DELETE FROM queue_deliveries WHERE subscription = ?1 AND message = ?2 AND lease = ?3",
         params![policy.subscription, message, lease],
     )? > 0;
@@ -206,13 +211,13 @@ pub(super) fn nack(
     lease: &str,
     now: i64,
 ) -> rusqlite::Result<()> {
-    let attempt: Option<u32> = connection
-        .query_row(
-            "SELECT attempt FROM queue_deliveries WHERE subscription = ?1 AND message = ?2 AND lease = ?3",
-            params![policy.subscription, message, lease],
-            |row| row.get(0),
-        )
-        .optional()?;
+    let attempt: Option<u32> = query_row(
+        connection,
+        "SELECT attempt FROM queue_deliveries WHERE subscription = ?1 AND message = ?2 AND lease = ?3",
+        params![policy.subscription, message, lease],
+        |row| row.get(0),
+    )
+    .optional()?;
     // Without the lease it is somebody else's to decide.
     if let Some(attempt) = attempt {
         match &policy.dead_letters {
@@ -220,7 +225,8 @@ pub(super) fn nack(
                 dead_letter(connection, policy, message, topic, attempt, now)?;
             }
             _ => {
-                connection.execute(
+                execute(
+                    connection,
                     "UPDATE queue_deliveries SET lease = NULL, visible_at = ?3
                      WHERE subscription = ?1 AND message = ?2",
                     params![policy.subscription, message, now + millis(backoff(policy, attempt))],
@@ -239,7 +245,8 @@ pub(super) fn unclaim(
     lease: &str,
     now: i64,
 ) -> rusqlite::Result<()> {
-    connection.execute(
+    execute(
+        connection,
         "UPDATE queue_deliveries SET lease = NULL, attempt = attempt - 1, visible_at = ?4
          WHERE subscription = ?1 AND message = ?2 AND lease = ?3",
         params![policy.subscription, message, lease, now],
@@ -255,7 +262,8 @@ pub(super) fn renew(
     now: i64,
 ) -> rusqlite::Result<()> {
     for (message, lease) in leases {
-        connection.execute(
+        execute(
+            connection,
             "UPDATE queue_deliveries SET visible_at = ?4
              WHERE subscription = ?1 AND message = ?2 AND lease = ?3",
             params![policy.subscription, message, lease, now + millis(policy.lease)],
@@ -266,7 +274,8 @@ pub(super) fn renew(
 
 /// How many messages wait, and when the oldest was published.
 pub(super) fn backlog(connection: &Connection, subscription: &str) -> rusqlite::Result<(u64, Option<i64>)> {
-    connection.query_row(
+    query_row(
+        connection,
         "SELECT count(*), min(m.published_at)
          FROM queue_deliveries d JOIN queue_messages m ON m.id = d.message WHERE d.subscription = ?1",
         [subscription],
@@ -276,7 +285,7 @@ pub(super) fn backlog(connection: &Connection, subscription: &str) -> rusqlite::
 
 /// The id of the newest message: watchers start behind it.
 pub(super) fn newest(connection: &Connection) -> rusqlite::Result<i64> {
-    connection.query_row("SELECT coalesce(max(id), 0) FROM queue_messages", [], |row| row.get(0))
+    query_row(connection, "SELECT coalesce(max(id), 0) FROM queue_messages", [], |row| row.get(0))
 }
 
 /// The first message of a task on `topic` behind `after`.
@@ -286,25 +295,25 @@ pub(super) fn next_of_task(
     task_id: &str,
     after: i64,
 ) -> rusqlite::Result<Option<Kept>> {
-    connection
-        .query_row(
-            "SELECT id, data FROM queue_messages WHERE topic = ?1 AND task_id = ?2 AND id > ?3
+    query_row(
+        connection,
+        "SELECT id, data FROM queue_messages WHERE topic = ?1 AND task_id = ?2 AND id > ?3
              ORDER BY id LIMIT 1",
-            params![topic, task_id, after],
-            |row| Ok(Kept { id: row.get(0)?, data: row.get(1)? }),
-        )
-        .optional()
+        params![topic, task_id, after],
+        |row| Ok(Kept { id: row.get(0)?, data: row.get(1)? }),
+    )
+    .optional()
 }
 
 fn due(connection: &Connection, policy: &Policy, now: i64) -> rusqlite::Result<Option<(i64, u32)>> {
-    connection
-        .query_row(
-            "SELECT message, attempt FROM queue_deliveries
+    query_row(
+        connection,
+        "SELECT message, attempt FROM queue_deliveries
              WHERE subscription = ?1 AND visible_at <= ?2 ORDER BY visible_at, message LIMIT 1",
-            params![policy.subscription, now],
-            |row| Ok((row.get(0)?, row.get(1)?)),
-        )
-        .optional()
+        params![policy.subscription, now],
+        |row| Ok((row.get(0)?, row.get(1)?)),
+    )
+    .optional()
 }
 
 fn insert(
@@ -316,19 +325,21 @@ fn insert(
     now: i64,
 ) -> rusqlite::Result<()> {
     let task_id = attributes.iter().find(|(key, _)| key == "task_id").map(|(_, value)| value);
-    connection.execute(
+    execute(
+        connection,
         "INSERT INTO queue_messages (message_id, topic, task_id, data, attributes, published_at)
          VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
         params![message_id, topic, task_id, data, encode(attributes), now],
     )?;
     let message = connection.last_insert_rowid();
-    let subscribers = connection.execute(
+    let subscribers = execute(
+        connection,
         "INSERT INTO queue_deliveries (subscription, message, visible_at)
          SELECT name, ?1, ?2 FROM queue_subscriptions WHERE topic = ?3",
         params![message, now, topic],
     )?;
     if subscribers == 0 {
-        connection.execute("UPDATE queue_messages SET kept = 1 WHERE id = ?1", [message])?;
+        execute(connection, "UPDATE queue_messages SET kept = 1 WHERE id = ?1", [message])?;
     }
     Ok(())
 }
@@ -343,7 +354,8 @@ fn dead_letter(
     attempts: u32,
     now: i64,
 ) -> rusqlite::Result<()> {
-    let (message_id, data, attributes): (String, Vec<u8>, String) = connection.query_row(
+    let (message_id, data, attributes): (String, Vec<u8>, String) = query_row(
+        connection,
         "SELECT message_id, data, attributes FROM queue_messages WHERE id = ?1",
         [message],
         |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
@@ -352,7 +364,8 @@ fn dead_letter(
     attributes.push(("CloudPubSubDeadLetterSourceDeliveryCount".to_owned(), attempts.to_string()));
     attributes.push(("CloudPubSubDeadLetterSourceSubscription".to_owned(), policy.subscription.clone()));
     insert(connection, topic, &message_id, &data, &attributes, now)?;
-    connection.execute(
+    execute(
+        connection,
         "DELETE FROM queue_deliveries WHERE subscription = ?1 AND message = ?2",
         params![policy.subscription, message],
     )?;
@@ -360,7 +373,8 @@ fn dead_letter(
 }
 
 fn remove_delivered(connection: &Connection, message: i64) -> rusqlite::Result<()> {
-    connection.execute(
+    execute(
+        connection,
         "DELETE FROM queue_messages WHERE id = ?1
          AND NOT EXISTS (SELECT 1 FROM queue_deliveries WHERE message = ?1)",
         [message],
@@ -369,21 +383,43 @@ fn remove_delivered(connection: &Connection, message: i64) -> rusqlite::Result<(
 }
 
 /// Bounds what is kept. A few rows at a time, so that no publisher pays for all of a backlog.
+/// Each statement finds its rows through an index of its own: this runs with every message published.
 fn remove_old(connection: &Connection, now: i64) -> rusqlite::Result<()> {
-    connection.execute(
+    execute(
+        connection,
         "DELETE FROM queue_messages WHERE id IN (
-             SELECT id FROM queue_messages WHERE published_at < ?1 ORDER BY published_at LIMIT 100)",
+                 SELECT id FROM queue_messages WHERE published_at < ?1 ORDER BY published_at LIMIT 100)",
         [now - millis(DELIVER_FOR)],
     )?;
-    connection.execute(
+    execute(
+        connection,
         "DELETE FROM queue_messages WHERE id IN (
-             SELECT id FROM queue_messages
-             WHERE kept = 1
-               AND (published_at < ?1 OR id <= (SELECT max(id) FROM queue_messages) - ?2)
-             ORDER BY id LIMIT 100)",
-        params![now - millis(KEEP_FOR), KEEP_AT_MOST],
+                 SELECT id FROM queue_messages WHERE kept = 1 AND published_at < ?1
+                 ORDER BY published_at LIMIT 100)",
+        [now - millis(KEEP_FOR)],
+    )?;
+    execute(
+        connection,
+        "DELETE FROM queue_messages WHERE id IN (
+                 SELECT id FROM queue_messages
+                 WHERE kept = 1 AND id <= (SELECT max(id) FROM queue_messages) - ?1 ORDER BY id LIMIT 100)",
+        [KEEP_AT_MOST],
     )?;
     Ok(())
+}
+
+/// Both run often: their statements are prepared once.
+fn execute(connection: &Connection, sql: &str, params: impl Params) -> rusqlite::Result<usize> {
+    connection.prepare_cached(sql)?.execute(params)
+}
+
+fn query_row<T>(
+    connection: &Connection,
+    sql: &str,
+    params: impl Params,
+    read: impl FnOnce(&Row<'_>) -> rusqlite::Result<T>,
+) -> rusqlite::Result<T> {
+    connection.prepare_cached(sql)?.query_row(params, read)
 }
 
 fn backoff(policy: &Policy, attempt: u32) -> Duration {
