@@ -16,6 +16,15 @@ fi
 
 "$bench" worker --runs 2000 --in-flight 64
 "$bench" worker --runs 10000 --in-flight 1000 --latency-ms 2000
+# 5,000 files of the sources that cargo has fetched, and the same in Python, where it has the packages.
+registry=("${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/)
+python=()
+if "${BENCH_PYTHON:-python3}" -c 'import langchain_text_splitters, rank_bm25' 2>/dev/null; then
+    python=(--python "${BENCH_PYTHON:-python3}")
+else
+    echo "Indexing is not compared: pip install langchain-text-splitters rank_bm25, and name that Python in BENCH_PYTHON." >&2
+fi
+"$bench" index --folder "${registry[0]}" --files 5000 "${python[@]}"
 if ! "$bench" worker --services real --runs 1000 --in-flight 64; then
     echo "The benchmark on the real services did not run; the line above says why." >&2
     exit 1

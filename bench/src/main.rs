@@ -3,6 +3,7 @@
 //! Each benchmark starts the release binaries beside its own, gives them work, checks that the work was
 //! done (a fast wrong answer is a failure) and prints Markdown for `docs/BENCHMARKS.md`.
 
+mod index;
 mod machine;
 mod process;
 mod prometheus;
@@ -24,6 +25,8 @@ struct Arguments {
 enum What {
     /// One worker: runs a second, overhead, CPU, memory, store round trips.
     Worker(worker::Arguments),
+    /// `atlas index` without embeddings: files, bytes and chunks a second, and a pipeline in Python beside it.
+    Index(index::Arguments),
     /// The machine's description.
     Machine,
 }
@@ -36,6 +39,7 @@ async fn main() -> anyhow::Result<()> {
     }
     match arguments.what {
         What::Worker(arguments) => worker::measure(&arguments).await,
+        What::Index(arguments) => index::measure(&arguments),
         What::Machine => {
             println!("{}", machine::describe());
             Ok(())

@@ -443,7 +443,9 @@ impl Job {
         reporter.finish();
         summarise(ui, &outcome, unchanged, started.elapsed());
         if let Err(error) = result {
-            return Err(error.fix("once that is mended, run the same command again: what is indexed stays indexed"));
+            return Err(
+                error.fix("once that is mended, run the same command again: what is indexed stays indexed")
+            );
         }
         if outcome.left > 0 {
             return Err(CliError::interrupted(format!("stopped; {} left", count(outcome.left, "file")))
