@@ -16,6 +16,7 @@ mod citations;
 mod commands;
 mod context;
 mod error;
+mod eval;
 mod live;
 mod lock;
 mod metrics;
@@ -101,6 +102,7 @@ enum Command {
     Publish(commands::publish::Publish),
     Index(commands::index::Index),
     Search(commands::search::Search),
+    Eval(commands::eval::Eval),
     Collections(commands::collections::Collections),
     Runs(commands::runs::Runs),
     Dlq(commands::dlq::Dlq),
@@ -147,6 +149,7 @@ async fn run(command: Command, context: &Context) -> Result<()> {
         Command::Index(command) => Box::pin(command.run(context)).await,
         Command::Search(command) => Box::pin(command.run(context)).await,
         Command::Collections(command) => Box::pin(command.run(context)).await,
+        Command::Eval(command) => Box::pin(command.run(context)).await,
         Command::Runs(command) => Box::pin(command.run(context)).await,
         Command::Dlq(command) => Box::pin(command.run(context)).await,
         Command::Budget(command) => Box::pin(command.run(context)).await,

@@ -267,7 +267,13 @@ pub(crate) struct GatewayAccess {
 impl GatewayAccess {
     /// `RAG_URL`, else the running `atlas dev`, else one in this process.
     pub(crate) async fn open(context: &Context, command: &str) -> Result<Self> {
+        Self::open_at(context, command, None).await
+    }
+
+    /// The gateway at `url`, or the one that [`Self::open`] finds.
+    pub(crate) async fn open_at(context: &Context, command: &str, url: Option<Url>) -> Result<Self> {
         let mut config = context.config()?;
+        config.rag.url = url.or(config.rag.url);
         if config.rag.url.is_none()
             && let Some(owner) = running_dev(context).await
         {
@@ -281,6 +287,8 @@ impl GatewayAccess {
             return Ok(Self { client: client(&config)?, config, place, stack: None });
         }
         config.gateway.listen = ([127, 0, 0, 1], 0).into();
+        // Only this command calls it.
+        config.gateway.rate_limit_requests = u32::MAX;
         let stack = Box::pin(Stack::start(config, Parts::Gateway, command, context.ui)).await?;
         Ok(Self {
             client: stack.client()?,

@@ -7,7 +7,7 @@ mod support;
 use insta::assert_snapshot;
 use support::Sandbox;
 
-const COMMANDS: [&[&str]; 36] = [
+const COMMANDS: [&[&str]; 37] = [
     &[],
     &["demo"],
     &["dev"],
@@ -20,6 +20,7 @@ const COMMANDS: [&[&str]; 36] = [
     &["collections", "list"],
     &["collections", "use"],
     &["collections", "drop"],
+    &["eval"],
     &["runs"],
     &["runs", "list"],
     &["runs", "show"],

@@ -120,6 +120,7 @@ impl Gateway {
             Arc::clone(&index),
             embedder.clone(),
             Chunker::new(config.gateway.chunk_tokens, config.gateway.chunk_overlap_tokens),
+            config.gateway.bm25.into(),
             metrics.clone(),
         ));
         let default_collection = config.rag.collection.clone();

@@ -31,7 +31,7 @@ use crate::{
     chunk::{self, Chunker},
     embed::BookedEmbedder,
     error::GatewayError,
-    index::{ChangeId, ChunkRecord, CollectionMeta, NewChunk, Selection, VectorIndex, term_count},
+    index::{ChangeId, ChunkRecord, CollectionMeta, NewChunk, Selection, VectorIndex, Weighing, term_count},
     metrics::Metrics,
 };
 
@@ -70,6 +70,8 @@ pub(crate) struct Indexer {
     index: Arc<dyn VectorIndex>,
     embedder: Option<Arc<BookedEmbedder>>,
     chunker: Chunker,
+    /// How new collections are weighed.
+    weighing: Weighing,
     metrics: Metrics,
     /// One writer a collection in this process.
     locks: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
@@ -102,12 +104,14 @@ impl Indexer {
         index: Arc<dyn VectorIndex>,
         embedder: Option<Arc<BookedEmbedder>>,
         chunker: Chunker,
+        weighing: Weighing,
         metrics: Metrics,
     ) -> Self {
         Self {
             index,
             embedder,
             chunker,
+            weighing,
             metrics,
             locks: Mutex::default(),
             weighed_at: Mutex::default(),
@@ -261,12 +265,13 @@ impl Indexer {
     ) -> Result<(Vec<DocumentResult>, Vec<Prepared>), GatewayError> {
         let keys: Vec<String> = group.iter().map(|(document, _)| key_of(document)).collect();
         let stored = self.stored(collection, &keys).await?;
-        let chunker = self.chunker;
-        tokio::task::spawn_blocking(move || prepare_blocking(chunker, group, &keys, &stored, rev))
-            .await
-            .map_err(|error| {
+        let weighing = self.index.meta(collection).await?.map_or(self.weighing, |meta| meta.weighing);
+        let how = (self.chunker, weighing);
+        tokio::task::spawn_blocking(move || prepare_blocking(how, group, &keys, &stored, rev)).await.map_err(
+            |error| {
                 UpstreamError::transient(Dependency::VectorIndex, format!("chunking stopped: {error}")).into()
-            })
+            },
+        )
     }
 
     /// Embeds and writes one group; returns the tokens that were billed.
@@ -359,6 +364,7 @@ impl Indexer {
                     embedding_model: embedder.map(|embedder| embedder.model().to_owned()),
                     embedding_size: size,
                     avg_len: mean_terms(records()).unwrap_or(1.0),
+                    weighing: self.weighing,
                 };
                 self.index.ensure(collection, &new).await?
             }
@@ -574,7 +580,7 @@ fn fault(document: &Document, seen: &mut HashSet<String>) -> Option<String> {
 }
 
 fn prepare_blocking(
-    chunker: Chunker,
+    (chunker, weighing): (Chunker, Weighing),
     group: Vec<(Document, Option<String>)>,
     keys: &[String],
     stored: &HashMap<String, Stored>,
@@ -603,7 +609,7 @@ fn prepare_blocking(
             results.push(result);
             continue;
         }
-        let records = records(chunker, &document, doc, &hash, &cut, rev);
+        let records = records((chunker, weighing), &document, doc, &hash, &cut, rev);
         if records.is_empty() && known.is_none() {
             // Nothing to quote, and nothing to forget.
             result.outcome = DocumentOutcome::Unchanged;
@@ -617,7 +623,7 @@ fn prepare_blocking(
 }
 
 fn records(
-    chunker: Chunker,
+    (chunker, weighing): (Chunker, Weighing),
     document: &Document,
     doc: &str,
     hash: &str,
@@ -652,7 +658,7 @@ fn records(
                 glue: chunk.glue.map(str::to_owned),
                 text: chunk.text.to_owned(),
             };
-            record.terms = term_count(&record.contextual_text());
+            record.terms = term_count(&weighing.text(&record));
             record
         })
         .collect()

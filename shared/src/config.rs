@@ -349,6 +349,19 @@ pub struct GatewayConfig {
     pub chunk_tokens: usize,
     /// `CHUNK_OVERLAP_TOKENS`.
     pub chunk_overlap_tokens: usize,
+    /// How new collections are weighed.
+    pub bm25: Bm25Config,
+}
+
+/// Parameters of the lexical ranking, BM25 (Robertson and Zaragoza, 2009).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Bm25Config {
+    /// `BM25_K1`: how slowly repetitions of a word stop counting.
+    pub k1: f64,
+    /// `BM25_B`: how much long chunks are held back, from 0 to 1.
+    pub b: f64,
+    /// `BM25_HEADING_WEIGHT`: how often a word of the heading counts.
+    pub heading_weight: u32,
 }
 
 /// A reranker's API.
@@ -747,6 +760,11 @@ impl Reader<'_> {
             index_allowed_urls: self.allowed_urls(),
             chunk_tokens,
             chunk_overlap_tokens,
+            bm25: Bm25Config {
+                k1: self.decimal("BM25_K1", 0.0..=10.0),
+                b: self.decimal("BM25_B", 0.0..=1.0),
+                heading_weight: self.small("BM25_HEADING_WEIGHT", 1..=10),
+            },
         }
     }
 
@@ -908,6 +926,20 @@ impl Reader<'_> {
                         settings::find(name).default.unwrap_or("none")
                     ),
                 );
+                *range.start()
+            }
+        }
+    }
+
+    fn decimal(&mut self, name: &'static str, range: RangeInclusive<f64>) -> f64 {
+        let Some(text) = self.text(name) else { return *range.start() };
+        match text.parse::<f64>() {
+            Ok(value) if range.contains(&value) => value,
+            _ => {
+                let problem = format!("{text:?} is not a number from {} to {}", range.start(), range.end());
+                let default = settings::find(name).default.unwrap_or("none");
+                let fix = format!("set a number in that range, or unset it for the default, {default}");
+                self.fault(name, problem, &fix);
                 *range.start()
             }
         }

@@ -8,6 +8,7 @@ pub(crate) mod demo;
 pub(crate) mod dev;
 pub(crate) mod dlq;
 pub(crate) mod doctor;
+pub(crate) mod eval;
 pub(crate) mod index;
 pub(crate) mod judge;
 pub(crate) mod key;

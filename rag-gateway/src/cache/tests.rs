@@ -186,7 +186,13 @@ impl Fleet {
                     timeout: Duration::from_secs(5),
                 },
             ),
-            indexer: Indexer::new(index, None, Chunker::new(320, 32), metrics.clone()),
+            indexer: Indexer::new(
+                index,
+                None,
+                Chunker::new(320, 32),
+                crate::index::Weighing::unrecorded(),
+                metrics.clone(),
+            ),
             metrics,
         }
     }

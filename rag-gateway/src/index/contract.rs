@@ -16,6 +16,7 @@ fn meta(size: Option<usize>) -> CollectionMeta {
         embedding_model: size.map(|_| "test-model".to_owned()),
         embedding_size: size,
         avg_len: 12.0,
+        weighing: Weighing { k1: 2.0, b: 0.75, heading: 2 },
     }
 }
 

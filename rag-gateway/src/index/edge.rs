@@ -36,8 +36,8 @@ use uuid::Uuid;
 
 use super::{
     ChangeId, ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS,
-    Lists, NewChunk, Page, SPARSE, Search, Selection, VectorIndex, Version, failed, lexical_text, names,
-    payload, record, version::LocalVersions,
+    Lists, NewChunk, Page, SPARSE, Search, Selection, VectorIndex, Version, Weighing, failed, names, payload,
+    record, version::LocalVersions,
 };
 
 /// Our file beside the engine's.
@@ -410,7 +410,7 @@ impl Collection {
             meta: RwLock::new(meta),
             writes: Mutex::new(Some(sender)),
             writer: Mutex::new(None),
-            bm25: bm25(BM25_QUERY_AVG_LEN)?,
+            bm25: query_bm25()?,
         });
         let writer = thread::Builder::new()
             .name("atlas-index".to_owned())
@@ -507,12 +507,13 @@ impl Collection {
     }
 
     fn upsert(&self, chunks: Vec<NewChunk>) -> Result<(), UpstreamError> {
-        let bm25 = bm25(self.meta().avg_len)?;
+        let meta = self.meta();
+        let bm25 = bm25(&meta)?;
         let (first, others): (Vec<_>, Vec<_>) = chunks.into_iter().partition(|chunk| chunk.record.n == 0);
         for chunks in [others, first] {
             let mut points = Vec::with_capacity(chunks.len());
             for chunk in chunks {
-                let mut vectors = vec![(SPARSE.to_owned(), Vector::from(weigh(&bm25, &chunk.record)))];
+                let mut vectors = vec![(SPARSE.to_owned(), Vector::from(weigh(&bm25, &meta, &chunk.record)))];
                 vectors.extend(chunk.dense.map(|dense| (DENSE.to_owned(), Vector::from(dense))));
                 points.push(
                     PointStruct::new(
@@ -544,7 +545,8 @@ impl Collection {
     }
 
     fn reweigh(&self, avg_len: f64) -> Result<(), UpstreamError> {
-        let bm25 = bm25(avg_len)?;
+        let meta = CollectionMeta { avg_len, ..self.meta() };
+        let bm25 = bm25(&meta)?;
         let mut from = None;
         loop {
             let page = self.scroll(&Selection::default(), from, REWEIGH_PAGE, true)?;
@@ -554,7 +556,7 @@ impl Collection {
                 .map(|(id, record)| PointVectorsPersisted {
                     id: PointId::Uuid(*id),
                     vector: VectorStructPersisted::Named(
-                        [(SPARSE.to_owned(), VectorPersisted::Sparse(weigh(&bm25, record)))].into(),
+                        [(SPARSE.to_owned(), VectorPersisted::Sparse(weigh(&bm25, &meta, record)))].into(),
                     ),
                 })
                 .collect();
@@ -565,7 +567,6 @@ impl Collection {
                 break;
             }
         }
-        let meta = CollectionMeta { avg_len, ..self.meta() };
         save_meta(&self.dir, &meta)?;
         *self.meta.write().unwrap_or_else(PoisonError::into_inner) = meta;
         Ok(())
@@ -656,17 +657,25 @@ impl Collection {
     }
 }
 
-/// The query side of BM25 does not depend on lengths.
-const BM25_QUERY_AVG_LEN: f64 = 256.0;
-
-fn bm25(avg_len: f64) -> Result<EdgeBm25, UpstreamError> {
-    let avg_len = NotNan::new(avg_len).map_err(|error| failed("average length", error))?;
-    EdgeBm25::new(EdgeBm25Config { avg_len, ..EdgeBm25Config::default() })
-        .map_err(|error| failed("BM25 settings", error))
+/// The query side of BM25 depends on nothing that is set.
+fn query_bm25() -> Result<EdgeBm25, UpstreamError> {
+    EdgeBm25::new(EdgeBm25Config::default()).map_err(|error| failed("BM25 settings", error))
 }
 
-fn weigh(bm25: &EdgeBm25, record: &ChunkRecord) -> SparseVector {
-    bm25.embed_document(&lexical_text(&record.contextual_text()))
+fn bm25(meta: &CollectionMeta) -> Result<EdgeBm25, UpstreamError> {
+    let number = |value: f64| NotNan::new(value).map_err(|error| failed("BM25 settings", error));
+    let Weighing { k1, b, .. } = meta.weighing;
+    EdgeBm25::new(EdgeBm25Config {
+        k: number(k1)?,
+        b: number(b)?,
+        avg_len: number(meta.avg_len)?,
+        ..EdgeBm25Config::default()
+    })
+    .map_err(|error| failed("BM25 settings", error))
+}
+
+fn weigh(bm25: &EdgeBm25, meta: &CollectionMeta, record: &ChunkRecord) -> SparseVector {
+    bm25.embed_document(&meta.weighing.text(record))
 }
 
 fn config(meta: &CollectionMeta) -> EdgeConfig {

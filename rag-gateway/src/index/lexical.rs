@@ -6,6 +6,47 @@
 
 use std::collections::HashSet;
 
+use atlas_shared::config::Bm25Config;
+use serde::{Deserialize, Serialize};
+
+use super::ChunkRecord;
+
+/// How BM25 weighs the chunks of a collection. Decided when it is made and recorded in it, so that all
+/// its chunks are weighed alike, whatever the settings are later.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Weighing {
+    pub(crate) k1: f64,
+    pub(crate) b: f64,
+    /// How often the heading is in what is weighed.
+    pub(crate) heading: u32,
+}
+
+impl Weighing {
+    /// That of collections without a record of it: the engines' defaults.
+    pub(crate) fn unrecorded() -> Self {
+        Self { k1: 1.2, b: 0.75, heading: 1 }
+    }
+
+    /// What BM25 sees of a chunk: where it stands, its heading as often as it counts, its text.
+    pub(crate) fn text(self, record: &ChunkRecord) -> String {
+        let text = record.contextual_text();
+        let (Some(heading), 2..) = (&record.heading, self.heading) else { return lexical_text(&text) };
+        let mut weighed = String::with_capacity(text.len() + (heading.len() + 1) * self.heading as usize);
+        for _ in 1..self.heading {
+            weighed.push_str(heading);
+            weighed.push('\n');
+        }
+        weighed.push_str(&text);
+        lexical_text(&weighed)
+    }
+}
+
+impl From<Bm25Config> for Weighing {
+    fn from(Bm25Config { k1, b, heading_weight }: Bm25Config) -> Self {
+        Self { k1, b, heading: heading_weight }
+    }
+}
+
 /// The text with the parts of its compound identifiers at the end.
 pub(crate) fn lexical_text(text: &str) -> String {
     let mut out = text.to_owned();
@@ -24,7 +65,7 @@ pub(crate) fn lexical_text(text: &str) -> String {
     out
 }
 
-/// About how many terms BM25 counts in a text: words that are not stop words.
+/// How many terms the engines count in a [`lexical_text`]: words that are not stop words.
 pub(crate) fn term_count(text: &str) -> u32 {
     let count = words(text).filter(|word| !is_stop_word(word)).count();
     u32::try_from(count).unwrap_or(u32::MAX)
@@ -60,17 +101,164 @@ fn humps(word: &str) -> impl Iterator<Item = &str> {
     })
 }
 
+/// The English stop words of both engines, as far as they are words here.
 fn is_stop_word(word: &str) -> bool {
     const STOP_WORDS: &[&str] = &[
-        "a", "about", "after", "all", "also", "an", "and", "any", "are", "as", "at", "be", "because", "been",
-        "before", "being", "but", "by", "can", "do", "does", "for", "from", "had", "has", "have", "he",
-        "her", "his", "how", "i", "if", "in", "into", "is", "it", "its", "more", "no", "not", "of", "on",
-        "only", "or", "other", "our", "out", "own", "same", "she", "so", "some", "such", "than", "that",
-        "the", "their", "them", "then", "there", "these", "they", "this", "those", "through", "to", "too",
-        "up", "was", "we", "were", "what", "when", "where", "which", "while", "who", "why", "will", "with",
-        "you", "your",
+        "a",
+        "about",
+        "above",
+        "after",
+        "again",
+        "against",
+        "ain",
+        "all",
+        "am",
+        "an",
+        "and",
+        "any",
+        "are",
+        "aren",
+        "as",
+        "at",
+        "be",
+        "because",
+        "been",
+        "before",
+        "being",
+        "below",
+        "between",
+        "both",
+        "but",
+        "by",
+        "can",
+        "couldn",
+        "d",
+        "did",
+        "didn",
+        "do",
+        "does",
+        "doesn",
+        "doing",
+        "don",
+        "down",
+        "during",
+        "each",
+        "few",
+        "for",
+        "from",
+        "further",
+        "had",
+        "hadn",
+        "has",
+        "hasn",
+        "have",
+        "haven",
+        "having",
+        "he",
+        "her",
+        "here",
+        "hers",
+        "herself",
+        "him",
+        "himself",
+        "his",
+        "how",
+        "i",
+        "if",
+        "in",
+        "into",
+        "is",
+        "isn",
+        "it",
+        "its",
+        "itself",
+        "just",
+        "ll",
+        "m",
+        "ma",
+        "me",
+        "mightn",
+        "more",
+        "most",
+        "mustn",
+        "my",
+        "myself",
+        "needn",
+        "no",
+        "nor",
+        "not",
+        "now",
+        "o",
+        "of",
+        "off",
+        "on",
+        "once",
+        "only",
+        "or",
+        "other",
+        "our",
+        "ours",
+        "ourselves",
+        "out",
+        "over",
+        "own",
+        "re",
+        "s",
+        "same",
+        "shan",
+        "she",
+        "should",
+        "shouldn",
+        "so",
+        "some",
+        "such",
+        "t",
+        "than",
+        "that",
+        "the",
+        "their",
+        "theirs",
+        "them",
+        "themselves",
+        "then",
+        "there",
+        "these",
+        "they",
+        "this",
+        "those",
+        "through",
+        "to",
+        "too",
+        "under",
+        "until",
+        "up",
+        "ve",
+        "very",
+        "was",
+        "wasn",
+        "we",
+        "were",
+        "weren",
+        "what",
+        "when",
+        "where",
+        "which",
+        "while",
+        "who",
+        "whom",
+        "why",
+        "will",
+        "with",
+        "won",
+        "wouldn",
+        "y",
+        "you",
+        "your",
+        "yours",
+        "yourself",
+        "yourselves",
     ];
-    word.len() <= 7
+    word.len() <= 10
         && word.is_ascii()
         && STOP_WORDS.binary_search(&word.to_ascii_lowercase().as_str()).is_ok()
 }
@@ -85,6 +273,23 @@ mod tests {
         assert_eq!(lexical_text("HTTPServer"), "HTTPServer HTTP Server");
         assert_eq!(lexical_text("max_in_flight and Plain words"), "max_in_flight and Plain words");
         assert_eq!(lexical_text("élanVital ÀB"), "élanVital ÀB élan Vital");
+    }
+
+    #[test]
+    fn a_heading_counts_as_often_as_it_weighs() {
+        let weighing = Weighing { heading: 3, ..Weighing::unrecorded() };
+        let record = ChunkRecord {
+            source: "a.md".to_owned(),
+            heading: Some("Guide › KeyRotation".to_owned()),
+            text: "Every day.".to_owned(),
+            ..ChunkRecord::default()
+        };
+        let text = weighing.text(&record);
+        assert_eq!(text.matches("Guide").count(), 3, "{text}");
+        assert_eq!(text.matches("KeyRotation").count(), 3, "{text}");
+        assert_eq!(Weighing::unrecorded().text(&record), lexical_text(&record.contextual_text()));
+        let plain = ChunkRecord { heading: None, ..record };
+        assert_eq!(weighing.text(&plain), "a.md\nEvery day.");
     }
 
     #[test]

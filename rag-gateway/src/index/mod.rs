@@ -24,7 +24,7 @@ pub(crate) mod names;
 mod qdrant;
 mod version;
 
-pub(crate) use lexical::{lexical_text, term_count};
+pub(crate) use lexical::{Weighing, lexical_text, term_count};
 pub(crate) use version::{ChangeId, Version};
 
 /// Name of the dense vector.
@@ -48,6 +48,9 @@ pub(crate) struct CollectionMeta {
     pub(crate) embedding_size: Option<usize>,
     /// Average length of a chunk in BM25 terms: every chunk of the collection is weighed with it.
     pub(crate) avg_len: f64,
+    /// The other parameters of BM25.
+    #[serde(default = "Weighing::unrecorded")]
+    pub(crate) weighing: Weighing,
 }
 
 /// A collection as it is now.

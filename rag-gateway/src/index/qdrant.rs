@@ -29,8 +29,8 @@ use uuid::Uuid;
 
 use super::{
     ChangeId, ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS,
-    Lists, NewChunk, Page, SPARSE, Search, Selection, VectorIndex, Version, failed, lexical_text, names,
-    payload, record, term_count,
+    Lists, NewChunk, Page, SPARSE, Search, Selection, VectorIndex, Version, Weighing, failed, names, payload,
+    record, term_count,
 };
 
 /// The server's BM25.
@@ -265,12 +265,12 @@ impl VectorIndex for QdrantIndex {
         chunks: Vec<NewChunk>,
         obsolete: Option<Selection>,
     ) -> Result<(), UpstreamError> {
-        let avg_len = self.existing(name).await?.avg_len;
+        let meta = self.existing(name).await?;
         let (first, others): (Vec<_>, Vec<_>) = chunks.into_iter().partition(|chunk| chunk.record.n == 0);
         for chunks in [others, first] {
             let mut points = Vec::with_capacity(chunks.len());
             for chunk in chunks {
-                let mut vectors = NamedVectors::default().add_vector(SPARSE, weighed(&chunk.record, avg_len));
+                let mut vectors = NamedVectors::default().add_vector(SPARSE, weighed(&chunk.record, &meta));
                 if let Some(dense) = chunk.dense {
                     vectors = vectors.add_vector(DENSE, dense);
                 }
@@ -376,7 +376,7 @@ impl VectorIndex for QdrantIndex {
     }
 
     async fn reweigh(&self, name: &str, avg_len: f64) -> Result<(), UpstreamError> {
-        let mut meta = self.existing(name).await?;
+        let meta = CollectionMeta { avg_len, ..self.existing(name).await? };
         let mut from = None;
         loop {
             let page = self.scroll(name, &Selection::default(), from, BATCH, true).await?;
@@ -385,9 +385,7 @@ impl VectorIndex for QdrantIndex {
                 .into_iter()
                 .map(|(id, record)| PointVectors {
                     id: Some(PointId::from(id.to_string())),
-                    vectors: Some(
-                        NamedVectors::default().add_vector(SPARSE, weighed(&record, avg_len)).into(),
-                    ),
+                    vectors: Some(NamedVectors::default().add_vector(SPARSE, weighed(&record, &meta)).into()),
                 })
                 .collect();
             if !points.is_empty() {
@@ -399,7 +397,6 @@ impl VectorIndex for QdrantIndex {
                 break;
             }
         }
-        meta.avg_len = avg_len;
         let request = UpdateCollectionBuilder::new(name)
             .metadata(HashMap::from([(META_KEY.to_owned(), meta_json(&meta)?)]));
         self.client.update_collection(request).await.map_err(|error| self.upstream(error))?;
@@ -606,9 +603,11 @@ fn filter(selection: &Selection) -> Option<Filter> {
     (!must.is_empty()).then(|| Filter::must(must))
 }
 
-fn weighed(record: &ChunkRecord, avg_len: f64) -> Document {
-    let mut document = Document::new(lexical_text(&record.contextual_text()), BM25_MODEL);
-    document.options.insert("avg_len".to_owned(), Value::from(avg_len));
+fn weighed(record: &ChunkRecord, meta: &CollectionMeta) -> Document {
+    let Weighing { k1, b, .. } = meta.weighing;
+    let mut document = Document::new(meta.weighing.text(record), BM25_MODEL);
+    let options = [("k", k1), ("b", b), ("avg_len", meta.avg_len)];
+    document.options.extend(options.map(|(name, value)| (name.to_owned(), Value::from(value))));
     document
 }
 

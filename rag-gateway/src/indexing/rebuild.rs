@@ -10,11 +10,11 @@ use std::collections::{HashMap, HashSet};
 
 use crate::{
     error::GatewayError,
-    index::{ChunkRecord, CollectionMeta, NewChunk, Selection, names},
+    index::{ChunkRecord, CollectionMeta, NewChunk, Selection, names, term_count},
     jobs::Progress,
 };
 
-use super::{Change, Indexer, PAGE, Stored};
+use super::{Change, Indexer, PAGE, Stored, mean_terms};
 
 /// Documents that are copied together.
 const BATCH: usize = 32;
@@ -215,7 +215,10 @@ impl Indexer {
             }
         }
         let (mut written, mut tokens) = (0, 0);
-        for (tenant, records) in by_tenant {
+        for (tenant, mut records) in by_tenant {
+            for record in &mut records {
+                record.terms = term_count(&self.weighing.text(record));
+            }
             let mut vectors = Vec::new();
             if let Some(embedder) = &self.embedder {
                 let texts: Vec<String> = records.iter().map(ChunkRecord::contextual_text).collect();
@@ -228,7 +231,9 @@ impl Indexer {
             let wanted = CollectionMeta {
                 embedding_model: self.embedder.as_ref().map(|embedder| embedder.model().to_owned()),
                 embedding_size: size,
-                avg_len: meta.avg_len,
+                avg_len: mean_terms(records.iter()).unwrap_or(meta.avg_len),
+                // A rebuild takes the settings of today.
+                weighing: self.weighing,
             };
             let made = self.index.ensure(generation, &wanted).await?;
             if made.embedding_model != wanted.embedding_model || made.embedding_size != size {

@@ -413,6 +413,24 @@ pub static SETTINGS: &[Setting] = &[
         "Upper bound of what neighbouring chunks share.",
     ),
     setting(
+        "BM25_K1",
+        Some("2.5"),
+        Group::Gateway,
+        "How slowly repetitions of a word stop counting, from 0 to 10. A collection keeps what it was made with.",
+    ),
+    setting(
+        "BM25_B",
+        Some("0.6"),
+        Group::Gateway,
+        "How much chunks longer than the average are held back, from 0 to 1. A collection keeps what it was made with.",
+    ),
+    setting(
+        "BM25_HEADING_WEIGHT",
+        Some("3"),
+        Group::Gateway,
+        "How often a word counts that stands in the headings above a chunk. A collection keeps what it was made with.",
+    ),
+    setting(
         "RETRY_MAX_ATTEMPTS",
         Some("4"),
         Group::Resilience,
