@@ -25,6 +25,7 @@ else
     echo "Indexing is not compared: pip install langchain-text-splitters rank_bm25, and name that Python in BENCH_PYTHON." >&2
 fi
 "$bench" index --folder "${registry[0]}" --files 5000 "${python[@]}"
+"$bench" search
 if ! "$bench" worker --services real --runs 1000 --in-flight 64; then
     echo "The benchmark on the real services did not run; the line above says why." >&2
     exit 1

@@ -3,10 +3,13 @@
 //! Each benchmark starts the release binaries beside its own, gives them work, checks that the work was
 //! done (a fast wrong answer is a failure) and prints Markdown for `docs/BENCHMARKS.md`.
 
+mod corpus;
+mod engine;
 mod index;
 mod machine;
 mod process;
 mod prometheus;
+mod search;
 mod worker;
 
 use clap::{Parser, Subcommand};
@@ -27,6 +30,8 @@ enum What {
     Worker(worker::Arguments),
     /// `atlas index` without embeddings: files, bytes and chunks a second, and a pipeline in Python beside it.
     Index(index::Arguments),
+    /// Searches through the gateway: latency, rate, its share, memory, start-up.
+    Search(search::Arguments),
     /// The machine's description.
     Machine,
 }
@@ -40,6 +45,7 @@ async fn main() -> anyhow::Result<()> {
     match arguments.what {
         What::Worker(arguments) => worker::measure(&arguments).await,
         What::Index(arguments) => index::measure(&arguments),
+        What::Search(arguments) => search::measure(&arguments).await,
         What::Machine => {
             println!("{}", machine::describe());
             Ok(())

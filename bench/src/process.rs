@@ -78,10 +78,28 @@ impl Process {
 
     /// Resident memory at its highest, in MiB.
     pub(crate) fn peak_resident_mib(&self) -> anyhow::Result<f64> {
+        self.memory_mib("VmHWM:")
+    }
+
+    /// Resident memory now, in MiB.
+    pub(crate) fn resident_mib(&self) -> anyhow::Result<f64> {
+        self.memory_mib("VmRSS:")
+    }
+
+    fn memory_mib(&self, field: &'static str) -> anyhow::Result<f64> {
         let status = fs::read_to_string(self.file("status")?)?;
-        let line = status.lines().find(|line| line.starts_with("VmHWM:")).context("VmHWM")?;
-        let kib: f64 = line.split_whitespace().nth(1).context("VmHWM")?.parse()?;
+        let line = status.lines().find(|line| line.starts_with(field)).context(field)?;
+        let kib: f64 = line.split_whitespace().nth(1).context(field)?.parse()?;
         Ok(kib / 1024.0)
+    }
+
+    /// Ends it as a supervisor would, and waits until it has.
+    pub(crate) async fn stop(mut self) -> anyhow::Result<()> {
+        let pid = self.child.id().with_context(|| format!("{} has ended", self.name))?;
+        let told = Command::new("kill").arg(pid.to_string()).status().await?;
+        anyhow::ensure!(told.success(), "{} cannot be told to stop", self.name);
+        tokio::time::timeout(READY_BOUND, self.child.wait()).await.context("it does not stop")??;
+        Ok(())
     }
 
     /// The last lines it wrote.
