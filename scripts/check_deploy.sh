@@ -70,12 +70,24 @@ PYTHON
     promtool check rules "$scratch/dashboards.yml"
 }
 
-kubernetes_renders() {
-    kubectl kustomize deploy/kubernetes/base >"$scratch/base.yaml" &&
-        kubectl kustomize deploy/kubernetes/overlays/example >"$scratch/example.yaml"
+# The base with every component: kustomize reads them only from a folder above.
+kustomize_with_components() {
+    cp -r deploy/kubernetes "$scratch/kubernetes"
+    mkdir "$scratch/kubernetes/overlays/all"
+    {
+        printf 'apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources: [../../base]\ncomponents:\n'
+        find deploy/kubernetes/components -mindepth 1 -maxdepth 1 -type d -printf '  - ../../components/%f\n'
+    } >"$scratch/kubernetes/overlays/all/kustomization.yaml"
+    kubectl kustomize "$scratch/kubernetes/overlays/all"
 }
 
-kubernetes_schemas() { "$validate" --strict "$scratch"/base.yaml "$scratch"/example.yaml; }
+kubernetes_renders() {
+    kubectl kustomize deploy/kubernetes/base >"$scratch/base.yaml" &&
+        kubectl kustomize deploy/kubernetes/overlays/example >"$scratch/example.yaml" &&
+        kustomize_with_components >"$scratch/components.yaml"
+}
+
+kubernetes_schemas() { "$validate" --strict "$scratch"/base.yaml "$scratch"/example.yaml "$scratch"/components.yaml; }
 
 check "scripts" shellcheck shell_scripts
 check "Compose file, v1" docker-compose compose_v1

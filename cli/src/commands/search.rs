@@ -1,7 +1,7 @@
 //! `atlas search`: what the worker would find, as it would find it.
 
 use atlas_shared::{
-    gateway_api::{Passage, QueryChatRequest, QueryFilter},
+    gateway_api::{Passage, QueryChatRequest, QueryFilter, SearchMode},
     gateway_client::QueryAnswer,
 };
 
@@ -48,6 +48,34 @@ pub(crate) struct Search {
     #[arg(long, value_name = "NAME")]
     repo: Option<String>,
 
+    /// Several collections at once, ranked together
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', conflicts_with = "collection")]
+    collections: Vec<String>,
+
+    /// How to search [default: hybrid]
+    #[arg(long, value_name = "MODE", value_enum)]
+    mode: Option<Mode>,
+
+    /// Drop passages whose cosine is lower, from 0 to 1 [env: RELEVANCY_THRESHOLD]
+    #[arg(long, value_name = "COSINE")]
+    threshold: Option<f32>,
+
+    /// Prefer passages that do not repeat each other, from 0 (as ranked) to 1
+    #[arg(long, value_name = "SHARE")]
+    diversity: Option<f32>,
+
+    /// Leave the order to the search, although the gateway has a reranker
+    #[arg(long)]
+    no_rerank: bool,
+
+    /// Join passages with their neighbours up to so many tokens; 0 shows single chunks
+    #[arg(long, value_name = "N")]
+    passage_tokens: Option<usize>,
+
+    /// Only what belongs to this tenant, or to nobody
+    #[arg(long, value_name = "NAME")]
+    tenant: Option<String>,
+
     /// At most one passage a file
     #[arg(long)]
     one_per_file: bool,
@@ -59,6 +87,27 @@ pub(crate) struct Search {
     /// Print the gateway's answer as JSON
     #[arg(long)]
     json: bool,
+}
+
+/// How to search.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Mode {
+    /// Words and meaning, fused
+    Hybrid,
+    /// Words alone (BM25)
+    Lexical,
+    /// Meaning alone (cosine of embeddings)
+    Dense,
+}
+
+impl From<Mode> for SearchMode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Hybrid => Self::Hybrid,
+            Mode::Lexical => Self::Lexical,
+            Mode::Dense => Self::Dense,
+        }
+    }
 }
 
 impl Search {
@@ -73,18 +122,26 @@ impl Search {
     }
 
     async fn search(&self, context: &Context, access: &GatewayAccess) -> Result<()> {
-        let collection = self.collection.clone().unwrap_or_else(|| access.config.rag.collection.clone());
+        let collections = match (&self.collection, self.collections.is_empty()) {
+            (Some(one), _) => vec![one.clone()],
+            (None, true) => vec![access.config.rag.collection.clone()],
+            (None, false) => self.collections.clone(),
+        };
         let filter = QueryFilter {
             path: self.filter.clone(),
             lang: self.lang.clone(),
             repo: self.repo.clone(),
-            tenant: None,
+            tenant: self.tenant.clone(),
         };
         let request = QueryChatRequest {
             query: self.query.clone(),
             top_k: Some(self.top_k),
-            collection: Some(collection.clone()),
-            relevancy_threshold: access.config.rag.relevancy_threshold,
+            collections: Some(collections.clone()),
+            mode: self.mode.map(SearchMode::from),
+            relevancy_threshold: self.threshold.or(access.config.rag.relevancy_threshold),
+            diversity: self.diversity,
+            rerank: self.no_rerank.then_some(false),
+            passage_tokens: self.passage_tokens,
             collapse_by_file: self.one_per_file.then_some(true),
             filter: (filter != QueryFilter::default()).then_some(filter),
             ..QueryChatRequest::default()
@@ -97,7 +154,11 @@ impl Search {
             return context.ui.json(&passages);
         }
         if passages.is_empty() {
-            context.ui.note(format_args!("Nothing found in collection {collection} ({}).", access.place));
+            context.ui.note(format_args!(
+                "Nothing found in collection {} ({}).",
+                collections.join(", "),
+                access.place
+            ));
             context.ui.note("Is it indexed? `atlas index PATH` does it; a second run costs nothing.");
             return Ok(());
         }

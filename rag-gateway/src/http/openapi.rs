@@ -7,10 +7,16 @@ use std::sync::LazyLock;
 use axum::{http::header, response::IntoResponse};
 use utoipa::{
     Modify, OpenApi,
-    openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme},
+    openapi::{
+        Content, Ref, ResponseBuilder,
+        security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme},
+    },
 };
 
-use super::{collections, handlers};
+use super::{
+    collections,
+    handlers::{self, PROBLEM},
+};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -34,7 +40,7 @@ use super::{collections, handlers};
         handlers::clear_cache,
     ),
     components(schemas(atlas_shared::gateway_api::Problem)),
-    modifiers(&Keys),
+    modifiers(&Keys, &CommonErrors),
     security(("bearer" = []), ("key" = []), ()),
     tags(
         (name = "search", description = "Find passages."),
@@ -54,6 +60,46 @@ impl Modify for Keys {
         components.add_security_scheme("bearer", SecurityScheme::Http(bearer));
         let key = ApiKey::Header(ApiKeyValue::new("X-API-Key"));
         components.add_security_scheme("key", SecurityScheme::ApiKey(key));
+    }
+}
+
+/// What any route may answer, because of a layer around it or of a dependency behind it.
+const COMMON: [(&str, &str); 7] = [
+    ("401", "`unauthorized`: no key, or one that nobody has."),
+    ("422", "`invalid_request`: what is wrong is said with the field's name."),
+    ("429", "`rate_limited`, `budget_exhausted` or `too_many_jobs`; see `Retry-After`."),
+    ("500", "`internal_error`: a fault of the gateway; its log has the request's id."),
+    ("502", "A dependency refused what the gateway asked of it."),
+    ("503", "`overloaded` or `upstream_unavailable`; see `Retry-After`."),
+    ("504", "`timeout`: not done within GATEWAY_TIMEOUT_SECONDS."),
+];
+
+/// What a route with a body may answer besides.
+const WITH_BODY: [(&str, &str); 3] = [
+    ("400", "`invalid_json`: the body is not JSON."),
+    ("413", "`body_too_large`: larger than MAX_BODY_BYTES."),
+    ("415", "`unsupported_media_type`: send `application/json`."),
+];
+
+/// Says of every route what it may answer, where the route does not say it better.
+struct CommonErrors;
+
+impl Modify for CommonErrors {
+    fn modify(&self, api: &mut utoipa::openapi::OpenApi) {
+        for item in api.paths.paths.values_mut() {
+            let operations = [&mut item.get, &mut item.put, &mut item.post, &mut item.delete];
+            for operation in operations.into_iter().flatten() {
+                let with_body = WITH_BODY.iter().filter(|_| operation.request_body.is_some());
+                for (status, description) in COMMON.iter().chain(with_body) {
+                    let response = ResponseBuilder::new()
+                        .description(*description)
+                        .content(PROBLEM, Content::new(Some(Ref::from_schema_name("Problem"))))
+                        .build();
+                    let responses = &mut operation.responses.responses;
+                    responses.entry((*status).to_owned()).or_insert_with(|| response.into());
+                }
+            }
+        }
     }
 }
 
@@ -106,6 +152,14 @@ mod tests {
             ("/v1/admin/cache/clear", "post"),
         ] {
             assert!(document["paths"][path][method].is_object(), "{method} {path}");
+        }
+        for (path, method, status) in [
+            ("/v1/query_chat", "post", "415"),
+            ("/v1/jobs/{id}", "get", "429"),
+            ("/v1/documents", "delete", "422"),
+        ] {
+            let response = &document["paths"][path][method]["responses"][status];
+            assert!(response["content"][PROBLEM]["schema"].is_object(), "{status} of {method} {path}");
         }
         assert!(document["components"]["schemas"]["Passage"]["properties"]["start_line"].is_object());
     }
