@@ -92,7 +92,10 @@ async fn send_outbox(context: &Context) -> Result<(), StoreError> {
             crash_point!("outbox_taken");
             if let Err(error) = context.outbox.send(row).await {
                 tracing::warn!(task_id = %row.task_id, error = %error, "an answer could not be sent; it stays in the outbox");
-                return Ok(());
+                // A queue that is away takes none of them; one that refuses this answer takes the next.
+                if error.is_transient() {
+                    return Ok(());
+                }
             }
         }
         if rows.len() < OUTBOX_BATCH {

@@ -169,6 +169,8 @@ fn explains(code: &str) -> &'static [&'static str] {
         "invalid_request" => &["400"],
         "model_refused" => &["refusal"],
         "empty_answer" => &["empty"],
+        // The answer and its repair.
+        "invalid_answer" => &["not_json", "wrong_schema"],
         // What a fault may have billed counts against the run's limit.
         "run_budget_exhausted" => {
             &["502", "504", "hang", "cut", "drop", "truncated", "malformed", "no_usage", "overbill", "length"]

@@ -432,6 +432,36 @@ async fn g6_a_broken_store_pauses_and_messages_are_held_without_spending_attempt
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn g2_an_answer_that_the_queue_refuses_holds_up_no_other() {
+    let stack = Stack::offline().await;
+    let worker = stack.worker().await;
+    let refused = stack.request(json!({})).await;
+    stack.until(refused, RunStatus::Done).await;
+    let behind = stack.request(json!({})).await;
+    stack.until(behind, RunStatus::Done).await;
+    let unsent = "SELECT count(*) FROM outbox WHERE sent_at IS NULL";
+    eventually("both are sent", || async { (stack.count(unsent).await == 0).then_some(()) }).await;
+    worker.drain().await;
+
+    // The older one is larger than any queue takes.
+    stack
+        .execute(&format!(
+            "UPDATE outbox SET sent_at = NULL, held_until = 0;
+             UPDATE outbox SET message = json_object('content', printf('%.*c', 11000000, 'x'))
+              WHERE task_id = '{refused}'"
+        ))
+        .await;
+    let worker = stack.worker().await;
+    eventually("the one behind it is sent", || async {
+        let open = format!("{unsent} AND task_id = '{behind}'");
+        (stack.count(&open).await == 0).then_some(())
+    })
+    .await;
+    assert_eq!(stack.count(unsent).await, 1, "the refused one stays");
+    worker.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn g6_a_broken_queue_pauses_and_answers_wait_in_the_outbox() {
     let name = "g6_a_broken_queue_pauses_and_answers_wait_in_the_outbox";
     let emulator = match Emulator::start().await {
