@@ -7,11 +7,11 @@ use atlas_test_support::qdrant::Qdrant;
 use super::*;
 
 /// A collection name that no other test uses: servers outlive test runs.
-fn fresh(name: &str) -> String {
+pub(super) fn fresh(name: &str) -> String {
     format!("contract-{name}-{}", Uuid::new_v4().simple())
 }
 
-fn meta(size: Option<usize>) -> CollectionMeta {
+pub(super) fn meta(size: Option<usize>) -> CollectionMeta {
     CollectionMeta {
         embedding_model: size.map(|_| "test-model".to_owned()),
         embedding_size: size,
@@ -20,10 +20,10 @@ fn meta(size: Option<usize>) -> CollectionMeta {
     }
 }
 
-struct Builder(NewChunk);
+pub(super) struct Builder(pub(super) NewChunk);
 
 /// A chunk of its own document.
-fn chunk(source: &str, text: &str) -> Builder {
+pub(super) fn chunk(source: &str, text: &str) -> Builder {
     let record = ChunkRecord {
         doc: format!("doc-{source}"),
         rev: 1,
@@ -451,7 +451,7 @@ async fn readers_and_writers_do_not_disturb_each_other() {
 }
 
 /// A server for this process: `QDRANT_URL`, else one of its own, else a named skip.
-async fn a_real_server(test: &str) -> Option<(qdrant::QdrantIndex, Option<Qdrant>)> {
+pub(super) async fn a_real_server(test: &str) -> Option<(qdrant::QdrantIndex, Option<Qdrant>)> {
     let timeout = std::time::Duration::from_secs(30);
     if let Ok(url) = std::env::var("QDRANT_URL") {
         let key = std::env::var("QDRANT_API_KEY").ok().map(atlas_shared::Secret::new);
@@ -462,7 +462,7 @@ async fn a_real_server(test: &str) -> Option<(qdrant::QdrantIndex, Option<Qdrant
     let server = match Qdrant::start().await {
         Ok(server) => server,
         Err(reason) => {
-            let test = format!("index::contract::{test}");
+            let test = format!("index::{test}");
             atlas_test_support::skip_everywhere(&test, "a Qdrant server", &reason);
             return None;
         }
@@ -473,6 +473,8 @@ async fn a_real_server(test: &str) -> Option<(qdrant::QdrantIndex, Option<Qdrant
 
 #[tokio::test]
 async fn a_real_server_keeps_the_contract() {
-    let Some((index, _server)) = a_real_server("a_real_server_keeps_the_contract").await else { return };
+    let Some((index, _server)) = a_real_server("contract::a_real_server_keeps_the_contract").await else {
+        return;
+    };
     run(&index).await;
 }

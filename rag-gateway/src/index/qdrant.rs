@@ -6,12 +6,15 @@
 //! they are applied. The crate's own version check prints to standard output and blocks, so
 //! [`QdrantIndex::check`] does ours.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 use ::qdrant_client::{
     Payload, Qdrant, QdrantError,
     qdrant::{
-        Condition, CountPointsBuilder, CreateAlias, CreateCollectionBuilder,
+        CollectionInfo, Condition, CountPointsBuilder, CreateAlias, CreateCollectionBuilder,
         CreateFieldIndexCollectionBuilder, DeletePointsBuilder, Distance, Document, FieldType, Filter,
         KeywordIndexParamsBuilder, Modifier, NamedVectors, PayloadExcludeSelector, PointId, PointStruct,
         PointVectors, PointsIdsList, Query, QueryBatchPointsBuilder, QueryPoints, QueryPointsBuilder, Range,
@@ -67,6 +70,12 @@ const META_TTL: Duration = Duration::from_secs(5);
 const MAX_METAS: u64 = 1000;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a collection is looked for that the server says is there.
+const MAKE_BOUND: Duration = Duration::from_secs(10);
+
+/// Between two looks.
+const MAKE_PAUSE: Duration = Duration::from_millis(20);
 
 /// All collections of one server.
 pub(super) struct QdrantIndex {
@@ -131,14 +140,97 @@ impl QdrantIndex {
         }
     }
 
+    async fn described(&self, name: &str) -> Result<Option<CollectionInfo>, UpstreamError> {
+        let answer = self.found(self.client.collection_info(name).await)?;
+        Ok(answer.and_then(|answer| answer.result))
+    }
+
     async fn state(&self, name: &str) -> Result<Option<CollectionState>, UpstreamError> {
-        let Some(answer) = self.found(self.client.collection_info(name).await)? else { return Ok(None) };
-        let Some(info) = answer.result else { return Ok(None) };
-        let metadata = info.config.map(|config| config.metadata).unwrap_or_default();
-        let Some(meta) = metadata.get(META_KEY) else { return Ok(None) };
-        let meta: CollectionMeta = serde_json::from_value(meta.clone().into_json())
-            .map_err(|error| failed(&format!("the metadata of collection {name:?}"), error))?;
-        Ok(Some(CollectionState { meta, chunks: info.points_count.unwrap_or_default(), generation: None }))
+        self.described(name).await?.map_or(Ok(None), |info| state_of(name, &info))
+    }
+
+    /// One step towards a collection; `None`: a generation is there now, look again.
+    ///
+    /// There is no lock and no owner. The server makes each generation once, whoever asks; all later steps
+    /// may be done by anybody and any number of times. So a gateway that finds a collection half made, by one
+    /// that is at it or by one that has died, finishes it, and all end with the same generation.
+    async fn make(&self, name: &str, meta: &CollectionMeta) -> Result<Option<CollectionMeta>, UpstreamError> {
+        if let Some(info) = self.described(name).await? {
+            let Some(state) = state_of(name, &info)? else {
+                return Err(UpstreamError::permanent(
+                    Dependency::VectorIndex,
+                    "foreign_collection",
+                    format!("collection {name:?} was not made by Atlas; name another one"),
+                ));
+            };
+            self.index_fields(name, &info).await?;
+            return Ok(Some(state.meta));
+        }
+        if names::parse(name).is_some() {
+            self.create(name, meta).await?;
+            // What it is, whoever made it, is seen with the next look.
+            return Ok(None);
+        }
+        let taken = self.generations().await?;
+        let next = names::next(name, taken.iter().map(String::as_str));
+        if let Some(newest) = next.checked_sub(1).filter(|newest| *newest > 0) {
+            let newest = names::generation(name, newest);
+            if let Some(info) = self.described(&newest).await?
+                && let Some(state) = state_of(&newest, &info)?
+                && self.count(&newest, &Selection::default()).await? == 0
+            {
+                self.index_fields(&newest, &info).await?;
+                if self.described(name).await?.is_none() {
+                    self.point(name, &newest).await?;
+                }
+                return Ok(Some(state.meta));
+            }
+            // It has chunks: the rest of a collection that was dropped, or it was finished and filled just now.
+            if self.described(name).await?.is_some() {
+                return Ok(None);
+            }
+        }
+        self.create(&names::generation(name, next), meta).await?;
+        Ok(None)
+    }
+
+    /// Makes a generation, unless it is there.
+    async fn create(&self, generation: &str, meta: &CollectionMeta) -> Result<(), UpstreamError> {
+        let mut sparse = SparseVectorsConfigBuilder::default();
+        sparse.add_named_vector_params(SPARSE, SparseVectorParamsBuilder::default().modifier(Modifier::Idf));
+        let mut create = CreateCollectionBuilder::new(generation)
+            .sparse_vectors_config(sparse)
+            .metadata(HashMap::from([(META_KEY.to_owned(), meta_json(meta)?)]));
+        if let Some(size) = meta.embedding_size {
+            let mut dense = VectorsConfigBuilder::default();
+            dense.add_named_vector_params(DENSE, VectorParamsBuilder::new(size as u64, Distance::Cosine));
+            create = create.vectors_config(dense);
+        }
+        let Err(error) = self.client.create_collection(create).await else { return Ok(()) };
+        // The server has no answer of its own for "it is there already".
+        if self.generations().await?.iter().any(|taken| taken == generation) {
+            return Ok(());
+        }
+        Err(self.upstream(error))
+    }
+
+    /// Makes the payload indexes that a collection lacks: whoever made it may have died before them, or be an
+    /// older release that had fewer.
+    async fn index_fields(&self, name: &str, info: &CollectionInfo) -> Result<(), UpstreamError> {
+        let keywords = KEYWORD_FIELDS.map(|field| (field, FieldType::Keyword));
+        let integers = INTEGER_FIELDS.map(|field| (field, FieldType::Integer));
+        for (field, kind) in keywords.into_iter().chain(integers) {
+            if info.payload_schema.contains_key(field) {
+                continue;
+            }
+            let mut request = CreateFieldIndexCollectionBuilder::new(name, field, kind).wait(true);
+            if kind == FieldType::Keyword {
+                let tenant = field == "tenant";
+                request = request.field_index_params(KeywordIndexParamsBuilder::default().is_tenant(tenant));
+            }
+            self.client.create_field_index(request).await.map_err(|error| self.upstream(error))?;
+        }
+        Ok(())
     }
 
     /// All aliases of the server: collections with their generations.
@@ -164,58 +256,23 @@ impl QdrantIndex {
 #[async_trait]
 impl VectorIndex for QdrantIndex {
     async fn ensure(&self, name: &str, meta: &CollectionMeta) -> Result<CollectionMeta, UpstreamError> {
-        if let Some(state) = self.state(name).await? {
-            return Ok(state.meta);
+        let started = Instant::now();
+        let mut attempts = 0_u32;
+        loop {
+            if let Some(made) = self.make(name, meta).await? {
+                return Ok(made);
+            }
+            // The first attempt made a part, or another gateway did; the second sees it and does the rest. Only
+            // a cluster may need more, until each of its nodes shows what is there.
+            attempts += 1;
+            if started.elapsed() > MAKE_BOUND {
+                let message = "the server says that there is such a collection, and does not show it";
+                return Err(failed(name, message));
+            }
+            if attempts > 1 {
+                tokio::time::sleep(MAKE_PAUSE).await;
+            }
         }
-        if self.client.collection_exists(name).await.map_err(|error| self.upstream(error))? {
-            return Err(UpstreamError::permanent(
-                Dependency::VectorIndex,
-                "foreign_collection",
-                format!("collection {name:?} was not made by Atlas; name another one"),
-            ));
-        }
-        let mut sparse = SparseVectorsConfigBuilder::default();
-        sparse.add_named_vector_params(SPARSE, SparseVectorParamsBuilder::default().modifier(Modifier::Idf));
-        let generation = if names::parse(name).is_some() {
-            name.to_owned()
-        } else {
-            let taken = self.generations().await?;
-            names::generation(name, names::next(name, taken.iter().map(String::as_str)))
-        };
-        let mut create = CreateCollectionBuilder::new(&generation)
-            .sparse_vectors_config(sparse)
-            .metadata(HashMap::from([(META_KEY.to_owned(), meta_json(meta)?)]));
-        if let Some(size) = meta.embedding_size {
-            let mut dense = VectorsConfigBuilder::default();
-            dense.add_named_vector_params(DENSE, VectorParamsBuilder::new(size as u64, Distance::Cosine));
-            create = create.vectors_config(dense);
-        }
-        if let Err(error) = self.client.create_collection(create).await {
-            // Another replica may have been faster; if it is not done yet, the next attempt finds it.
-            return match self.state(name).await? {
-                Some(state) => Ok(state.meta),
-                None if self.state(&generation).await?.is_some() => {
-                    Err(failed(name, "another gateway is making this collection"))
-                }
-                None => Err(self.upstream(error)),
-            };
-        }
-        for field in KEYWORD_FIELDS {
-            let params = KeywordIndexParamsBuilder::default().is_tenant(field == "tenant");
-            let request = CreateFieldIndexCollectionBuilder::new(&generation, field, FieldType::Keyword)
-                .field_index_params(params)
-                .wait(true);
-            self.client.create_field_index(request).await.map_err(|error| self.upstream(error))?;
-        }
-        for field in INTEGER_FIELDS {
-            let request =
-                CreateFieldIndexCollectionBuilder::new(&generation, field, FieldType::Integer).wait(true);
-            self.client.create_field_index(request).await.map_err(|error| self.upstream(error))?;
-        }
-        if generation != name {
-            self.point(name, &generation).await?;
-        }
-        Ok(meta.clone())
     }
 
     async fn meta(&self, name: &str) -> Result<Option<CollectionMeta>, UpstreamError> {
@@ -265,7 +322,9 @@ impl VectorIndex for QdrantIndex {
         chunks: Vec<NewChunk>,
         obsolete: Option<Selection>,
     ) -> Result<(), UpstreamError> {
-        let meta = self.existing(name).await?;
+        let Some(info) = self.described(name).await? else { return Err(unknown(name)) };
+        let meta = state_of(name, &info)?.ok_or_else(|| unknown(name))?.meta;
+        self.index_fields(name, &info).await?;
         let (first, others): (Vec<_>, Vec<_>) = chunks.into_iter().partition(|chunk| chunk.record.n == 0);
         for chunks in [others, first] {
             let mut points = Vec::with_capacity(chunks.len());
@@ -566,14 +625,26 @@ impl QdrantIndex {
     }
 
     async fn existing(&self, name: &str) -> Result<CollectionMeta, UpstreamError> {
-        self.state(name).await?.map(|state| state.meta).ok_or_else(|| {
-            UpstreamError::permanent(
-                Dependency::VectorIndex,
-                "unknown_collection",
-                format!("there is no collection {name:?}"),
-            )
-        })
+        self.state(name).await?.map(|state| state.meta).ok_or_else(|| unknown(name))
     }
+}
+
+/// What we keep about a collection; `None` for one that is not ours.
+fn state_of(name: &str, info: &CollectionInfo) -> Result<Option<CollectionState>, UpstreamError> {
+    let Some(meta) = info.config.as_ref().and_then(|config| config.metadata.get(META_KEY)) else {
+        return Ok(None);
+    };
+    let meta: CollectionMeta = serde_json::from_value(meta.clone().into_json())
+        .map_err(|error| failed(&format!("the metadata of collection {name:?}"), error))?;
+    Ok(Some(CollectionState { meta, chunks: info.points_count.unwrap_or_default(), generation: None }))
+}
+
+fn unknown(name: &str) -> UpstreamError {
+    UpstreamError::permanent(
+        Dependency::VectorIndex,
+        "unknown_collection",
+        format!("there is no collection {name:?}"),
+    )
 }
 
 // gRPC status codes (google.rpc.Code); the crate does not export tonic's type.
@@ -647,7 +718,73 @@ fn misconfigured(url: &Url, problem: &str) -> UpstreamError {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
+    use std::collections::BTreeSet;
+
+    use super::{
+        super::contract::{a_real_server, chunk, fresh, meta},
+        *,
+    };
+
+    async fn indexed_fields(index: &QdrantIndex, name: &str) -> BTreeSet<String> {
+        index.described(name).await.unwrap().unwrap().payload_schema.into_keys().collect()
+    }
+
+    fn all_fields() -> BTreeSet<String> {
+        KEYWORD_FIELDS.into_iter().chain(INTEGER_FIELDS).map(str::to_owned).collect()
+    }
+
+    #[tokio::test]
+    async fn a_collection_that_its_maker_left_half_made_is_finished_by_the_next() {
+        let test = "qdrant::tests::a_collection_that_its_maker_left_half_made_is_finished_by_the_next";
+        let Some((index, _server)) = a_real_server(test).await else { return };
+        let name = fresh("half");
+        let first = names::generation(&name, 1);
+        // The gateway died when the server had made the generation, and nothing else.
+        index.create(&first, &meta(Some(3))).await.unwrap();
+        assert_eq!(
+            index.ensure(&name, &meta(None)).await.unwrap(),
+            meta(Some(3)),
+            "it is what it was made as"
+        );
+        assert_eq!(index.info(&name).await.unwrap().unwrap().generation, Some(first));
+        assert_eq!(indexed_fields(&index, &name).await, all_fields());
+        index.drop_collection(&name).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_rest_of_a_dropped_collection_is_not_taken_for_a_half_made_one() {
+        let test = "qdrant::tests::the_rest_of_a_dropped_collection_is_not_taken_for_a_half_made_one";
+        let Some((index, _server)) = a_real_server(test).await else { return };
+        let name = fresh("rest");
+        let [first, second] = [1, 2].map(|number| names::generation(&name, number));
+        index.ensure(&first, &meta(None)).await.unwrap();
+        index.upsert(&first, vec![chunk("a.md", "apple").0], None).await.unwrap();
+        index.ensure(&name, &meta(None)).await.unwrap();
+        let state = index.info(&name).await.unwrap().unwrap();
+        assert_eq!((state.generation, state.chunks), (Some(second), 0));
+        index.drop_collection(&name).await.unwrap();
+        index.drop_collection(&first).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_generation_without_its_payload_indexes_gets_them_with_the_next_write() {
+        let test = "qdrant::tests::a_generation_without_its_payload_indexes_gets_them_with_the_next_write";
+        let Some((index, _server)) = a_real_server(test).await else { return };
+        for by_ensuring in [true, false] {
+            let generation = names::generation(&fresh("fields"), 2);
+            index.create(&generation, &meta(None)).await.unwrap();
+            assert_eq!(indexed_fields(&index, &generation).await, BTreeSet::new());
+            if by_ensuring {
+                index.ensure(&generation, &meta(None)).await.unwrap();
+            } else {
+                index.upsert(&generation, vec![chunk("a.md", "apple").0], None).await.unwrap();
+            }
+            assert_eq!(indexed_fields(&index, &generation).await, all_fields());
+            index.drop_collection(&generation).await.unwrap();
+        }
+    }
 
     #[test]
     fn versions_are_compared_as_numbers() {
