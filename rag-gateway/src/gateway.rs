@@ -26,6 +26,7 @@ use crate::{
     repository::Sources,
     rerank::QueryReranker,
     search::{SearchConfig, Searcher},
+    source::clones,
 };
 
 /// How often readiness looks at what the gateway depends on.
@@ -135,6 +136,8 @@ impl Gateway {
             RetryPolicy::new(&config.resilience),
             stop.clone(),
         );
+        // Of gateways that were killed over a clone; nothing waits for it.
+        tokio::task::spawn_blocking(clones::sweep);
         let checks = Checks::new();
         let watcher = Watcher {
             checks: checks.clone(),

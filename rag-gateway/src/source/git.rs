@@ -7,6 +7,8 @@ use std::{path::PathBuf, process::Stdio, time::Duration};
 
 use tokio::{io::AsyncReadExt as _, process::Command};
 
+use super::clones::{self, CloneFolder};
+
 /// Most that is quoted of git's complaint.
 const MAX_COMPLAINT_BYTES: usize = 4096;
 
@@ -133,13 +135,21 @@ impl RepoUrl {
 /// A shallow clone. The folder is deleted when this is dropped.
 #[derive(Debug)]
 pub struct Checkout {
-    folder: tempfile::TempDir,
+    path: PathBuf,
+    _folder: CloneFolder,
 }
 
 impl Checkout {
     /// Clones. Asks nobody for a password, runs no hook of the repository, leaves LFS files as they are.
     pub async fn of(url: &RepoUrl, bound: Duration) -> Result<Self, CloneError> {
-        let folder = tempfile::Builder::new().prefix("atlas-clone-").tempdir().map_err(CloneError::NoGit)?;
+        let folder = tokio::task::spawn_blocking(|| {
+            clones::sweep();
+            CloneFolder::new()
+        })
+        .await
+        .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+        .map_err(CloneError::NoGit)?;
+        let path = folder.checkout();
         let mut command = Command::new("git");
         command
             .args([
@@ -157,7 +167,7 @@ impl Checkout {
         command
             .arg("--")
             .arg(&url.address)
-            .arg(folder.path())
+            .arg(&path)
             .env("GIT_TERMINAL_PROMPT", "0")
             .env("GIT_ASKPASS", "true")
             .env("GIT_LFS_SKIP_SMUDGE", "1")
@@ -184,7 +194,7 @@ impl Checkout {
             .map_err(|_| CloneError::TimedOut { url: url.shown(), after: bound })?
             .map_err(CloneError::NoGit)?;
         if status.success() {
-            return Ok(Self { folder });
+            return Ok(Self { path, _folder: folder });
         }
         let complaint = url.without_secrets(String::from_utf8_lossy(&complaint).trim());
         let complaint = if complaint.is_empty() { status.to_string() } else { complaint };
@@ -193,7 +203,7 @@ impl Checkout {
 
     /// Where it is.
     pub fn path(&self) -> &std::path::Path {
-        self.folder.path()
+        &self.path
     }
 }
 

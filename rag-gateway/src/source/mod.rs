@@ -13,6 +13,7 @@
 //!
 //! Nothing here knows an index.
 
+pub(crate) mod clones;
 pub(crate) mod extract;
 pub mod git;
 pub mod repo;
