@@ -66,7 +66,6 @@ pub(crate) async fn run(
         };
         match delivery {
             Ok(Some(delivery)) => {
-                context.gate.set(Reason::Dependency(Dependency::Queue), false);
                 let context = Arc::clone(&context);
                 let source = source.clone();
                 let kill = kill.clone();
