@@ -32,22 +32,8 @@ pub(crate) async fn run(
     stop: CancellationToken,
     kill: CancellationToken,
 ) {
-    loop {
-        let pulled = tokio::select! {
-            () = stop.cancelled() => break,
-            pulled = queue.pull() => pulled,
-        };
-        match pulled {
-            Ok(Some(delivery)) => handle(&context, &source, delivery, &stop, &kill).await,
-            Ok(None) => break,
-            Err(error) => {
-                tracing::error!(error = %error, error_code = error.code(), "cannot read docs_added");
-                tokio::select! {
-                    () = stop.cancelled() => break,
-                    () = tokio::time::sleep(context.config.resilience.circuit_open) => {}
-                }
-            }
-        }
+    while let Some(delivery) = intake::next_delivery(&context, queue.as_ref(), "docs_added", &stop).await {
+        handle(&context, &source, delivery, &stop, &kill).await;
     }
 }
 
@@ -58,7 +44,7 @@ async fn handle(
     stop: &CancellationToken,
     kill: &CancellationToken,
 ) {
-    let Delivery { message_id, data, attributes, handle, .. } = delivery;
+    let Delivery { message_id, data, attributes, delivery_attempt, handle } = delivery;
     let asked = match read(&data, context.config.worker.max_message_bytes) {
         Ok(request) => ask(context, &request, stop).await,
         Err(problem) => Asked::Refused("invalid_docs_added".to_owned(), problem),
@@ -83,14 +69,7 @@ async fn handle(
             intake::put_aside(context, letter, kill).await
         }
     };
-    let ended = match verdict {
-        Verdict::Ack => handle.ack().await,
-        Verdict::Nack => handle.nack().await,
-    };
-    if let Err(error) = ended {
-        // It comes again, and finds its documents indexed.
-        tracing::warn!(message_id, error = %error, "the delivery could not be ended");
-    }
+    verdict.carry_out(handle, &message_id, delivery_attempt).await;
 }
 
 enum Asked {

@@ -23,7 +23,7 @@ use crate::{
     crash::crash_point,
     gate::Reason,
     limiter::Permit,
-    queue::{Delivery, RequestQueue},
+    queue::{AckHandle, Delivery, RequestQueue},
     resilient,
     run::{self, Ending},
     store::{Claim, ClaimRequest, DeadLetter},
@@ -39,6 +39,19 @@ pub(crate) enum Verdict {
     Ack,
     /// Another worker shall have it now.
     Nack,
+}
+
+impl Verdict {
+    /// Ends a delivery. Where the queue does not take it the message comes again, and is found done.
+    pub(crate) async fn carry_out(self, handle: Box<dyn AckHandle>, message_id: &str, attempt: Option<u32>) {
+        let ended = match self {
+            Self::Ack => handle.ack().await,
+            Self::Nack => handle.nack().await,
+        };
+        if let Err(error) = ended {
+            tracing::warn!(message_id, delivery_attempt = attempt, error = %error, "the delivery could not be ended");
+        }
+    }
 }
 
 /// Pulls and works until told to stop. Returns once the queue has nothing more for us.
@@ -59,27 +72,39 @@ pub(crate) async fn run(
             } => permit,
         };
         let delivery = tokio::select! {
-            () = stop.cancelled() => break,
             // What closes the gate while we wait must be seen before the next message is taken.
             () = context.gate.closed() => continue,
+            next = next_delivery(&context, queue.as_ref(), "requests", &stop) => next,
+        };
+        let Some(delivery) = delivery else { break };
+        let context = Arc::clone(&context);
+        let source = source.clone();
+        let kill = kill.clone();
+        tasks.spawn(async move { handle(&context, &source, delivery, permit, &kill).await });
+    }
+}
+
+/// The next delivery of the queue that holds `what`; `None` when told to stop, or when there are no more.
+pub(crate) async fn next_delivery(
+    context: &Context,
+    queue: &dyn RequestQueue,
+    what: &str,
+    stop: &CancellationToken,
+) -> Option<Delivery> {
+    loop {
+        let pulled = tokio::select! {
+            () = stop.cancelled() => return None,
             pulled = queue.pull() => pulled,
         };
-        match delivery {
-            Ok(Some(delivery)) => {
-                let context = Arc::clone(&context);
-                let source = source.clone();
-                let kill = kill.clone();
-                tasks.spawn(async move { handle(&context, &source, delivery, permit, &kill).await });
-            }
-            Ok(None) => break,
-            Err(error) => {
-                tracing::error!(error = %error, error_code = error.code(), "cannot pull");
-                // The adapter rebuilds its stream by itself; an error here needs a person, or time.
-                tokio::select! {
-                    () = stop.cancelled() => break,
-                    () = tokio::time::sleep(context.config.resilience.circuit_open) => {}
-                }
-            }
+        let error = match pulled {
+            Ok(delivery) => return delivery,
+            Err(error) => error,
+        };
+        tracing::error!(error = %error, error_code = error.code(), "cannot pull {what}");
+        // The adapter rebuilds its stream by itself; an error here needs a person, or time.
+        tokio::select! {
+            () = stop.cancelled() => return None,
+            () = tokio::time::sleep(context.config.resilience.circuit_open) => {}
         }
     }
 }
@@ -122,15 +147,8 @@ async fn handle(
         }
     };
     crash_point!("before_ack");
-    let ended = match verdict {
-        Verdict::Ack => handle.ack().await,
-        Verdict::Nack => handle.nack().await,
-    };
+    verdict.carry_out(handle, &message_id, delivery_attempt).await;
     crash_point!("acked");
-    if let Err(error) = ended {
-        // It will be delivered again, and found finished.
-        tracing::warn!(message_id, delivery_attempt, error = %error, "the delivery could not be ended");
-    }
 }
 
 /// Claims and runs one request.
@@ -291,27 +309,13 @@ pub(crate) async fn read_dead_letters(
     stop: CancellationToken,
     kill: CancellationToken,
 ) {
-    loop {
-        let pulled = tokio::select! {
-            () = stop.cancelled() => break,
-            pulled = queue.pull() => pulled,
-        };
-        match pulled {
-            Ok(Some(delivery)) => escalate(&context, &source, delivery, &kill).await,
-            Ok(None) => break,
-            Err(error) => {
-                tracing::error!(error = %error, error_code = error.code(), "cannot read dead letters");
-                tokio::select! {
-                    () = stop.cancelled() => break,
-                    () = tokio::time::sleep(context.config.resilience.circuit_open) => {}
-                }
-            }
-        }
+    while let Some(delivery) = next_delivery(&context, queue.as_ref(), "dead letters", &stop).await {
+        escalate(&context, &source, delivery, &kill).await;
     }
 }
 
 async fn escalate(context: &Context, source: &str, delivery: Delivery, kill: &CancellationToken) {
-    let Delivery { message_id, data, attributes, handle, .. } = delivery;
+    let Delivery { message_id, data, attributes, delivery_attempt, handle } = delivery;
     let max_bytes = context.config.worker.max_message_bytes;
     let (task_id, metadata): (Option<TaskId>, Map<String, Value>) =
         match message::parse(&data, &message_id, max_bytes) {
@@ -334,14 +338,9 @@ async fn escalate(context: &Context, source: &str, delivery: Delivery, kill: &Ca
     });
     let letter = origin.letter(context, &data, "delivery_attempts_exhausted", detail.to_owned(), announce);
     let letter = DeadLetter { task_id, fails_run: true, ..letter };
-    let ended = match put_aside(context, letter, kill).await {
-        Verdict::Ack => handle.ack().await,
-        Verdict::Nack => handle.nack().await,
-    };
+    let verdict = put_aside(context, letter, kill).await;
+    verdict.carry_out(handle, &message_id, delivery_attempt).await;
     crash_point!("dead_letter_acked");
-    if let Err(error) = ended {
-        tracing::warn!(message_id, error = %error, "the dead letter could not be ended");
-    }
 }
 
 /// Attributes without NUL, which Postgres cannot store as text. The message itself is kept as base64.
