@@ -10,10 +10,11 @@ use std::{
 };
 
 use anyhow::{Context as _, ensure};
+use atlas_test_support::free_port;
 use futures::future::try_join_all;
 use serde_json::{Value, json};
 
-use crate::{corpus, engine, machine, process::Process, prometheus::Scrape, worker::free_port};
+use crate::{corpus, engine, machine, process::Process, prometheus::Scrape};
 
 /// Documents of one request.
 const BATCH: u64 = 200;

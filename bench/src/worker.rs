@@ -5,14 +5,16 @@
 
 use std::{
     collections::BTreeMap,
-    net::{Ipv4Addr, TcpListener},
     path::Path,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail, ensure};
 use atlas_shared::{Config, Env, config, message::ROLE};
-use atlas_test_support::fleet::{Fleet, FleetError, FleetOptions, workspace};
+use atlas_test_support::{
+    fleet::{Fleet, FleetError, FleetOptions, workspace},
+    free_port,
+};
 use bytes::Bytes;
 use clap::ValueEnum;
 use futures::{StreamExt as _, TryStreamExt as _};
@@ -342,8 +344,4 @@ async fn function_counts(fleet: &Fleet) -> anyhow::Result<Vec<(String, f64)>> {
         )
         .await?;
     Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
-}
-
-pub(crate) fn free_port() -> std::io::Result<u16> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }

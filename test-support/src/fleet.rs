@@ -9,7 +9,6 @@ use std::{
     fmt::Write as _,
     future::Future,
     io::Write as _,
-    net::{Ipv4Addr, TcpListener},
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     time::Duration,
@@ -21,6 +20,7 @@ use tokio::task::JoinHandle;
 
 use crate::{
     emulator::Emulator,
+    free_port,
     guard::Guarded,
     proxy::Proxy,
     supabase::{Postgres, sign_key},
@@ -451,9 +451,4 @@ fn binary(name: &str) -> anyhow::Result<PathBuf> {
 
 fn atlas(env: &BTreeMap<String, String>, args: &[impl AsRef<OsStr>]) -> anyhow::Result<Output> {
     Ok(Command::new(binary("atlas")?).args(args).envs(env).stdin(Stdio::null()).output()?)
-}
-
-/// A port nobody listens on now.
-pub(crate) fn free_port() -> std::io::Result<u16> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }

@@ -6,7 +6,10 @@
 //!
 //! Child processes run under [`guard`]: they end when the test process ends, however it ends.
 
-use std::io::Write as _;
+use std::{
+    io::{self, Write as _},
+    net::{Ipv4Addr, TcpListener},
+};
 
 pub mod chaos;
 pub mod emulator;
@@ -40,6 +43,15 @@ pub fn skip_everywhere(test: &str, service: &str, reason: &str) {
     {
         let _ = writeln!(file, "{line}");
     }
+}
+
+/// A port of this machine on which nobody listens now.
+///
+/// # Errors
+///
+/// Where the system gives none.
+pub fn free_port() -> io::Result<u16> {
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 
 /// True when a missing service must fail the test (`ATLAS_REQUIRE_SERVICES=1`).

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{fleet::free_port, guard::Guarded};
+use crate::{free_port, guard::Guarded};
 
 /// How long a server may take until it is ready.
 const START_TIMEOUT: Duration = Duration::from_mins(1);

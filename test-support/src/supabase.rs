@@ -7,7 +7,7 @@
 use std::{
     ffi::{OsStr, OsString},
     io,
-    net::{Ipv4Addr, SocketAddr, TcpListener},
+    net::{Ipv4Addr, SocketAddr},
     os::unix::{fs::chown, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -21,7 +21,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::{sync::OnceCell, task::JoinHandle};
 use tokio_postgres::NoTls;
 
-use crate::guard::Guarded;
+use crate::{free_port, guard::Guarded};
 
 /// How long Postgres may take to come up.
 const START_TIMEOUT: Duration = Duration::from_mins(1);
@@ -432,10 +432,6 @@ fn unprivileged_account() -> anyhow::Result<Option<(u32, u32)>> {
         }
     }
     anyhow::bail!("there is no account `postgres` or `nobody` to run Postgres as")
-}
-
-fn free_port() -> io::Result<u16> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 
 #[cfg(test)]
