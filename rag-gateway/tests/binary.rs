@@ -122,3 +122,52 @@ async fn a_killed_gateways_jobs_are_done_by_the_next_one() {
     let list = until(&url("/v1/documents"), |_| true).await;
     assert_eq!(list["documents"].as_array().unwrap().len(), 600);
 }
+
+/// The clones in a folder.
+fn clones(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(folder).unwrap().flatten().map(|entry| entry.path());
+    entries.filter(|path| path.to_string_lossy().contains("atlas-clone-")).collect()
+}
+
+#[tokio::test]
+async fn what_a_gateway_that_was_killed_over_a_clone_leaves_is_swept_by_the_next() {
+    let [dir, scratch] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    // A git server that says nothing: the clone waits for as long as it is awake.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let repo = format!("http://{}/team/shop", silent.local_addr().unwrap());
+    let listen = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let start = || {
+        Guarded::spawn(BINARY, Vec::<&str>::new(), |command| {
+            command
+                .env("ATLAS_DATA_DIR", dir.path())
+                .env("TMPDIR", scratch.path())
+                .env("GATEWAY_LISTEN", &listen)
+                .env("INDEX_ALLOWED_URLS", &repo)
+                .stdout(Stdio::null())
+                .stderr(Stdio::null());
+        })
+        .unwrap()
+    };
+    let wait_for = async |what: &str, seen: &dyn Fn() -> bool| {
+        let started = Instant::now();
+        while !seen() {
+            assert!(started.elapsed() < Duration::from_secs(120), "waited for {what}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+
+    let first = start();
+    until(&format!("http://{listen}/health/ready"), |answer| answer["status"] == "ready").await;
+    let body = serde_json::json!({"repo": repo});
+    let job =
+        reqwest::Client::new().post(format!("http://{listen}/v1/index")).json(&body).send().await.unwrap();
+    assert_eq!(job.status().as_u16(), 202, "{}", job.text().await.unwrap());
+    wait_for("a clone", &|| clones(scratch.path()).iter().any(|folder| folder.join("repo").exists())).await;
+    drop(first);
+    let left = clones(scratch.path());
+    assert_eq!(left.len(), 1, "{left:?}");
+
+    // It resumes the job too, in a folder of its own.
+    let _second = start();
+    wait_for("the sweep", &|| !left[0].exists()).await;
+}
