@@ -32,6 +32,35 @@ shell_scripts() { git ls-files -z | xargs -0 grep -lZE '^#!(/usr/bin/env (ba)?sh
 compose_v1() { docker-compose --file docker-compose.yml config --quiet; }
 compose_v2() { docker compose --file docker-compose.yml config --quiet; }
 
+# Each secret of docs/CONFIGURATION.md can be given as a file in every way to run Atlas, and none as a plain value.
+secrets_are_files() {
+    python3 - <<'PYTHON'
+import glob, re, sys
+secrets = re.findall(r"^\| `(\w+)` \*\(secret\)\*", open("docs/CONFIGURATION.md").read(), re.M)
+assert len(secrets) >= 8, f"the table of settings reads differently now: {secrets}"
+ways = {
+    "Compose": ["docker-compose.yml"],
+    "Kubernetes": glob.glob("deploy/kubernetes/**/*.yaml", recursive=True),
+    "systemd": glob.glob("deploy/systemd/*.service"),
+}
+faults = []
+for way, files in ways.items():
+    text = "\n".join(open(file).read() for file in files)
+    for name in secrets:
+        # Migrations are not a service.
+        if f"{name}_FILE" not in text and (way, name) != ("systemd", "SUPABASE_DB_URL"):
+            faults.append(f"{way}: {name}_FILE is nowhere")
+        if re.search(rf"\b{name}(:|=|, value)", text):
+            faults.append(f"{way}: {name} is a plain value; give {name}_FILE")
+compose = open("docker-compose.yml").read()
+defined = compose[compose.index("\nsecrets:\n"):]
+for name in set(re.findall(r"/run/secrets/(\w+)", compose)):
+    if f"\n  {name}: " not in defined:
+        faults.append(f"Compose: nothing defines the secret {name}")
+sys.exit("\n".join(faults) or None)
+PYTHON
+}
+
 prometheus_rules() {
     promtool check config --syntax-only deploy/prometheus/prometheus.yml &&
         promtool check rules deploy/prometheus/rules.yml &&
@@ -97,6 +126,7 @@ else
     # Not everywhere to be had: never required.
     echo "NOT RUN Compose file, v2: no Compose v2 here"
 fi
+check "secrets come as files" python3 secrets_are_files
 check "Prometheus config, alert rules and their tests" promtool prometheus_rules
 check "Alertmanager config" amtool amtool check-config deploy/alertmanager/alertmanager.yml
 check "Grafana dashboards" python3 grafana_files

@@ -44,7 +44,8 @@ if [[ -s $dir/api_keys ]] && ! grep -q ':sha256:' "$dir/api_keys"; then
     rm "$dir/api_keys"
 fi
 
-for name in postgres_password authenticator_password jwt_secret worker_rag_api_key cli_rag_api_key grafana_password; do
+for name in postgres_password authenticator_password jwt_secret worker_rag_api_key cli_rag_api_key grafana_password \
+    qdrant_api_key redis_password; do
     keep "$name" random
 done
 keep database_url printf 'postgres://postgres:%s@postgres:5432/postgres' "$(read_secret postgres_password)"
@@ -52,3 +53,7 @@ keep authenticator_url printf 'postgres://authenticator:%s@postgres:5432/postgre
 keep service_role_key service_role_jwt
 keep api_keys printf 'worker:sha256:%s\ncli:sha256:%s\n' \
     "$(hash_of worker_rag_api_key)" "$(hash_of cli_rag_api_key)"
+# What the two servers themselves read.
+keep qdrant_config printf 'service:\n  api_key: "%s"\n' "$(read_secret qdrant_api_key)"
+keep redis_config printf 'requirepass %s\n' "$(read_secret redis_password)"
+keep redis_url printf 'redis://:%s@redis:6379/0' "$(read_secret redis_password)"

@@ -44,12 +44,16 @@ setting() {
 # Secrets become files: they show neither in `docker inspect` nor in the file.
 prepare_secrets() {
     scripts/dev_secrets.sh "$secrets"
-    local key
-    key=$(setting OPENAI_API_KEY)
-    printf '%s' "$key" >"$secrets/openai_api_key"
-    if [[ -n $key ]]; then
-        export ATLAS_OPENAI_API_KEY_FILE=/run/secrets/openai_api_key
-    fi
+    local name key file
+    for name in OPENAI_API_KEY RERANK_API_KEY; do
+        key=$(setting "$name")
+        file=${name,,}
+        printf '%s' "$key" >"$secrets/$file"
+        # An empty file would count as a mistake: what has no key gets no file.
+        if [[ -n $key ]]; then
+            export "ATLAS_${name}_FILE=/run/secrets/$file"
+        fi
+    done
 }
 
 say_which_model() {
