@@ -62,6 +62,7 @@ pub(crate) const MIGRATIONS: &[Migration] = embedded![
     5 "0005" "fleet",
     6 "0006" "operators",
     7 "0007" "index_jobs",
+    8 "0008" "early_cancels",
 ];
 
 impl Migration {

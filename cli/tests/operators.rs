@@ -166,6 +166,17 @@ async fn runs_are_cancelled_where_they_are_and_final_ones_stay() {
     assert!(final_one.stderr.contains("could not be done"), "{}", final_one.stderr);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_nobody_has_taken_yet_can_be_cancelled() {
+    let (sandbox, store) = sandbox().await;
+    let task = TaskId::random();
+    let said = sandbox.atlas(&["runs", "cancel", &task.to_string(), "--json"]).ok().json();
+    assert_eq!(said[0]["outcome"], "awaited", "{said}");
+
+    // Its message comes.
+    assert!(claimed(&store, task).await.cancel_requested);
+}
+
 async fn dead(store: &SqliteStore, raw: &[u8], task: Option<TaskId>, reason: &str) -> String {
     let letter = DeadLetter {
         id: Uuid::new_v4(),

@@ -34,7 +34,7 @@ pub const FILE_NAME: &str = "atlas.db";
 const SCHEMA: &str = include_str!("sqlite/schema.sql");
 
 /// `PRAGMA user_version` of [`SCHEMA`]. A file with a higher one was written by a newer Atlas.
-const SCHEMA_VERSION: i64 = 2;
+const SCHEMA_VERSION: i64 = 3;
 
 /// What [`SCHEMA`] cannot add to a table of version 1, because the table is there.
 const FROM_VERSION_1: &str = "ALTER TABLE dead_letters ADD COLUMN replayed_as TEXT";

@@ -11,7 +11,7 @@ use crate::{
     context::Context,
     crash::crash_point,
     resilient,
-    store::{FleetChange, FleetState},
+    store::{self, Cancelled, FleetChange, FleetState},
 };
 
 /// Carries out a command and answers it. After an error nothing was answered, and the message must
@@ -45,18 +45,16 @@ pub(crate) async fn obey(
             fleet(change(context, FleetChange { paused: Some(false), ..FleetChange::default() }).await?),
         ),
         Command::Cancel { task_id } => {
-            let answer = Answer::bare(
-                *task_id,
-                AnswerType::Error,
-                AnswerStatus::Error,
-                "The request was cancelled.",
-                Map::from_iter([("error_code".to_owned(), json!("cancelled"))]),
-            );
-            let stopped = resilient::store(&context.retry, || {
-                context.store.cancel_run(*task_id, &context.topic_out, &answer)
-            })
-            .await?;
-            ("cancel", json!({ "cancelled": stopped, "cancelled_task_id": task_id }))
+            let store = context.store.as_ref();
+            let outcome =
+                resilient::store(&context.retry, || store::cancel(store, *task_id, &context.topic_out))
+                    .await?;
+            let content = json!({
+                "cancelled": !matches!(outcome, Cancelled::Final(_)),
+                "outcome": outcome.as_str(),
+                "cancelled_task_id": task_id,
+            });
+            ("cancel", content)
         }
     };
     crash_point!("command_stored");

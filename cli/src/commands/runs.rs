@@ -2,18 +2,17 @@
 
 use std::{collections::HashSet, sync::Arc};
 
-use atlas_shared::{
-    Config, TaskId,
-    config::StoreConfig,
-    message::{Answer, AnswerStatus, AnswerType},
-};
+use atlas_shared::{TaskId, config::StoreConfig};
 use atlas_worker::{
     queue::Topics,
-    store::{self, EntryState, RunDetail, RunFilter, RunRecord, RunStatus, RunStore, Wake},
+    store::{
+        self, CANCELLED, Cancelled, EntryState, FinalStatus, RunDetail, RunFilter, RunRecord, RunStatus,
+        RunStore, Wake,
+    },
 };
 use jiff::Timestamp;
 use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
 use crate::{
     again::{self, Again, Requests},
@@ -127,9 +126,10 @@ Exit code 1 if one of them cannot be run again; the others are all the same.")]
 A run that waits fails at once, code `cancelled`, and its requester is told. The worker of a running one
 is told when it next renews its lease (a third of LEASE_SECONDS at most), whichever worker that is; it
 stops in the middle of a call, which is then booked as spent. A request that no worker has taken from
-the queue yet is not in the store: pause the fleet first (control message), then cancel it.
+the queue yet is cancelled when its message comes, whichever worker gets it: that is remembered for
+32 days, longer than Pub/Sub keeps a message.
 
-Exit code 1 if one of them is unknown or was final before.")]
+Exit code 1 if one of them was final before.")]
     Cancel {
         /// Task ids
         #[arg(value_name = "ID", required = true)]
@@ -230,7 +230,7 @@ impl Runs {
                 let config = context.config()?;
                 let mut outcomes = Vec::new();
                 for task_id in task_ids {
-                    outcomes.push(cancel(&config, store.as_ref(), task_id).await?);
+                    outcomes.push(cancel(store.as_ref(), task_id, &Topics::of(&config).answers).await?);
                 }
                 report(context.ui, &outcomes, json)?;
             }
@@ -239,8 +239,6 @@ impl Runs {
     }
 }
 
-/// `error_code` of a run that somebody cancelled.
-const CANCELLED: &str = "cancelled";
 const UNKNOWN: &str = "no worker has taken the request yet, or it went to another store";
 
 /// What became of one run: one line, or one JSON object.
@@ -357,38 +355,26 @@ async fn retry(context: &Context, store: &dyn RunStore, task_ids: &[TaskId], act
     Ok(outcomes)
 }
 
-async fn cancel(config: &Config, store: &dyn RunStore, task_id: TaskId) -> Result<Told> {
-    let outcome = |outcome, failed, detail| Told { task_id, outcome, new_task_id: None, detail, failed };
-    let Some(before) = store.get_run(task_id).await? else {
-        return Ok(outcome("unknown", true, format!("there is no such run: {UNKNOWN}")));
+async fn cancel(store: &dyn RunStore, task_id: TaskId, topic: &str) -> Result<Told> {
+    let outcome = store::cancel(store, task_id, topic).await?;
+    let (failed, detail) = match &outcome {
+        Cancelled::Ended => (false, "is cancelled, and its requester is told".to_owned()),
+        Cancelled::Stopping(owner) => {
+            let owner = owner.as_deref().unwrap_or("its worker");
+            (false, format!("stops: {owner} is told at its next renewal"))
+        }
+        Cancelled::Awaited => {
+            (false, "is not known here yet: it will be cancelled when its message comes".to_owned())
+        }
+        Cancelled::Final(status) => {
+            let status = match status {
+                FinalStatus::Done => "done",
+                FinalStatus::Failed => "failed",
+            };
+            (true, format!("is {status} already: a final run never changes"))
+        }
     };
-    let metadata = before.request.get("metadata").and_then(Value::as_object);
-    let topic = metadata
-        .and_then(|metadata| metadata.get("reply_to")?.as_str().map(str::to_owned))
-        .unwrap_or_else(|| Topics::of(config).answers);
-    let mut metadata = metadata.cloned().unwrap_or_else(Map::new);
-    metadata.insert("error_code".to_owned(), json!(CANCELLED));
-    let answer =
-        Answer::bare(task_id, AnswerType::Error, AnswerStatus::Error, "The request was cancelled.", metadata);
-    let stopped = store.cancel_run(task_id, &topic, &answer).await?;
-    let Some(RunDetail { run, .. }) = store.get_run(task_id).await? else {
-        return Ok(outcome("unknown", true, "there is no such run any more".to_owned()));
-    };
-    Ok(match (run.status, stopped) {
-        (RunStatus::Failed, true) => {
-            outcome("cancelled", false, "is cancelled, and its requester is told".to_owned())
-        }
-        (RunStatus::Failed, false) if run.error_code.as_deref() == Some(CANCELLED) => {
-            outcome("cancelled", false, "was cancelled before".to_owned())
-        }
-        (RunStatus::Done | RunStatus::Failed, _) => {
-            outcome("final", true, format!("is {} already: a final run never changes", run.status.as_str()))
-        }
-        (RunStatus::Queued | RunStatus::Running | RunStatus::Deferred, _) => {
-            let owner = run.lease_owner.as_deref().unwrap_or("its worker");
-            outcome("stopping", false, format!("stops: {owner} is told at its next renewal"))
-        }
-    })
+    Ok(Told { task_id, outcome: outcome.as_str(), new_task_id: None, detail, failed })
 }
 
 /// The configured store. An embedded one that was never used is an error, not an empty one.

@@ -44,6 +44,14 @@ CREATE TABLE IF NOT EXISTS runs (
 CREATE INDEX IF NOT EXISTS runs_open ON runs (created_at, task_id) WHERE ended_at IS NULL;
 CREATE INDEX IF NOT EXISTS runs_newest ON runs (created_at DESC, task_id);
 
+-- Tasks that were cancelled before their message came. Few, and not for long: each one clears old ones away.
+CREATE TABLE IF NOT EXISTS early_cancels (
+    task_id    TEXT PRIMARY KEY,
+    created_at INTEGER NOT NULL
+) STRICT;
+
+CREATE INDEX IF NOT EXISTS early_cancels_age ON early_cancels (created_at);
+
 CREATE TABLE IF NOT EXISTS run_steps (
     task_id    TEXT NOT NULL REFERENCES runs (task_id),
     step       TEXT NOT NULL,

@@ -24,8 +24,8 @@ mod sqlite;
 mod supabase;
 
 pub use operator::{
-    DayAccount, DeadLetterDetail, DeadLetterFilter, DeadLetterPurge, DeadLetterRecord, EntryState,
-    LedgerEntry, Purged, RunFilter, Wake,
+    CANCELLED, Cancelled, DayAccount, DeadLetterDetail, DeadLetterFilter, DeadLetterPurge, DeadLetterRecord,
+    EntryState, LedgerEntry, Purged, RunFilter, Wake, cancel,
 };
 pub use sqlite::SqliteStore;
 pub use supabase::SupabaseStore;
@@ -121,7 +121,8 @@ pub struct ClaimedRun {
     /// How many earlier attempts ended as `deferred`: these are no failures, so an attempt limit
     /// does not count them.
     pub deferrals: u32,
-    /// True: somebody cancelled it while nobody could be told. Finish it as failed, code `cancelled`.
+    /// True: somebody cancelled it while nobody could be told, or before its message came. Finish it as
+    /// failed, code `cancelled`.
     pub cancel_requested: bool,
 }
 
@@ -464,7 +465,10 @@ pub trait RunStore: Ledger {
     async fn change_fleet(&self, change: &FleetChange, limits: Limits) -> Result<FleetState, StoreError>;
 
     /// Asks for a run to be stopped. A run that nobody works on is failed at once with `answer`
-    /// (code `cancelled`); a leased one is told at its next renewal. False: unknown or final.
+    /// (code `cancelled`); a leased one is told at its next renewal; a task that has no run yet is
+    /// remembered for 32 days, longer than a queue keeps a message, and its claim says
+    /// [`cancel_requested`](ClaimedRun::cancel_requested), also while the fleet is paused. False: final.
+    /// [`cancel`] writes the answer and says which of these it was.
     async fn cancel_run(&self, task_id: TaskId, topic: &str, answer: &Answer) -> Result<bool, StoreError>;
 
     /// The newest runs first; `status` filters.

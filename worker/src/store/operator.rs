@@ -2,13 +2,72 @@
 
 use std::time::Duration;
 
-use atlas_shared::{TaskId, Tokens, config::RetentionConfig, ledger::CallKind};
+use atlas_shared::{
+    TaskId, Tokens,
+    config::RetentionConfig,
+    ledger::CallKind,
+    message::{Answer, AnswerStatus, AnswerType},
+};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use super::RunStatus;
+use super::{FinalStatus, RunDetail, RunStatus, RunStore, StoreError};
+
+/// `error_code` of a run that somebody cancelled.
+pub const CANCELLED: &str = "cancelled";
+
+/// How long a cancel of a task without a run is remembered: Pub/Sub keeps a message for 31 days at most.
+pub(super) const EARLY_CANCEL_KEPT: Duration = Duration::from_hours(32 * 24);
+/// Older ones that each new one clears away, so that there are never many.
+pub(super) const EARLY_CANCELS_CLEARED: usize = 100;
+
+/// What became of the wish to stop a task.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cancelled {
+    /// It is failed, code `cancelled`: just now, or by an earlier wish.
+    Ended,
+    /// Its worker, named here, is told at its next renewal.
+    Stopping(Option<String>),
+    /// It has no run yet: its message, when it comes, is answered as cancelled and costs nothing.
+    Awaited,
+    /// It ended before, and not so.
+    Final(FinalStatus),
+}
+
+impl Cancelled {
+    /// The stable word for it.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::Ended => CANCELLED,
+            Self::Stopping(_) => "stopping",
+            Self::Awaited => "awaited",
+            Self::Final(_) => "final",
+        }
+    }
+}
+
+/// Stops a task for good, wherever it is. Idempotent. The answer to its requester carries the request's
+/// metadata and goes to its `reply_to`, or to `topic`, as every other answer does.
+pub async fn cancel(store: &dyn RunStore, task_id: TaskId, topic: &str) -> Result<Cancelled, StoreError> {
+    let request = store.get_run(task_id).await?.map(|detail| detail.request);
+    let metadata = request.as_ref().and_then(|request| request.get("metadata")?.as_object());
+    let topic = metadata.and_then(|metadata| metadata.get("reply_to")?.as_str()).unwrap_or(topic);
+    let mut metadata = metadata.cloned().unwrap_or_else(Map::new);
+    metadata.insert("error_code".to_owned(), json!(CANCELLED));
+    let answer =
+        Answer::bare(task_id, AnswerType::Error, AnswerStatus::Error, "The request was cancelled.", metadata);
+    store.cancel_run(task_id, topic, &answer).await?;
+    let Some(RunDetail { run, .. }) = store.get_run(task_id).await? else { return Ok(Cancelled::Awaited) };
+    Ok(match run.status {
+        RunStatus::Failed if run.error_code.as_deref() == Some(CANCELLED) => Cancelled::Ended,
+        RunStatus::Failed => Cancelled::Final(FinalStatus::Failed),
+        RunStatus::Done => Cancelled::Final(FinalStatus::Done),
+        // Not running: it came, or was given back, in this very moment, and its next claim is told.
+        RunStatus::Running | RunStatus::Queued | RunStatus::Deferred => Cancelled::Stopping(run.lease_owner),
+    })
+}
 
 /// Which runs to list; `None` lets everything through.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -272,7 +272,10 @@ impl RunStore for SqliteStore {
         let (topic, answer) = (topic.to_owned(), answer.clone());
         self.db
             .write(move |tx, now| {
-                let Some(run) = run_state(tx, task_id)? else { return Ok(false) };
+                let Some(run) = run_state(tx, task_id)? else {
+                    operator::cancel_early(tx, now, task_id)?;
+                    return Ok(true);
+                };
                 if run.is_final() {
                     return Ok(false);
                 }
@@ -381,6 +384,7 @@ struct RunState {
     lease_until: Option<Timestamp>,
     claim_id: Option<Uuid>,
     finished_attempt: Option<u32>,
+    cancel_requested: bool,
 }
 
 impl RunState {
@@ -396,7 +400,8 @@ impl RunState {
 fn run_state(tx: &Transaction<'_>, task_id: TaskId) -> Result<Option<RunState>, StoreError> {
     let raw = tx
         .prepare_cached(
-            "SELECT status, attempt, lease_until, claim_id, finished_attempt FROM runs WHERE task_id = ?1",
+            "SELECT status, attempt, lease_until, claim_id, finished_attempt, cancel_requested
+               FROM runs WHERE task_id = ?1",
         )?
         .query_row([task_id.to_string()], |row| {
             Ok((
@@ -405,16 +410,20 @@ fn run_state(tx: &Transaction<'_>, task_id: TaskId) -> Result<Option<RunState>, 
                 row.get::<_, Option<i64>>(2)?,
                 row.get::<_, Option<String>>(3)?,
                 row.get(4)?,
+                row.get(5)?,
             ))
         })
         .optional()?;
-    let Some((status, attempt, lease_until, claim_id, finished_attempt)) = raw else { return Ok(None) };
+    let Some((status, attempt, lease_until, claim_id, finished_attempt, cancel_requested)) = raw else {
+        return Ok(None);
+    };
     Ok(Some(RunState {
         status: status.parse().map_err(unreadable)?,
         attempt,
         lease_until: lease_until.map(from_micros),
         claim_id: claim_id.and_then(|id| Uuid::parse_str(&id).ok()),
         finished_attempt,
+        cancel_requested,
     }))
 }
 
@@ -435,6 +444,7 @@ fn claim_run(tx: &Transaction<'_>, now: Timestamp, request: &ClaimRequest) -> Re
             lease_until: None,
             claim_id: None,
             finished_attempt: None,
+            cancel_requested: operator::take_early_cancel(tx, request.task_id)?,
         }
     };
     if state.is_final() {
@@ -447,7 +457,9 @@ fn claim_run(tx: &Transaction<'_>, now: Timestamp, request: &ClaimRequest) -> Re
             .execute(params![id, to_micros(until)])?;
         return Ok(Claim::Claimed(claimed(tx, request.task_id, state.attempt, until, false)?));
     }
-    if state.is_leased(now) || state.status == RunStatus::Deferred || books::fleet_settings(tx)?.paused {
+    // What is only to be answered as cancelled need not wait for `resume`.
+    let paused = !state.cancel_requested && books::fleet_settings(tx)?.paused;
+    if state.is_leased(now) || state.status == RunStatus::Deferred || paused {
         return Ok(Claim::Held);
     }
     let run = take(tx, now, request.task_id, state, Some(request.claim_id), &request.worker, request.lease)?;

@@ -107,7 +107,7 @@ async fn a_cancel_stops_the_run_on_the_worker_that_has_it() {
     // The busy one has no room for another message: this one gets the command.
     let idle = stack.worker().await;
     let said = send(&stack, json!({"command": "cancel", "task_id": task})).await;
-    assert_eq!(said["cancelled"], true);
+    assert_eq!((&said["cancelled"], &said["outcome"]), (&json!(true), &json!("stopping")));
     shows(&idle, "atlas_messages_total{outcome=\"control\"} 1").await;
 
     let failed = stack.until(task, RunStatus::Failed).await;
@@ -122,6 +122,38 @@ async fn a_cancel_stops_the_run_on_the_worker_that_has_it() {
     );
     assert_eq!(stack.reconciled().await.assumed, 1, "the call that was cut off is booked as spent");
     drain([busy, idle]).await;
+}
+
+#[tokio::test]
+async fn a_cancel_that_overtakes_its_request_holds_for_every_worker() {
+    let stack = Stack::simulated().await;
+    let workers = two(&stack).await;
+    let tasks: Vec<TaskId> = (0..4).map(|_| TaskId::random()).collect();
+    for task in &tasks {
+        let said = send(&stack, json!({"command": "cancel", "task_id": task})).await;
+        assert_eq!((&said["cancelled"], &said["outcome"]), (&json!(true), &json!("awaited")));
+    }
+    for task in &tasks {
+        stack.publish(request(*task, "Design the event bus", json!({"ticket": 7})).to_string()).await;
+    }
+    for task in &tasks {
+        let failed = stack.until(*task, RunStatus::Failed).await;
+        assert_eq!(failed.run.error_code.as_deref(), Some("cancelled"));
+    }
+    // Once more, now that it is final.
+    let said = send(&stack, json!({"command": "cancel", "task_id": tasks[0]})).await;
+    assert_eq!((&said["cancelled"], &said["outcome"]), (&json!(true), &json!("cancelled")));
+    stack.until_rest().await;
+    for task in &tasks {
+        let [answer] = stack.answers(*task).await.try_into().unwrap();
+        assert_eq!(answer["msg_type"], "error");
+        assert_eq!(
+            (&answer["metadata"]["error_code"], &answer["metadata"]["ticket"]),
+            (&json!("cancelled"), &json!(7))
+        );
+    }
+    assert_eq!(stack.books().await, (0, 0), "nobody called");
+    drain(workers).await;
 }
 
 #[tokio::test]

@@ -325,7 +325,8 @@ async fn commands_change_the_fleet_and_are_answered() {
     assert_eq!(answer.content["fleet"]["budget"]["limit"], 777, "it is in the store");
 
     let (task, message) = command(json!({"command": "cancel", "task_id": TaskId::random()}));
-    assert_eq!(stack.ask_as(task, &message).await.content["cancelled"], false, "an unknown task");
+    let said = stack.ask_as(task, &message).await.content;
+    assert_eq!((&said["cancelled"], &said["outcome"]), (&json!(true), &json!("awaited")), "an unknown task");
     worker.drain().await;
 }
 

@@ -18,8 +18,8 @@ use atlas_shared::{
 };
 use atlas_test_support::{skip, supabase::Supabase};
 use atlas_worker::store::{
-    Checkpoint, Claim, ClaimRequest, ClaimedRun, FinalStatus, Finish, Lease, RunDetail, RunStore, Settlement,
-    SqliteStore, SupabaseStore,
+    Checkpoint, Claim, ClaimRequest, ClaimedRun, FinalStatus, Finish, Lease, OUTBOX_HOLD, RunDetail,
+    RunStore, Settlement, SqliteStore, SupabaseStore,
 };
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
@@ -186,6 +186,25 @@ impl Harness {
                 )
             }
         }
+    }
+
+    /// Rows in `early_cancels`.
+    pub(crate) async fn early_cancels(&self) -> i64 {
+        const COUNT: &str = "select count(*) from early_cancels";
+        match &self.backend {
+            Backend::Sqlite { db, .. } => db
+                .read(|tx, _now| Ok::<_, UpstreamError>(tx.query_row(COUNT, [], |row| row.get(0))?))
+                .await
+                .unwrap(),
+            Backend::Supabase { sql, .. } => sql.query_one(COUNT, &[]).await.unwrap().get(0),
+        }
+    }
+
+    /// Everything that the outbox holds; their writers' holds are over with this.
+    pub(crate) async fn outbox_ids(&self) -> Vec<Uuid> {
+        self.advance(OUTBOX_HOLD).await;
+        let rows = self.store.outbox_take(1000, Duration::ZERO).await.unwrap();
+        rows.into_iter().map(|row| row.id).collect()
     }
 
     /// DESIGN section 6, at every commit: the sums of the ledger are the accounts.

@@ -7,7 +7,7 @@ use atlas_shared::{
     ledger::Closing,
     message::{AnswerType, Task},
 };
-use atlas_worker::store::{Claim, ClaimRequest, RunStatus};
+use atlas_worker::store::{self, Cancelled, Claim, ClaimRequest, FinalStatus, FleetChange, RunStatus};
 use serde_json::json;
 use uuid::Uuid;
 
@@ -41,6 +41,10 @@ crate::contract! {
     a_refinement_never_gets_another_tenants_spec,
     an_idle_run_is_cancelled_at_once,
     a_cancelled_worker_is_told_at_its_next_renewal,
+    a_cancel_that_comes_before_its_request_waits_for_it,
+    a_cancel_and_a_claim_of_one_moment_never_miss_each_other,
+    a_cancel_of_a_task_that_never_comes_is_forgotten_in_time,
+    a_cancel_is_answered_like_any_other_end_of_the_run,
     any_text_is_stored,
     runs_are_listed_newest_first,
 }
@@ -460,8 +464,7 @@ async fn an_idle_run_is_cancelled_at_once(h: Harness) {
     assert_eq!((row.task_id, row.topic.as_str()), (task, "architect_out"));
     assert_eq!(row.attributes, cancelled.attributes());
     assert_eq!(h.results_of(task).await, (1, 1));
-    let unknown = TaskId::random();
-    assert!(!h.store.cancel_run(unknown, "architect_out", &cancelled).await.unwrap());
+    assert!(!h.store.cancel_run(task, "architect_out", &cancelled).await.unwrap(), "it is final");
 }
 
 async fn a_cancelled_worker_is_told_at_its_next_renewal(h: Harness) {
@@ -477,6 +480,104 @@ async fn a_cancelled_worker_is_told_at_its_next_renewal(h: Harness) {
     h.advance(LEASE).await;
     let next = h.claim(task).await;
     assert!(next.cancel_requested);
+}
+
+async fn a_cancel_that_comes_before_its_request_waits_for_it(h: Harness) {
+    let task = TaskId::random();
+    let cancelled = answer(task, AnswerType::Error, "cancelled");
+    for _ in 0..2 {
+        assert!(h.store.cancel_run(task, "architect_out", &cancelled).await.unwrap());
+    }
+    assert!(h.store.get_run(task).await.unwrap().is_none(), "there is no run, and no answer, yet");
+    assert!(h.store.outbox_take(10, LEASE).await.unwrap().is_empty());
+    assert!(!h.claim_new().await.cancel_requested, "another task is not meant");
+
+    // It is only to be answered: a pause does not hold it up.
+    let pause = FleetChange { paused: Some(true), ..FleetChange::default() };
+    h.store.change_fleet(&pause, AMPLE).await.unwrap();
+    let wanted = request(task);
+    let Claim::Claimed(run) = h.store.claim_run(&wanted).await.unwrap() else { panic!("not claimed") };
+    assert!(run.cancel_requested);
+    // A lost answer, and a dead worker, change nothing about it.
+    let Claim::Claimed(again) = h.store.claim_run(&wanted).await.unwrap() else { panic!("not claimed") };
+    assert!(again.cancel_requested);
+    h.advance(LEASE).await;
+    assert!(h.claim(task).await.cancel_requested);
+}
+
+async fn a_cancel_and_a_claim_of_one_moment_never_miss_each_other(h: Harness) {
+    let tasks: Vec<TaskId> = (0..40).map(|_| TaskId::random()).collect();
+    let mut racers = Vec::new();
+    for task in &tasks {
+        let (task, claimer, canceller) = (*task, h.store.clone(), h.store.clone());
+        racers.push(tokio::spawn(async move {
+            let cancelled = answer(task, AnswerType::Error, "cancelled");
+            let wanted = request(task);
+            let (claim, stopped) = tokio::join!(
+                claimer.claim_run(&wanted),
+                canceller.cancel_run(task, "architect_out", &cancelled)
+            );
+            assert!(stopped.unwrap());
+            let Claim::Claimed(run) = claim.unwrap() else { panic!("not claimed") };
+            run
+        }));
+    }
+    for racer in racers {
+        let run = racer.await.unwrap();
+        let told =
+            run.cancel_requested || h.store.renew_lease(&run.lease, LEASE).await.unwrap().cancel_requested;
+        assert!(told, "the cancel was lost");
+    }
+    assert_eq!(h.early_cancels().await, 0, "what a run remembers is not kept twice");
+}
+
+async fn a_cancel_of_a_task_that_never_comes_is_forgotten_in_time(h: Harness) {
+    let cancel = async |task| {
+        let cancelled = answer(task, AnswerType::Error, "cancelled");
+        h.store.cancel_run(task, "architect_out", &cancelled).await.unwrap()
+    };
+    let (old, young) = (TaskId::random(), TaskId::random());
+    for task in [old, TaskId::random(), TaskId::random()] {
+        assert!(cancel(task).await);
+    }
+    h.advance(Duration::from_hours(24 * 31)).await;
+    assert!(cancel(young).await);
+    assert_eq!(h.early_cancels().await, 4, "the queue may still have their messages");
+    h.advance(Duration::from_hours(24 * 2)).await;
+    assert!(cancel(TaskId::random()).await);
+    assert_eq!(h.early_cancels().await, 2);
+    assert!(h.claim(young).await.cancel_requested);
+    assert!(!h.claim(old).await.cancel_requested);
+}
+
+async fn a_cancel_is_answered_like_any_other_end_of_the_run(h: Harness) {
+    let (waiting, busy, unknown) = (TaskId::random(), TaskId::random(), TaskId::random());
+    let metadata = json!({"ticket": 7, "reply_to": "architect_out-acme"});
+    let wanted = ClaimRequest { message: message(waiting, &metadata), ..request(waiting) };
+    let Claim::Claimed(run) = h.store.claim_run(&wanted).await.unwrap() else { panic!("not claimed") };
+    h.store.release_run(run.lease, Duration::ZERO).await.unwrap();
+    h.claim(busy).await;
+    let done_before = h.claim_new().await;
+    let final_one = done_before.lease.task_id;
+    h.store.finish_run(done_before.lease, &done(final_one)).await.unwrap();
+    h.store.outbox_mark_sent(&h.outbox_ids().await).await.unwrap();
+
+    let store = h.store.as_ref();
+    for _ in 0..2 {
+        let outcomes = [
+            (waiting, Cancelled::Ended),
+            (busy, Cancelled::Stopping(Some("worker-1".to_owned()))),
+            (unknown, Cancelled::Awaited),
+            (final_one, Cancelled::Final(FinalStatus::Done)),
+        ];
+        for (task, expected) in outcomes {
+            assert_eq!(store::cancel(store, task, "architect_out").await.unwrap(), expected);
+        }
+    }
+    let [row] = h.store.outbox_take(10, LEASE).await.unwrap().try_into().unwrap();
+    assert_eq!((row.task_id, row.topic.as_str()), (waiting, "architect_out-acme"));
+    assert_eq!(row.message["metadata"]["ticket"], 7);
+    assert_eq!(row.message["metadata"]["error_code"], "cancelled");
 }
 
 async fn any_text_is_stored(h: Harness) {

@@ -47,6 +47,7 @@ const TABLES: &[&str] = &[
     "architect_in",
     "architect_out",
     "dead_letters",
+    "early_cancels",
     "fleet_settings",
     "index_jobs",
     "outbox",

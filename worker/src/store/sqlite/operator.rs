@@ -17,6 +17,7 @@ use super::{RUN_COLUMNS, RawRun, count, from_json, raw_run, run_state, sql_limit
 use crate::store::{
     DayAccount, DeadLetterDetail, DeadLetterFilter, DeadLetterPurge, DeadLetterRecord, LedgerEntry, Purged,
     RunFilter, RunRecord, RunStatus, StoreError, Wake,
+    operator::{EARLY_CANCEL_KEPT, EARLY_CANCELS_CLEARED},
 };
 
 pub(super) fn find_runs(tx: &Transaction<'_>, filter: &RunFilter) -> Result<Vec<RunRecord>, StoreError> {
@@ -83,6 +84,28 @@ pub(super) fn wake_run(tx: &Transaction<'_>, now: Timestamp, task_id: TaskId) ->
     )?
     .execute([task_id.to_string()])?;
     Ok(Wake::Due)
+}
+
+/// Remembers the cancel of a task that has no run, and clears away what no message can meet any more.
+pub(super) fn cancel_early(tx: &Transaction<'_>, now: Timestamp, task_id: TaskId) -> Result<(), StoreError> {
+    tx.prepare_cached("INSERT OR IGNORE INTO early_cancels (task_id, created_at) VALUES (?1, ?2)")?
+        .execute(params![task_id.to_string(), to_micros(now)])?;
+    tx.prepare_cached(
+        "DELETE FROM early_cancels WHERE task_id IN (
+             SELECT task_id FROM early_cancels WHERE created_at < ?1 ORDER BY created_at LIMIT ?2)",
+    )?
+    .execute(params![to_micros(before(now, EARLY_CANCEL_KEPT)), sql_limit(EARLY_CANCELS_CLEARED)])?;
+    Ok(())
+}
+
+/// Was the task, whose run is made right now, cancelled before? Its run remembers it from here on.
+pub(super) fn take_early_cancel(tx: &Transaction<'_>, task_id: TaskId) -> Result<bool, StoreError> {
+    let id = task_id.to_string();
+    if tx.prepare_cached("DELETE FROM early_cancels WHERE task_id = ?1")?.execute([&id])? == 0 {
+        return Ok(false);
+    }
+    tx.prepare_cached("UPDATE runs SET cancel_requested = 1 WHERE task_id = ?1")?.execute([&id])?;
+    Ok(true)
 }
 
 /// A dead letter's columns; `raw` is base64, so its size is computed from its length and padding.
