@@ -63,6 +63,7 @@ pub(crate) const MIGRATIONS: &[Migration] = embedded![
     6 "0006" "operators",
     7 "0007" "index_jobs",
     8 "0008" "early_cancels",
+    9 "0009" "default_limits",
 ];
 
 impl Migration {

@@ -303,6 +303,21 @@ async fn the_budget_is_set_for_the_fleet_and_its_history_kept() {
         "daily limit of tenant acme: 50,000 -> none\n"
     );
 
+    // Back to what is configured: one limit, then both, then a tenant's.
+    let daily = sandbox.atlas(&["budget", "reset", "--daily"]).ok();
+    assert_eq!(daily.stdout, "daily limit: 0 -> 250,000\n");
+    assert!(daily.stderr.contains(&waiting.to_string()), "{}", daily.stderr);
+    sandbox.atlas(&["budget", "set", "--daily", "7"]).ok();
+    let both = sandbox.atlas(&["budget", "reset"]).ok().stdout;
+    assert_eq!(both, "daily limit: 7 -> 250,000\nlimit a run: 20,000 -> 12,000\n");
+    let again = sandbox.atlas(&["budget", "reset", "--json"]).ok().json();
+    assert_eq!(again["before"], again["after"]);
+    sandbox.atlas(&["budget", "set", "--tenant", "acme", "--daily", "5"]).ok();
+    assert_eq!(
+        sandbox.atlas(&["budget", "reset", "--tenant", "acme"]).ok().stdout,
+        "daily limit of tenant acme: 5 -> none\n"
+    );
+
     for wrong in [
         &["budget", "set"][..],
         &["budget", "set", "--daily", "-1"],
@@ -310,6 +325,8 @@ async fn the_budget_is_set_for_the_fleet_and_its_history_kept() {
         &["budget", "set", "--tenant", "acme"],
         &["budget", "set", "--tenant", " ", "--daily", "5"],
         &["budget", "set", "--tenant", "acme", "--per-run", "5"],
+        &["budget", "reset", "--tenant", " "],
+        &["budget", "reset", "--tenant", "acme", "--daily"],
         &["budget", "history", "--days", "0"],
         &["runs", "retry"],
         &["runs", "list", "--since", "yesterday"],

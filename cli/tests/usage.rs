@@ -7,7 +7,7 @@ mod support;
 use insta::assert_snapshot;
 use support::Sandbox;
 
-const COMMANDS: [&[&str]; 37] = [
+const COMMANDS: [&[&str]; 38] = [
     &[],
     &["demo"],
     &["dev"],
@@ -34,6 +34,7 @@ const COMMANDS: [&[&str]; 37] = [
     &["budget"],
     &["budget", "show"],
     &["budget", "set"],
+    &["budget", "reset"],
     &["budget", "history"],
     &["migrate"],
     &["migrate", "status"],

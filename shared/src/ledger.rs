@@ -153,6 +153,28 @@ pub struct ReserveRequest {
     pub limits: Limits,
 }
 
+/// What a limit of the fleet becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NewLimit {
+    /// What each process's own configuration says: the fleet has no other word on it any more. In JSON
+    /// the string `default`.
+    Default,
+    /// So many tokens, whatever the configuration says. In JSON the number.
+    #[serde(untagged)]
+    Tokens(Tokens),
+}
+
+impl NewLimit {
+    /// What the store keeps: `None` leaves it to the configuration.
+    pub fn to_stored(self) -> Option<i64> {
+        match self {
+            Self::Default => None,
+            Self::Tokens(tokens) => Some(tokens.to_stored()),
+        }
+    }
+}
+
 /// Tokens that were granted and must be settled, released or assumed. Not `Clone`: a model call
 /// takes it by value, so one grant is never spent twice by our own code.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]

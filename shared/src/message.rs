@@ -7,7 +7,10 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::TaskId;
+use crate::{
+    TaskId,
+    ledger::{NewLimit, Tokens},
+};
 
 /// The contract version this code speaks.
 pub const SCHEMA_VERSION: u64 = 1;
@@ -95,10 +98,10 @@ pub enum Command {
     FlushCache,
     /// Change the fleet's limits, in the store.
     SetBudget {
-        /// New daily limit in tokens, if given.
-        daily: Option<u64>,
-        /// New limit a run in tokens, if given.
-        per_run: Option<u64>,
+        /// New daily limit, if given.
+        daily: Option<NewLimit>,
+        /// New limit a run, if given.
+        per_run: Option<NewLimit>,
     },
     /// Stop starting runs.
     Pause,
@@ -381,17 +384,24 @@ fn parse_command(content: Option<&Value>) -> Result<Command, String> {
         }
         _ => return Err(format!("`content` of a control message must be {{\"command\": …}}. {}", known())),
     };
-    let number = |field: &str| match object.get(field) {
+    let limit = |field: &str| match object.get(field) {
         None | Some(Value::Null) => Ok(None),
-        Some(value) => value.as_u64().map(Some).ok_or_else(|| {
-            format!("`content.{field}` must be a whole number of tokens, not {}.", quoted(&value.to_string()))
-        }),
+        Some(value) => match (value.as_u64(), value.as_str()) {
+            (Some(tokens), _) => Ok(Some(NewLimit::Tokens(Tokens(tokens)))),
+            (None, Some("default")) => Ok(Some(NewLimit::Default)),
+            _ => Err(format!(
+                "`content.{field}` must be a whole number of tokens, or \"default\" for what is configured, not {}.",
+                quoted(&value.to_string())
+            )),
+        },
     };
     match object.get("command").and_then(Value::as_str) {
         Some("heartbeat") => Ok(Command::Heartbeat),
         Some("flush_cache") => Ok(Command::FlushCache),
-        Some("set_budget") => match (number("daily")?, number("per_run")?) {
-            (None, None) => Err("`set_budget` needs `daily` or `per_run`, in tokens.".to_owned()),
+        Some("set_budget") => match (limit("daily")?, limit("per_run")?) {
+            (None, None) => {
+                Err("`set_budget` needs `daily` or `per_run`, in tokens or \"default\".".to_owned())
+            }
             (daily, per_run) => Ok(Command::SetBudget { daily, per_run }),
         },
         Some("pause") => Ok(Command::Pause),
@@ -655,6 +665,10 @@ mod tests {
                 "invalid_command",
                 json!({"msg_type": "control", "content": {"command": "set_budget", "daily": -1}}),
             ),
+            (
+                "invalid_command",
+                json!({"msg_type": "control", "content": {"command": "set_budget", "per_run": "none"}}),
+            ),
             ("invalid_command", json!({"msg_type": "control", "content": {"command": "cancel"}})),
         ];
         for (reason, fields) in cases {
@@ -710,7 +724,14 @@ mod tests {
             (json!({"command": "flush_cache"}), Command::FlushCache),
             (
                 json!({"command": "set_budget", "daily": 5}),
-                Command::SetBudget { daily: Some(5), per_run: None },
+                Command::SetBudget { daily: Some(NewLimit::Tokens(Tokens(5))), per_run: None },
+            ),
+            (
+                json!({"command": "set_budget", "daily": "default", "per_run": 7}),
+                Command::SetBudget {
+                    daily: Some(NewLimit::Default),
+                    per_run: Some(NewLimit::Tokens(Tokens(7))),
+                },
             ),
             (json!({"command": "cancel", "task_id": id}), Command::Cancel { task_id: id }),
         ] {

@@ -1,7 +1,7 @@
 //! Commands: their effect is on the whole fleet, because it is in the store.
 
 use atlas_shared::{
-    ledger::{LedgerError, Tokens},
+    ledger::LedgerError,
     message::{Answer, AnswerStatus, AnswerType, Command, Control},
     trace_context::TraceParent,
 };
@@ -29,11 +29,7 @@ pub(crate) async fn obey(
             fleet(change(context, FleetChange { flush_cache: true, ..FleetChange::default() }).await?),
         ),
         Command::SetBudget { daily, per_run } => {
-            let wanted = FleetChange {
-                daily_limit: daily.map(Tokens),
-                run_limit: per_run.map(Tokens),
-                ..FleetChange::default()
-            };
+            let wanted = FleetChange { daily_limit: *daily, run_limit: *per_run, ..FleetChange::default() };
             ("set_budget", fleet(change(context, wanted).await?))
         }
         Command::Pause => (

@@ -1,7 +1,10 @@
 //! `atlas budget`: the tokens of today, of the last days, and their limits.
 
-use atlas_shared::{Tokens, ledger::GLOBAL_SCOPE};
-use atlas_worker::store::{DayAccount, FleetChange, FleetState, RunFilter, RunStatus, TenantLimit};
+use atlas_shared::{
+    Tokens,
+    ledger::{GLOBAL_SCOPE, Limits, NewLimit},
+};
+use atlas_worker::store::{DayAccount, FleetChange, FleetState, RunFilter, RunStatus, RunStore, TenantLimit};
 use serde_json::json;
 
 use crate::{
@@ -26,6 +29,7 @@ const MOST_PER_RUN: i64 = 1_000_000_000;
   atlas budget show --json | jq .budget.used
   atlas budget set --daily 500000 --per-run 20000
   atlas budget set --tenant acme --daily 50000
+  atlas budget reset
   atlas budget history --days 30
 
 The limits are DAILY_TOKEN_BUDGET and TOKEN_BUDGET_PER_RUN unless the fleet was told others
@@ -43,7 +47,7 @@ enum Action {
         #[arg(long)]
         json: bool,
     },
-    /// Set limits for the whole fleet, at once and until they are set anew
+    /// Set limits for the whole fleet, at once and until they are set anew or reset
     #[command(after_help = "Examples:
   atlas budget set --daily 500000                runs that waited go on within SWEEP_INTERVAL_SECONDS
   atlas budget set --per-run 20000
@@ -70,6 +74,28 @@ of each process, and outlives restarts. Lowering a limit takes nothing back that
         /// With --tenant: no limit of its own any more
         #[arg(long, requires = "tenant", conflicts_with = "daily")]
         no_limit: bool,
+        /// Print JSON: the state before and after
+        #[arg(long)]
+        json: bool,
+    },
+    /// Go back to the configured limits, or remove a tenant's
+    #[command(after_help = "Examples:
+  atlas budget reset                  both limits of the fleet
+  atlas budget reset --daily
+  atlas budget reset --tenant acme    no limit of its own any more, as before one was set
+
+From then on DAILY_TOKEN_BUDGET and TOKEN_BUDGET_PER_RUN hold again, as each worker and gateway is
+configured: what is printed is by the settings of this shell.")]
+    Reset {
+        /// Only the limit of a day
+        #[arg(long)]
+        daily: bool,
+        /// Only the limit of a run
+        #[arg(long)]
+        per_run: bool,
+        /// This tenant's limit, not the fleet's
+        #[arg(long, value_name = "NAME", conflicts_with_all = ["daily", "per_run"])]
+        tenant: Option<String>,
         /// Print JSON: the state before and after
         #[arg(long)]
         json: bool,
@@ -104,57 +130,35 @@ impl Budget {
             Action::Set { daily, per_run, tenant, no_limit, json } => {
                 let tokens = |number: Option<i64>| number.map(|n| Tokens(n.unsigned_abs()));
                 let (daily, per_run) = (tokens(daily), tokens(per_run));
-                let change = match tenant {
+                let wanted = match tenant {
                     None if daily.is_none() && per_run.is_none() => {
                         return Err(CliError::usage("there is nothing to set")
                             .fix("say --daily TOKENS, --per-run TOKENS, or both"));
                     }
-                    None => FleetChange { daily_limit: daily, run_limit: per_run, ..FleetChange::default() },
+                    None => FleetChange {
+                        daily_limit: daily.map(NewLimit::Tokens),
+                        run_limit: per_run.map(NewLimit::Tokens),
+                        ..FleetChange::default()
+                    },
                     Some(_) if daily.is_none() && !no_limit => {
                         return Err(CliError::usage("there is nothing to set for the tenant")
                             .fix("say --daily TOKENS, or --no-limit"));
                     }
-                    Some(tenant) if tenant.trim().is_empty() => {
-                        return Err(CliError::usage("--tenant is empty")
-                            .fix("name it as metadata.tenant of its requests does"));
-                    }
-                    Some(tenant) => FleetChange {
-                        tenant_limit: Some(TenantLimit { tenant, limit: daily }),
+                    Some(tenant) => of_tenant(tenant, daily)?,
+                };
+                change(ui, store.as_ref(), limits, &wanted, json).await
+            }
+            Action::Reset { daily, per_run, tenant, json } => {
+                let both = !daily && !per_run;
+                let wanted = match tenant {
+                    Some(tenant) => of_tenant(tenant, None)?,
+                    None => FleetChange {
+                        daily_limit: (daily || both).then_some(NewLimit::Default),
+                        run_limit: (per_run || both).then_some(NewLimit::Default),
                         ..FleetChange::default()
                     },
                 };
-                let before =
-                    (store.fleet_state(limits).await?, store.budget_history(TENANT_DAYS, limits).await?);
-                let after = (
-                    store.change_fleet(&change, limits).await?,
-                    store.budget_history(TENANT_DAYS, limits).await?,
-                );
-                if json {
-                    return ui.json(&json!({
-                        "before": before.0,
-                        "after": after.0,
-                        "tenants": tenants(&after.1, &after.0.budget.day),
-                    }));
-                }
-                changed(ui, &change, (&before.0, &before.1), (&after.0, &after.1));
-                let filter = RunFilter {
-                    status: Some(RunStatus::Deferred),
-                    limit: NAMED_RUNS,
-                    ..RunFilter::default()
-                };
-                let waiting = store.find_runs(&filter).await?;
-                if !waiting.is_empty() {
-                    let number = usize::try_from(after.0.deferred_runs).unwrap_or(usize::MAX);
-                    ui.note(format_args!(
-                        "{} waiting for tokens; what fits goes on by itself, the oldest first:",
-                        count(number, "run")
-                    ));
-                    for run in waiting {
-                        let needs = thousands(run.tokens_needed.unwrap_or_default().0);
-                        ui.note(format_args!("  {} needs {needs}", run.task_id));
-                    }
-                }
-                Ok(())
+                change(ui, store.as_ref(), limits, &wanted, json).await
             }
             Action::History { days, json } => {
                 let history = store.budget_history(days, limits).await?;
@@ -170,6 +174,49 @@ impl Budget {
             }
         }
     }
+}
+
+fn of_tenant(tenant: String, limit: Option<Tokens>) -> Result<FleetChange> {
+    if tenant.trim().is_empty() {
+        return Err(
+            CliError::usage("--tenant is empty").fix("name it as metadata.tenant of its requests does")
+        );
+    }
+    Ok(FleetChange { tenant_limit: Some(TenantLimit { tenant, limit }), ..FleetChange::default() })
+}
+
+/// Changes limits, and says what they were, what they are, and who waits.
+async fn change(
+    ui: Ui,
+    store: &dyn RunStore,
+    limits: Limits,
+    wanted: &FleetChange,
+    json: bool,
+) -> Result<()> {
+    let before = (store.fleet_state(limits).await?, store.budget_history(TENANT_DAYS, limits).await?);
+    let after = (store.change_fleet(wanted, limits).await?, store.budget_history(TENANT_DAYS, limits).await?);
+    if json {
+        return ui.json(&json!({
+            "before": before.0,
+            "after": after.0,
+            "tenants": tenants(&after.1, &after.0.budget.day),
+        }));
+    }
+    changed(ui, wanted, (&before.0, &before.1), (&after.0, &after.1));
+    let filter = RunFilter { status: Some(RunStatus::Deferred), limit: NAMED_RUNS, ..RunFilter::default() };
+    let waiting = store.find_runs(&filter).await?;
+    if !waiting.is_empty() {
+        let number = usize::try_from(after.0.deferred_runs).unwrap_or(usize::MAX);
+        ui.note(format_args!(
+            "{} waiting for tokens; what fits goes on by itself, the oldest first:",
+            count(number, "run")
+        ));
+        for run in waiting {
+            let needs = thousands(run.tokens_needed.unwrap_or_default().0);
+            ui.note(format_args!("  {} needs {needs}", run.task_id));
+        }
+    }
+    Ok(())
 }
 
 /// The newest account of each tenant; one of an earlier day has nothing used of today.

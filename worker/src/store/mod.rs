@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use atlas_shared::{
     Config, Ledger, TaskId, Tokens, UpstreamError, WorkerId,
     config::{RetentionConfig, StoreConfig},
-    ledger::{BudgetState, Closing, LedgerError, Limits, Usage},
+    ledger::{BudgetState, Closing, LedgerError, Limits, NewLimit, Usage},
     message::Answer,
     sqlite::Database,
 };
@@ -309,9 +309,9 @@ pub struct FleetState {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct FleetChange {
     /// New daily limit.
-    pub daily_limit: Option<Tokens>,
+    pub daily_limit: Option<NewLimit>,
     /// New limit a run.
-    pub run_limit: Option<Tokens>,
+    pub run_limit: Option<NewLimit>,
     /// Pause or resume.
     pub paused: Option<bool>,
     /// Ask every gateway to flush its caches.

@@ -12,8 +12,8 @@ use atlas_shared::{
     Dependency, Ledger, TaskId, Tokens, UpstreamError, WorkerId,
     config::RetentionConfig,
     ledger::{
-        BudgetState, Closing, GLOBAL_SCOPE, LedgerError, Limits, Reservation, ReserveOutcome, ReserveRequest,
-        SqliteLedger, sqlite as books, tenant_scope,
+        BudgetState, Closing, GLOBAL_SCOPE, LedgerError, Limits, NewLimit, Reservation, ReserveOutcome,
+        ReserveRequest, SqliteLedger, sqlite as books, tenant_scope,
     },
     message::{Answer, AnswerStatus, AnswerType},
     sqlite::{Database, after, from_micros, next_utc_midnight, to_micros, utc_day},
@@ -243,11 +243,14 @@ impl RunStore for SqliteStore {
             .write(move |tx, now| {
                 tx.execute(
                     "UPDATE fleet_settings
-                        SET daily_limit = coalesce(?1, daily_limit), run_limit = coalesce(?2, run_limit),
-                            paused = coalesce(?3, paused), cache_generation = cache_generation + ?4",
+                        SET daily_limit = CASE WHEN ?1 THEN ?2 ELSE daily_limit END,
+                            run_limit = CASE WHEN ?3 THEN ?4 ELSE run_limit END,
+                            paused = coalesce(?5, paused), cache_generation = cache_generation + ?6",
                     params![
-                        change.daily_limit.map(Tokens::to_stored),
-                        change.run_limit.map(Tokens::to_stored),
+                        change.daily_limit.is_some(),
+                        change.daily_limit.and_then(NewLimit::to_stored),
+                        change.run_limit.is_some(),
+                        change.run_limit.and_then(NewLimit::to_stored),
                         change.paused,
                         change.flush_cache
                     ],

@@ -26,7 +26,7 @@ use super::{
 };
 
 /// The oldest schema that this release works with: what `store_check` must answer at least.
-const REQUIRED_SCHEMA: u64 = 3;
+const REQUIRED_SCHEMA: u64 = 4;
 
 /// The run store on Supabase.
 #[derive(Clone, Debug)]

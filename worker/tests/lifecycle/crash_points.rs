@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use atlas_shared::{TaskId, Tokens};
+use atlas_shared::{TaskId, Tokens, ledger::NewLimit};
 use atlas_test_support::guard::Guarded;
 use atlas_worker::store::{FleetChange, RunStatus};
 use serde_json::{Value, json};
@@ -305,7 +305,10 @@ impl Work {
     async fn aftermath(self, stack: &Stack, subject: TaskId, paid: u64, assumed: u64) {
         stack.db.clock().advance(PAST_ALL_LEASES);
         if self == Self::Deferral {
-            let raised = FleetChange { daily_limit: Some(Tokens(1_000_000)), ..FleetChange::default() };
+            let raised = FleetChange {
+                daily_limit: Some(NewLimit::Tokens(Tokens(1_000_000))),
+                ..FleetChange::default()
+            };
             stack.store().await.change_fleet(&raised, stack.config().limits).await.unwrap();
         }
         let survivor = stack.worker().await;

@@ -8,7 +8,7 @@ use std::{
 };
 
 use atlas_openai_sim::{FaultRates, SimOptions};
-use atlas_shared::{TaskId, Tokens, message::AnswerType, sqlite::next_utc_midnight};
+use atlas_shared::{TaskId, Tokens, ledger::NewLimit, message::AnswerType, sqlite::next_utc_midnight};
 use atlas_test_support::{emulator::Emulator, skip, supabase::Supabase};
 use atlas_worker::{
     RunningWorker, queue,
@@ -54,7 +54,7 @@ impl Stack {
     }
 
     async fn limit_day(&self, tokens: u64) {
-        self.change(FleetChange { daily_limit: Some(Tokens(tokens)), ..FleetChange::default() }).await;
+        self.change(FleetChange { daily_limit: Some(NewLimit::Tokens(Tokens(tokens))), ..FleetChange::default() }).await;
     }
 
     async fn limit_tenant(&self, tenant: &str, tokens: u64) {

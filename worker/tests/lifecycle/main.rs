@@ -324,6 +324,11 @@ async fn commands_change_the_fleet_and_are_answered() {
     assert_eq!(answer.content["command"], "heartbeat");
     assert_eq!(answer.content["fleet"]["budget"]["limit"], 777, "it is in the store");
 
+    let (task, message) = command(json!({"command": "set_budget", "daily": "default", "per_run": 99}));
+    let answer = stack.ask_as(task, &message).await;
+    assert_eq!(answer.content["fleet"]["budget"]["limit"], stack.config().limits.daily.0);
+    assert_eq!(answer.content["fleet"]["run_limit"], 99);
+
     let (task, message) = command(json!({"command": "cancel", "task_id": TaskId::random()}));
     let said = stack.ask_as(task, &message).await.content;
     assert_eq!((&said["cancelled"], &said["outcome"]), (&json!(true), &json!("awaited")), "an unknown task");

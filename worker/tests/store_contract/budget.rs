@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use atlas_shared::{
     TaskId, Tokens, UpstreamError,
-    ledger::{CallKind, Closing, Denial, DeniedBy, LedgerError, Limits, ReserveOutcome, ReserveRequest},
+    ledger::{
+        CallKind, Closing, Denial, DeniedBy, LedgerError, Limits, NewLimit, ReserveOutcome, ReserveRequest,
+    },
 };
 use atlas_worker::store::{FleetChange, TenantLimit};
 
@@ -238,8 +240,11 @@ async fn a_reservation_keeps_its_day_across_midnight(h: Harness) {
 }
 
 async fn a_limit_of_the_fleet_wins_over_configuration(h: Harness) {
-    let change =
-        FleetChange { daily_limit: Some(Tokens(500)), run_limit: Some(Tokens(50)), ..FleetChange::default() };
+    let change = FleetChange {
+        daily_limit: Some(NewLimit::Tokens(Tokens(500))),
+        run_limit: Some(NewLimit::Tokens(Tokens(50))),
+        ..FleetChange::default()
+    };
     let state = h.store.change_fleet(&change, AMPLE).await.unwrap();
     assert_eq!((state.budget.limit, state.run_limit), (Tokens(500), Tokens(50)));
     let run = h.claim_new().await;
@@ -251,7 +256,7 @@ async fn a_limit_of_the_fleet_wins_over_configuration(h: Harness) {
     assert_eq!(h.store.budget(AMPLE).await.unwrap().limit, Tokens(500));
 
     // Lowered below what is granted: nothing is taken back, nothing more is granted.
-    let change = FleetChange { daily_limit: Some(Tokens(100)), ..FleetChange::default() };
+    let change = FleetChange { daily_limit: Some(NewLimit::Tokens(Tokens(100))), ..FleetChange::default() };
     h.store.change_fleet(&change, AMPLE).await.unwrap();
     let said = denial(&h, &ask_for_index(1)).await;
     assert_eq!((said.available, said.limit), (Tokens(0), Tokens(100)));

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use atlas_shared::{
     TaskId, Tokens,
-    ledger::{Limits, ReserveRequest},
+    ledger::{Limits, NewLimit, ReserveRequest},
     message::AnswerType,
 };
 use atlas_worker::store::{Claim, ClaimRequest, FleetChange, Lease, OUTBOX_HOLD, RunStatus, TenantLimit};
@@ -65,7 +65,8 @@ async fn a_deferred_run_goes_on_when_the_limit_is_raised(h: Harness) {
     spend_all_but(&h, 0).await;
     let task = defer(&h, h.claim_new().await.lease, 100).await;
     let raise = async |limit| {
-        let change = FleetChange { daily_limit: Some(Tokens(limit)), ..FleetChange::default() };
+        let change =
+            FleetChange { daily_limit: Some(NewLimit::Tokens(Tokens(limit))), ..FleetChange::default() };
         h.store.change_fleet(&change, TIGHT).await.unwrap()
     };
     assert_eq!(raise(1099).await.deferred_runs, 1);

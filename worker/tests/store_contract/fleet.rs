@@ -2,7 +2,11 @@
 
 use std::time::Duration;
 
-use atlas_shared::{TaskId, Tokens, message::AnswerType};
+use atlas_shared::{
+    TaskId, Tokens,
+    ledger::{NewLimit, ReserveOutcome},
+    message::AnswerType,
+};
 use atlas_worker::store::{Claim, DeadLetter, FleetChange, OUTBOX_HOLD, RunStatus};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use uuid::Uuid;
@@ -15,6 +19,7 @@ crate::contract! {
     a_sent_answer_stays_sent,
     a_paused_fleet_stores_requests_and_starts_none,
     what_is_not_named_stays_as_it_is,
+    a_limit_that_is_reset_is_the_configured_one_again,
     a_dead_letter_is_recorded_once,
     a_dead_letter_fails_the_run_that_will_never_finish,
     a_dead_letter_leaves_a_finished_run_alone,
@@ -124,8 +129,8 @@ async fn a_paused_fleet_stores_requests_and_starts_none(h: Harness) {
 
 async fn what_is_not_named_stays_as_it_is(h: Harness) {
     let all = FleetChange {
-        daily_limit: Some(Tokens(5)),
-        run_limit: Some(Tokens(4)),
+        daily_limit: Some(NewLimit::Tokens(Tokens(5))),
+        run_limit: Some(NewLimit::Tokens(Tokens(4))),
         paused: Some(true),
         flush_cache: true,
         tenant_limit: None,
@@ -138,6 +143,36 @@ async fn what_is_not_named_stays_as_it_is(h: Harness) {
     let third = h.store.change_fleet(&flush, AMPLE).await.unwrap();
     assert_eq!(third.cache_generation, first.cache_generation + 1);
     assert_eq!(h.store.fleet_state(AMPLE).await.unwrap(), third);
+}
+
+async fn a_limit_that_is_reset_is_the_configured_one_again(h: Harness) {
+    let limits = async |change: FleetChange| {
+        let state = h.store.change_fleet(&change, AMPLE).await.unwrap();
+        assert_eq!(h.store.fleet_state(AMPLE).await.unwrap(), state);
+        (state.budget.limit, state.run_limit)
+    };
+    let none = FleetChange::default();
+    let set = FleetChange {
+        daily_limit: Some(NewLimit::Tokens(Tokens(5))),
+        run_limit: Some(NewLimit::Tokens(Tokens(4))),
+        ..none.clone()
+    };
+    assert_eq!(limits(set.clone()).await, (Tokens(5), Tokens(4)));
+    let daily = FleetChange { daily_limit: Some(NewLimit::Default), ..none.clone() };
+    assert_eq!(limits(daily.clone()).await, (AMPLE.daily, Tokens(4)));
+    assert_eq!(limits(daily.clone()).await, (AMPLE.daily, Tokens(4)), "a second time");
+    assert_eq!(
+        limits(FleetChange { run_limit: Some(NewLimit::Default), ..none.clone() }).await,
+        (AMPLE.daily, AMPLE.run)
+    );
+
+    // What is granted goes by it: nothing under a limit of 5, 100 under the configured one.
+    limits(set).await;
+    let run = h.claim_new().await;
+    let wanted = ask(&run.lease, 100);
+    assert!(matches!(h.store.reserve(&wanted).await.unwrap(), ReserveOutcome::Denied(_)));
+    limits(FleetChange { run_limit: Some(NewLimit::Default), ..daily }).await;
+    h.reserve(&wanted).await;
 }
 
 async fn a_dead_letter_is_recorded_once(h: Harness) {

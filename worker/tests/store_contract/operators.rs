@@ -5,7 +5,7 @@ use std::time::Duration;
 use atlas_shared::{
     TaskId, Tokens,
     config::RetentionConfig,
-    ledger::{CallKind, Closing, ReserveRequest},
+    ledger::{CallKind, Closing, NewLimit, ReserveRequest},
     message::AnswerType,
 };
 use atlas_worker::store::{
@@ -285,7 +285,7 @@ async fn the_history_tells_days_scopes_and_kinds(h: Harness) {
         ]
     );
     assert_eq!(h.store.budget_history(1, AMPLE).await.unwrap().len(), 1, "today is the first of the days");
-    let raise = FleetChange { daily_limit: Some(Tokens(5)), ..FleetChange::default() };
+    let raise = FleetChange { daily_limit: Some(NewLimit::Tokens(Tokens(5))), ..FleetChange::default() };
     h.store.change_fleet(&raise, AMPLE).await.unwrap();
     assert_eq!(h.store.budget_history(1, AMPLE).await.unwrap()[0].limit, Some(Tokens(5)), "the one in force");
 

@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use atlas_shared::{
     TaskId, Tokens, WorkerId,
-    ledger::{Closing, LedgerError, Limits, Reservation, ReserveOutcome, ReserveRequest},
+    ledger::{Closing, LedgerError, Limits, NewLimit, Reservation, ReserveOutcome, ReserveRequest},
     message::AnswerType,
 };
 use atlas_worker::store::{Claim, ClaimRequest, FleetChange, Lease, RunDetail, TenantLimit};
@@ -191,7 +191,7 @@ async fn act(h: &Harness, rng: &mut StdRng, world: &mut World) -> &'static str {
         }
         97..99 => {
             let change = FleetChange {
-                daily_limit: Some(Tokens(rng.random_range(3_000..8_000))),
+                daily_limit: Some(NewLimit::Tokens(Tokens(rng.random_range(3_000..8_000)))),
                 tenant_limit: Some(TenantLimit {
                     tenant: "acme".to_owned(),
                     limit: Some(Tokens(rng.random_range(500..3_000))),
