@@ -88,17 +88,9 @@ async fn send_outbox(context: &Context) -> Result<(), StoreError> {
     loop {
         let rows =
             resilient::store(&context.retry, || context.store.outbox_take(OUTBOX_BATCH, OUTBOX_HOLD)).await?;
-        for row in &rows {
-            crash_point!("outbox_taken");
-            if let Err(error) = context.outbox.send(row).await {
-                tracing::warn!(task_id = %row.task_id, error = %error, "an answer could not be sent; it stays in the outbox");
-                // A queue that is away takes none of them; one that refuses this answer takes the next.
-                if error.is_transient() {
-                    return Ok(());
-                }
-            }
-        }
-        if rows.len() < OUTBOX_BATCH {
+        let last = rows.len() < OUTBOX_BATCH;
+        let sent = context.outbox.send_all(rows, context.config.worker.outbox_concurrency).await;
+        if last || !sent {
             return Ok(());
         }
     }

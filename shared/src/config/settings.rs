@@ -226,6 +226,12 @@ pub static SETTINGS: &[Setting] = &[
         "How often expired leases, the outbox and deferred runs are looked at; jittered.",
     ),
     setting(
+        "OUTBOX_CONCURRENCY",
+        Some("8"),
+        Group::Worker,
+        "Answers that a sweep sends at once; those of one task go one after the other.",
+    ),
+    setting(
         "DRAIN_TIMEOUT_SECONDS",
         Some("30"),
         Group::Worker,
