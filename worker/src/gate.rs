@@ -4,7 +4,8 @@
 //! stops and messages stay in the queue: no delivery attempt is spent, nothing is nacked in a hot
 //! loop. While the fleet is paused or out of budget, pulling goes on, because the command that ends
 //! it (`resume`, `set_budget`) comes through the same queue; requests are put aside *in the store*,
-//! which spends no attempt either.
+//! which spends no attempt either. A queue that is away is told here and stops nothing: to pull is how
+//! it is found again, and what waits in the store can be done meanwhile.
 
 use std::{
     collections::BTreeMap,
@@ -33,9 +34,9 @@ pub(crate) enum Reason {
 }
 
 impl Reason {
-    /// True for what stops pulling; the others only put requests aside.
+    /// True for what stops pulling, and taking up what is due.
     fn stops_pulling(self) -> bool {
-        !matches!(self, Self::Paused | Self::Budget)
+        !matches!(self, Self::Paused | Self::Budget | Self::Dependency(Dependency::Queue))
     }
 
     fn as_str(self) -> &'static str {
@@ -195,6 +196,14 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_queue_that_is_away_is_told_and_stops_nothing() {
+        let gate = gate();
+        gate.set(Reason::Dependency(Dependency::Queue), true);
+        assert_eq!(gate.shared.metrics.work_blocked.with_label_values(&["queue"]).get(), 1);
+        gate.open().await;
+    }
+
+    #[tokio::test]
     async fn the_budget_is_back_only_with_enough_tokens() {
         let gate = gate();
         gate.out_of_budget(Tokens(5000));
@@ -211,13 +220,13 @@ mod tests {
             let gate = gate.clone();
             async move { gate.closed().await }
         });
-        gate.set(Reason::Dependency(Dependency::Queue), true);
+        gate.set(Reason::Dependency(Dependency::Gateway), true);
         closed.await.expect("saw it close");
         let open = tokio::spawn({
             let gate = gate.clone();
             async move { gate.open().await }
         });
-        gate.set(Reason::Dependency(Dependency::Queue), false);
+        gate.set(Reason::Dependency(Dependency::Gateway), false);
         open.await.expect("saw it open");
     }
 }

@@ -380,6 +380,7 @@ async fn probe(
             }
         }
         checks.report(Dependency::Queue, &checked);
+        context.gate.set(Reason::Dependency(Dependency::Queue), checked.is_err());
         let gateway = context.gateway.ready().await;
         match (&gateway, context.config.rag.fail_open) {
             (Err(error), true) => checks.degraded(

@@ -27,7 +27,7 @@ async fn two(stack: &Stack) -> [RunningWorker; 2] {
 }
 
 /// Waits until the worker's metrics have this line.
-async fn shows(worker: &RunningWorker, line: &str) {
+pub(crate) async fn shows(worker: &RunningWorker, line: &str) {
     eventually(line, || async { worker.registry.render().unwrap().contains(line).then_some(()) }).await;
 }
 

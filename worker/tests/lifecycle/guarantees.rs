@@ -18,6 +18,7 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use crate::{
+    fleet::shows,
     link::Link,
     stack::{Stack, bounded, command, eventually, request},
 };
@@ -54,7 +55,11 @@ impl Stack {
     }
 
     async fn limit_day(&self, tokens: u64) {
-        self.change(FleetChange { daily_limit: Some(NewLimit::Tokens(Tokens(tokens))), ..FleetChange::default() }).await;
+        self.change(FleetChange {
+            daily_limit: Some(NewLimit::Tokens(Tokens(tokens))),
+            ..FleetChange::default()
+        })
+        .await;
     }
 
     async fn limit_tenant(&self, tenant: &str, tokens: u64) {
@@ -497,8 +502,13 @@ async fn g6_a_broken_queue_pauses_and_answers_wait_in_the_outbox() {
     stack.until(working, RunStatus::Done).await;
     assert_eq!(stack.count("SELECT count(*) FROM outbox WHERE sent_at IS NULL").await, 1, "it waits");
     eventually("not ready", || async { (!readiness(&worker, "queue").await.0).then_some(()) }).await;
+    shows(&worker, "atlas_work_blocked{reason=\"queue\"} 1").await;
     let waiting = TaskId::random();
     publish(waiting).await;
+    // What is in the store needs no queue: a dead worker's run is taken up and done meanwhile.
+    let abandoned = TaskId::random();
+    stack.claimed(abandoned, Duration::ZERO).await;
+    stack.until(abandoned, RunStatus::Done).await;
 
     link.mend().await;
     stack.until(waiting, RunStatus::Done).await;
@@ -518,9 +528,10 @@ async fn g6_a_broken_queue_pauses_and_answers_wait_in_the_outbox() {
     .await;
     assert_eq!(answer.msg_type, AnswerType::Spec);
     eventually("ready again", || async { readiness(&worker, "queue").await.1.then_some(()) }).await;
+    shows(&worker, "atlas_work_blocked{reason=\"queue\"} 0").await;
     worker.drain().await;
     let books = stack.reconciled().await;
-    assert_eq!(stack.sim().meter().calls(), 2, "nothing was paid twice");
+    assert_eq!(stack.sim().meter().calls(), 3, "nothing was paid twice");
     assert_eq!(books.ledger, books.billed);
 }
 
