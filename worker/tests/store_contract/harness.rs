@@ -72,7 +72,11 @@ pub(crate) struct Books {
 
 impl Harness {
     pub(crate) async fn embedded() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::embedded_in(tempfile::tempdir().unwrap()).await
+    }
+
+    /// On the file that is, or will be, in `dir`.
+    pub(crate) async fn embedded_in(dir: TempDir) -> Self {
         let db = Database::open(dir.path()).await.unwrap();
         let store = Arc::new(SqliteStore::new(db.clone()));
         Self::started(store, Backend::Sqlite { db, _dir: dir }).await
@@ -97,6 +101,14 @@ impl Harness {
         let harness = Self { store, backend, now: Mutex::new(noon) };
         harness.set_now(noon).await;
         harness
+    }
+
+    /// The SQLite file.
+    pub(crate) fn file(&self) -> &std::path::Path {
+        match &self.backend {
+            Backend::Sqlite { db, .. } => db.path(),
+            Backend::Supabase { .. } => panic!("not in a file"),
+        }
     }
 
     pub(crate) fn project(&self) -> &Supabase {

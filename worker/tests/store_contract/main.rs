@@ -14,6 +14,7 @@ mod lifecycle;
 mod operators;
 mod random;
 mod supabase_only;
+mod upgrade;
 
 /// Runs every named test on both adapters.
 macro_rules! contract {
