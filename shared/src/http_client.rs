@@ -76,8 +76,17 @@ pub(crate) fn describe(error: &reqwest::Error) -> String {
     text
 }
 
-/// What the server asked for: `retry-after-ms` (OpenAI), `Retry-After` in seconds or as a date.
+/// For how long a server is left alone on its word at most. Who asks for more is asked again after that: a
+/// wrong clock or header must not put work off for ever.
+pub(crate) const LONGEST_RETRY_AFTER: Duration = Duration::from_hours(1);
+
+/// What the server asked for, up to [`LONGEST_RETRY_AFTER`]: `retry-after-ms` (OpenAI), `Retry-After` in
+/// seconds or as a date.
 pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    asked_for(headers).map(|asked| asked.min(LONGEST_RETRY_AFTER))
+}
+
+fn asked_for(headers: &HeaderMap) -> Option<Duration> {
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
     if let Some(millis) = text("retry-after-ms").and_then(|text| text.parse::<f64>().ok()) {
         return Duration::try_from_secs_f64(millis / 1000.0).ok();
@@ -121,7 +130,9 @@ mod tests {
             Some(Duration::ZERO),
             "in the past"
         );
-        assert!(asked("retry-after", "Tue, 31 Dec 2999 23:59:59 GMT").unwrap() > Duration::from_hours(24));
+        for longer in ["Tue, 31 Dec 2999 23:59:59 GMT", "86400", "1e15"] {
+            assert_eq!(asked("retry-after", longer), Some(LONGEST_RETRY_AFTER), "{longer}");
+        }
         for nonsense in ["", "soon", "-3", "NaN", "1e400"] {
             assert_eq!(asked("retry-after", nonsense), None, "{nonsense}");
         }

@@ -126,8 +126,7 @@ impl RateLimitState {
 /// A duration as the API writes it: `20ms`, `6m0s`, `1h2m3.5s`; plain numbers are seconds.
 fn duration(text: &str) -> Option<Duration> {
     let seconds = text.parse::<f64>().ok().or_else(|| seconds(text))?;
-    // A year is no rate limit's window, and an `Instant` cannot hold every duration.
-    Duration::try_from_secs_f64(seconds).ok().filter(|total| *total < Duration::from_hours(24 * 365))
+    Duration::try_from_secs_f64(seconds).ok().map(|total| total.min(http_client::LONGEST_RETRY_AFTER))
 }
 
 /// The seconds of a duration with units.
@@ -170,9 +169,12 @@ mod tests {
     fn durations_are_read_as_the_api_writes_them() {
         assert_eq!(duration("20ms"), Some(Duration::from_millis(20)));
         assert_eq!(duration("6m0s"), Some(Duration::from_mins(6)));
-        assert_eq!(duration("1h2m3.5s"), Some(Duration::from_millis(3_723_500)));
+        assert_eq!(duration("59m3.5s"), Some(Duration::from_millis(3_543_500)));
         assert_eq!(duration("2"), Some(Duration::from_secs(2)));
-        for nonsense in ["soon", "1x", "s", "-1", "9e99", "1.2.3s", "99999999999h"] {
+        for longer in ["1h2m3.5s", "99999999999h"] {
+            assert_eq!(duration(longer), Some(http_client::LONGEST_RETRY_AFTER), "{longer}");
+        }
+        for nonsense in ["soon", "1x", "s", "-1", "9e99", "1.2.3s"] {
             assert_eq!(duration(nonsense), None, "{nonsense}");
         }
     }
@@ -206,6 +208,20 @@ mod tests {
         assert_eq!(state.get("m").unwrap().wait(Tokens(1)), Duration::from_secs(3));
         state.note("m", &HeaderMap::new(), false);
         assert_eq!(state.get("m").unwrap().wait(Tokens(1)), Duration::ZERO);
+    }
+
+    /// A model must not be lost to a worker until its restart because one header was wrong.
+    #[tokio::test(start_paused = true)]
+    async fn no_header_puts_a_model_off_for_more_than_an_hour() {
+        let state = RateLimitState::default();
+        let hour = Duration::from_hours(1);
+        state.note("m", &headers(&[("retry-after", "Tue, 31 Dec 2999 23:59:59 GMT")]), true);
+        assert_eq!(state.get("m").unwrap().wait(Tokens(1)), hour);
+        for reset in ["7200h", "900000s", "1e9"] {
+            let told = [("x-ratelimit-remaining-requests", "0"), ("x-ratelimit-reset-requests", reset)];
+            state.note("m", &headers(&told), false);
+            assert_eq!(state.get("m").unwrap().wait(Tokens(1)), hour, "{reset}");
+        }
     }
 
     #[tokio::test(start_paused = true)]
