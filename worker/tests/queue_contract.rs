@@ -665,6 +665,37 @@ async fn a_subscription_without_policies_is_no_production_subscription() {
     assert!(fix.contains("--min-retry-delay"), "{fix}");
 }
 
+/// What nobody would notice before it has done harm is said, and nothing of it is changed.
+#[tokio::test]
+async fn what_a_subscription_has_otherwise_is_said_with_the_command_that_changes_it() {
+    let options = serde_json::json!({
+        "retryPolicy": { "minimumBackoff": "1s", "maximumBackoff": "2s" },
+        "expirationPolicy": { "ttl": "172800s" },
+        "messageRetentionDuration": "3600s",
+        "filter": "attributes.team = \"billing\"",
+    });
+    let test = "what_a_subscription_has_otherwise_is_said_with_the_command_that_changes_it";
+    let Some(rig) = rig_with_subscription(test, options).await else { return };
+    let queues = rig.open().await;
+    queues.requests.check().await.unwrap();
+    let said = queues.requests.differences().await.unwrap().join("\n");
+    for (what, change) in [
+        ("when nobody pulls for 2 days", "--expiration-period=never"),
+        ("delivers again after 1 to 2 s", "--min-retry-delay="),
+        ("loses messages that nobody pulled for 1 h", "--message-retention-duration="),
+        ("filter `attributes.team = \"billing\"`", "delete the subscription"),
+        ("no dead-letter policy", ""),
+    ] {
+        assert!(said.contains(what) && said.contains(change), "{what}: {said}");
+    }
+
+    // One that Atlas made is as it should be.
+    let Some(rig) = Rig::pubsub(test).await else { return };
+    let queues = rig.open().await;
+    assert_eq!(queues.requests.differences().await.unwrap(), Vec::<String>::new());
+    assert_eq!(queues.dead_letters.unwrap().differences().await.unwrap(), Vec::<String>::new());
+}
+
 #[tokio::test]
 async fn a_subscription_of_another_topic_is_refused() {
     let Some(rig) = Rig::pubsub("a_subscription_of_another_topic_is_refused").await else { return };

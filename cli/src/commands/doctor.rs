@@ -246,11 +246,21 @@ async fn queue_check(config: &Config) -> Option<Finding> {
     };
     let checked = bounded(CHECK, async {
         let queues = Box::pin(queue::open(&config)).await?;
-        queues.requests.check().await
+        queues.requests.check().await?;
+        let mut differences = queues.requests.differences().await?;
+        if let Some(dead_letters) = &queues.dead_letters {
+            differences.extend(dead_letters.differences().await?);
+        }
+        Ok(differences)
     })
     .await;
     Some(match checked {
-        Ok(()) => Finding::ok(CHECK, place),
+        Ok(differences) if differences.is_empty() => Finding::ok(CHECK, place),
+        Ok(differences) => Finding::warn(
+            CHECK,
+            format!("{place}\n{}", differences.join("\n")),
+            "nothing, if it is meant so; otherwise the commands above",
+        ),
         Err(finding) if creates && !unreachable(&finding) => Finding::warn(
             CHECK,
             format!("{place}: {}", finding.detail),

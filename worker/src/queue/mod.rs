@@ -73,6 +73,12 @@ pub trait RequestQueue: Send + Sync {
     /// Is the queue reachable and set up as it must be? For readiness and `atlas doctor`.
     async fn check(&self) -> Result<(), UpstreamError>;
 
+    /// What is set up otherwise than Atlas would set it, in words that say how to change it: somebody's
+    /// choice, or an oversight. For `atlas doctor`; a worker logs it when it starts.
+    async fn differences(&self) -> Result<Vec<String>, UpstreamError> {
+        Ok(Vec::new())
+    }
+
     /// How much waits, for `pubsub_unacknowledged_messages`.
     async fn backlog(&self) -> Result<Backlog, UpstreamError>;
 }

@@ -82,6 +82,53 @@ impl SubscriptionSpec {
         command
     }
 
+    /// What is set otherwise than Atlas would set it, and the options that would.
+    fn remarks(&self, found: &Subscription) -> Vec<(String, String)> {
+        let mut remarks = Vec::new();
+        if let Some(ttl) = found.expiration_policy.as_ref().and_then(|policy| policy.ttl.as_ref())
+            && self.expires.is_none()
+        {
+            let days = ttl.seconds() / 86_400;
+            remarks.push((
+                format!("is removed by Pub/Sub, with all its messages, when nobody pulls for {days} days"),
+                "--expiration-period=never".to_owned(),
+            ));
+        }
+        if let (Some((min, max)), Some(policy), Some(options)) =
+            (self.backoff, &found.retry_policy, self.gcloud_backoff())
+        {
+            let is = |said: &Option<wkt::Duration>, wanted: Duration| {
+                said.as_ref().is_none_or(|said| *said == duration(wanted))
+            };
+            if !is(&policy.minimum_backoff, min) || !is(&policy.maximum_backoff, max) {
+                let seconds = |said: &Option<wkt::Duration>| said.as_ref().map_or(0, wkt::Duration::seconds);
+                remarks.push((
+                    format!(
+                        "delivers again after {} to {} s, where {} to {} s are meant",
+                        seconds(&policy.minimum_backoff),
+                        seconds(&policy.maximum_backoff),
+                        min.as_secs(),
+                        max.as_secs()
+                    ),
+                    options,
+                ));
+            }
+        }
+        if let Some(kept) = &found.message_retention_duration
+            && *kept < duration(self.retention)
+        {
+            remarks.push((
+                format!(
+                    "loses messages that nobody pulled for {} h, where {} h are meant",
+                    kept.seconds() / 3600,
+                    self.retention.as_secs() / 3600
+                ),
+                format!("--message-retention-duration={}s", self.retention.as_secs()),
+            ));
+        }
+        remarks
+    }
+
     fn gcloud_backoff(&self) -> Option<String> {
         let (min, max) = self.backoff?;
         Some(format!("--min-retry-delay={}s --max-retry-delay={}s", min.as_secs(), max.as_secs()))
@@ -211,6 +258,14 @@ impl Admin {
             Look::Found(found) => self.compare(spec, &found).map(|_| ()),
             Look::Forbidden => Ok(()),
             Look::Missing => Err(self.missing_subscription(spec)),
+        }
+    }
+
+    /// What is not as Atlas would set it, in words, with the command that would.
+    pub(super) async fn differences(&self, spec: &SubscriptionSpec) -> Result<Vec<String>, UpstreamError> {
+        match self.look_at(&spec.name).await? {
+            Look::Found(found) => self.compare(spec, &found),
+            Look::Forbidden | Look::Missing => Ok(Vec::new()),
         }
     }
 
@@ -354,6 +409,16 @@ impl Admin {
                 policy.dead_letter_topic, policy.max_delivery_attempts
             ));
         }
+        if found.filter != spec.filter {
+            differences.push(format!(
+                "subscription {name} has the filter `{}`, so messages that do not fit it never come; a filter cannot be \
+                 changed: delete the subscription and create it anew: {create}",
+                found.filter
+            ));
+        }
+        differences.extend(spec.remarks(found).into_iter().map(|(remark, options)| {
+            format!("subscription {name} {remark}; to change it: {}", update(&options))
+        }));
         Ok(differences)
     }
 }

@@ -258,6 +258,10 @@ impl RequestQueue for PubSubQueue {
         shared.admin.check_subscription(&shared.spec).await
     }
 
+    async fn differences(&self) -> Result<Vec<String>, UpstreamError> {
+        self.shared.admin.differences(&self.shared.spec).await
+    }
+
     async fn backlog(&self) -> Result<Backlog, UpstreamError> {
         let undecided = &self.shared.undecided;
         Ok(Backlog {
