@@ -183,8 +183,8 @@ pub trait ChatModel: Send + Sync {
     /// counted with the model's tokenizer plus a margin, or its bytes where the tokenizer is unknown.
     fn prompt_tokens_upper_bound(&self, request: &ChatRequest) -> Tokens;
 
-    /// An answer of `model` billed more than was reserved: raises that model's margin from here on.
-    fn note_overrun(&self, model: &str, reserved: Tokens, billed: Tokens);
+    /// The answer to `request` billed more than was reserved: raises its model's margin for a while.
+    fn note_overrun(&self, request: &ChatRequest, reserved: Tokens, billed: Usage);
 
     /// How long a call of that many tokens (prompt and cap) must wait for the API's rate limit, as far
     /// as its answers told. Zero: go ahead; the call is counted as sent, so that the next one, asking

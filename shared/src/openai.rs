@@ -203,8 +203,8 @@ impl ChatModel for OpenAiChat {
         self.margins.prompt_tokens(request)
     }
 
-    fn note_overrun(&self, model: &str, reserved: Tokens, billed: Tokens) {
-        self.margins.note_overrun(model, reserved, billed);
+    fn note_overrun(&self, request: &ChatRequest, reserved: Tokens, billed: Usage) {
+        self.margins.note_overrun(request, reserved, billed);
     }
 
     fn pace(&self, model: &str, tokens: Tokens) -> Duration {

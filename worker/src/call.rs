@@ -8,7 +8,10 @@
 //! - retries, fallback and circuit breaker are here and nowhere else.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -78,6 +81,8 @@ pub(crate) struct Caller<'a> {
     pub(crate) stop: &'a Stop,
     /// Hears what is written while it is written; then the answer is streamed.
     pub(crate) listener: Option<&'a dyn Listener>,
+    /// Grows by what is booked for attempts that brought no answer.
+    pub(crate) lost: &'a AtomicU64,
 }
 
 /// How a call ended.
@@ -210,6 +215,7 @@ impl ModelCalls {
                     // It was in flight: nobody can know what it billed.
                     *waited += began.elapsed();
                     self.metrics.assumed(&request.model, reservation.tokens);
+                    caller.lost.fetch_add(reservation.tokens.0, Ordering::Relaxed);
                     return self.end(Some(reservation), Closing::Assumed, CallEnd::Stopped(reason)).await;
                 }
             };
@@ -234,7 +240,7 @@ impl ModelCalls {
             }
             *throttled |= is_throttle(&error);
             crash_point!("call_failed");
-            match self.book_failure(request, reservation, billed).await {
+            match self.book_failure(caller, request, reservation, billed).await {
                 Ok(kept) => open = kept,
                 Err(error) => return ModelEnd::End(CallEnd::Store(error)),
             }
@@ -357,21 +363,23 @@ impl ModelCalls {
     /// the next attempt need not ask again.
     async fn book_failure(
         &self,
+        caller: &Caller<'_>,
         request: &ChatRequest,
         reservation: Reservation,
         billed: Billed,
     ) -> Result<Option<Reservation>, LedgerError> {
-        let closing = match billed {
+        let (closing, lost) = match billed {
             Billed::Nothing => return Ok(Some(reservation)),
             Billed::Unknown => {
                 self.metrics.assumed(&request.model, reservation.tokens);
-                Closing::Assumed
+                (Closing::Assumed, reservation.tokens)
             }
             Billed::Known(usage) => {
                 self.metrics.billed(&request.model, usage);
-                Closing::Settled { usage }
+                (Closing::Settled { usage }, usage.total())
             }
         };
+        caller.lost.fetch_add(lost.0, Ordering::Relaxed);
         self.close(Some(reservation), closing).await?;
         Ok(None)
     }
@@ -382,7 +390,7 @@ impl ModelCalls {
                 self.metrics.billed(&request.model, usage);
                 if usage.total() > reservation.tokens {
                     self.metrics.overruns.with_label_values(&[request.model.as_str()]).inc();
-                    self.model.note_overrun(&request.model, reservation.tokens, usage.total());
+                    self.model.note_overrun(request, reservation.tokens, usage);
                     tracing::error!(
                         model = request.model,
                         reserved = reservation.tokens.0,

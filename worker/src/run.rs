@@ -17,7 +17,10 @@
 //! the next sweep, can go on from.
 
 use std::{
-    sync::{Arc, atomic::AtomicU32},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -400,6 +403,7 @@ impl Run<'_> {
         let mut too_large_for_any_day = None;
         // Set once the model said that the call is more than it can read.
         let mut too_large_for_the_model = None;
+        let lost = AtomicU64::new(0);
         loop {
             if let Err(does_not_fit) = draft.squeeze(available, |request| count(request, &counted)) {
                 if let Some(denial) = too_large_for_any_day {
@@ -432,9 +436,11 @@ impl Run<'_> {
                 step,
                 stop: &self.stop,
                 listener: live.as_ref().map(|live| live as &dyn Listener),
+                lost: &lost,
             };
             let began = Instant::now();
             let end = calls.call(&caller, &call.request).await;
+            self.spent += Tokens(lost.swap(0, Ordering::Relaxed));
             self.rest = live.and_then(Live::end);
             self.observe("generate", began.elapsed());
             let answered = match end {

@@ -5,15 +5,20 @@
 //! schemas and tools). Without: bytes instead of tokens.
 //!
 //! The margin starts small and is per model. A model that once billed more than its bound gets a
-//! margin under which it would not have, so that the same surprise does not come twice.
+//! margin under which it would not have, so that the same surprise does not come twice. It shrinks again
+//! with time: one odd answer must not make every later request too dear for its budget.
 
 use std::{
     collections::HashMap,
     sync::{Mutex, PoisonError},
+    time::Duration,
 };
+
+use tokio::time::Instant;
 
 use crate::{
     Tokens,
+    ledger::Usage,
     model::{ChatMessage, ChatRequest, ResponseFormat, ToolCall},
     tokenizer,
 };
@@ -31,43 +36,71 @@ const FIRST_MARGIN: u64 = 30;
 const EXTRA_MARGIN: u64 = 20;
 /// Ten times the count: something else is wrong then.
 const LAST_MARGIN: u64 = 9_000;
+/// The most that an answer longer than its cap adds. No count of the prompt can foresee such a server, and a
+/// larger margin would only leave no room for any prompt.
+const LAST_MARGIN_FOR_ANSWERS: u64 = 1_000;
+/// After so long without a surprise the margin is half of what it was.
+const HALVED_AFTER: Duration = Duration::from_mins(10);
 /// Requests may name any model, so what is remembered is bounded.
 const MAX_MODELS: usize = 256;
 
-/// The margins of models that billed more than their bound, in thousandths.
+/// The margins of models that billed more than their bound.
 #[derive(Debug, Default)]
-pub(super) struct Margins(Mutex<HashMap<String, u64>>);
+pub(super) struct Margins(Mutex<HashMap<String, Margin>>);
+
+#[derive(Clone, Copy, Debug)]
+struct Margin {
+    /// In thousandths of the count.
+    permille: u64,
+    /// When it was raised.
+    at: Instant,
+}
 
 impl Margins {
     pub(super) fn prompt_tokens(&self, request: &ChatRequest) -> Tokens {
         Tokens(with_margin(counted(request), self.margin(&request.model)))
     }
 
-    /// What a call reserved and billed includes the completion, so the excess shows the least by which
-    /// the prompt's bound was too small; doubling makes sure that few surprises are enough.
-    pub(super) fn note_overrun(&self, model: &str, reserved: Tokens, billed: Tokens) {
-        if billed <= reserved {
+    /// A call billed more than was reserved: its prompt's bound and its cap. What the prompt billed says by
+    /// how much its bound was too small; doubling makes sure that few surprises are enough. A longer
+    /// answer than the cap allows says little about the next one.
+    pub(super) fn note_overrun(&self, request: &ChatRequest, reserved: Tokens, billed: Usage) {
+        if billed.total() <= reserved {
             return;
         }
+        let model = &request.model;
         let old = self.margin(model);
-        let factor = 1000 + old;
-        let needed = factor.saturating_mul(billed.0).div_ceil(reserved.0.max(1)).saturating_sub(1000);
-        let new = needed.saturating_add(EXTRA_MARGIN).max(old * 2).min(LAST_MARGIN);
+        let needed = |billed: Tokens, bound: Tokens| {
+            (1000 + old).saturating_mul(billed.0).div_ceil(bound.0.max(1)).saturating_sub(1000) + EXTRA_MARGIN
+        };
+        let bound = reserved.saturating_sub(Tokens(u64::from(request.max_completion_tokens)));
+        let for_the_answer = needed(billed.total(), reserved).min(LAST_MARGIN_FOR_ANSWERS);
+        let for_the_prompt =
+            if billed.prompt > bound { needed(billed.prompt, bound).max(old * 2) } else { 0 };
+        let new = for_the_prompt.max(for_the_answer).max(old).min(LAST_MARGIN);
         tracing::warn!(
             model,
-            billed_tokens = billed.0,
+            billed_tokens = billed.total().0,
+            billed_prompt_tokens = billed.prompt.0,
             reserved_tokens = reserved.0,
             margin_permille = new,
             "a call billed more than was reserved; the model's margin is raised"
         );
         let mut margins = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if margins.len() < MAX_MODELS || margins.contains_key(model) {
-            margins.insert(model.to_owned(), new);
+            margins.insert(model.clone(), Margin { permille: new, at: Instant::now() });
         }
     }
 
     fn margin(&self, model: &str) -> u64 {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner).get(model).unwrap_or(&FIRST_MARGIN)
+        let margins = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Margin { permille, at }) = margins.get(model) else { return FIRST_MARGIN };
+        let halvings = at.elapsed().as_secs() / HALVED_AFTER.as_secs();
+        u32::try_from(halvings)
+            .ok()
+            .and_then(|times| permille.checked_shr(times))
+            .unwrap_or(0)
+            .max(FIRST_MARGIN)
     }
 }
 
@@ -152,22 +185,62 @@ mod tests {
         assert!(unknown > text.len() as u64);
     }
 
+    /// What a call with this prompt's bound, and the cap of [`request`], billed.
+    fn note(margins: &Margins, request: &ChatRequest, bound: Tokens, prompt: u64, completion: u64) {
+        let reserved = bound + Tokens(u64::from(request.max_completion_tokens));
+        let billed = Usage { prompt: Tokens(prompt), completion: Tokens(completion) };
+        margins.note_overrun(request, reserved, billed);
+    }
+
     #[test]
     fn a_surprise_does_not_come_twice() {
         let margins = Margins::default();
         let request = request("gpt-4.1", &"word ".repeat(1000));
         let before = margins.prompt_tokens(&request);
-        margins.note_overrun("gpt-4.1", before, before);
+        note(&margins, &request, before, before.0, 10);
         assert_eq!(margins.prompt_tokens(&request), before, "exactly the reservation is no overrun");
-        let billed = Tokens(before.0 * 3 / 2);
-        margins.note_overrun("gpt-4.1", before, billed);
+        let billed = before.0 * 3 / 2;
+        note(&margins, &request, before, billed, 10);
         let after = margins.prompt_tokens(&request);
-        assert!(after >= billed, "{after}");
-        margins.note_overrun("gpt-4.1", after, after + Tokens(1));
-        assert!(margins.prompt_tokens(&request) >= after + Tokens(1), "a margin never shrinks");
-        margins.note_overrun("gpt-4.1", Tokens(0), Tokens(u64::MAX));
-        assert!(margins.prompt_tokens(&request).0 <= before.0 * 10, "nor grows without bound");
+        assert!(after.0 >= billed, "{after}");
+        note(&margins, &request, after, after.0 + 1, 10);
+        assert!(margins.prompt_tokens(&request) >= after + Tokens(1), "a surprise never lowers it");
+        note(&margins, &request, Tokens(0), u64::MAX / 2, 10);
+        assert!(margins.prompt_tokens(&request).0 <= before.0 * 10, "nor does it grow without bound");
         assert_eq!(Margins::default().prompt_tokens(&request), before, "and is nobody else's");
+    }
+
+    /// A server that ignored a cap once billed ten reservations. If prompts then counted ten times, none
+    /// would fit into any run's budget, and every later request would fail.
+    #[test]
+    fn an_answer_that_ignores_its_cap_leaves_room_for_later_prompts() {
+        let margins = Margins::default();
+        let request = request("gpt-4.1", &"word ".repeat(1000));
+        let before = margins.prompt_tokens(&request);
+        for _ in 0..5 {
+            note(&margins, &request, margins.prompt_tokens(&request), before.0, 100_000);
+        }
+        let after = margins.prompt_tokens(&request);
+        assert!(after > before && after.0 <= before.0 * 2, "{before} {after}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_margin_shrinks_again_when_nothing_more_surprises() {
+        let margins = Margins::default();
+        let request = request("gpt-4.1", &"word ".repeat(1000));
+        let before = margins.prompt_tokens(&request);
+        note(&margins, &request, before, before.0 * 9, 10);
+        let mut last = margins.prompt_tokens(&request);
+        assert!(last.0 >= before.0 * 9);
+        while last > before {
+            tokio::time::advance(HALVED_AFTER).await;
+            let now = margins.prompt_tokens(&request);
+            assert!(now < last, "{now} {last}");
+            last = now;
+        }
+        assert_eq!(last, before);
+        tokio::time::advance(HALVED_AFTER * 1000).await;
+        assert_eq!(margins.prompt_tokens(&request), before);
     }
 
     #[test]
