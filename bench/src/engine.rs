@@ -34,16 +34,21 @@ pub(crate) fn times(dir: &Path, queries: &[(String, Option<Vec<f32>>)]) -> anyho
             })
             .map_err(|error| anyhow!("{error}"))
     };
-    let mut times = Vec::with_capacity(queries.len());
-    for (text, vector) in queries {
-        let began = Instant::now();
-        if let Some(vector) = vector {
-            search(VectorInternal::Dense(vector.clone()), "text")?;
+    let all = || -> anyhow::Result<Vec<Duration>> {
+        let mut times = Vec::with_capacity(queries.len());
+        for (text, vector) in queries {
+            let began = Instant::now();
+            if let Some(vector) = vector {
+                search(VectorInternal::Dense(vector.clone()), "text")?;
+            }
+            search(VectorInternal::Sparse(bm25.embed_query(text)), "bm25")?;
+            times.push(began.elapsed());
         }
-        search(VectorInternal::Sparse(bm25.embed_query(text)), "bm25")?;
-        times.push(began.elapsed());
-    }
-    Ok(times)
+        Ok(times)
+    };
+    // The gateway had its files in memory when it was asked: so has this, the second time.
+    all()?;
+    all()
 }
 
 /// The folder of the only collection.

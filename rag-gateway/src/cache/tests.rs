@@ -2,9 +2,12 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicUsize, Ordering},
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
 };
 
 use async_trait::async_trait;
@@ -77,6 +80,15 @@ impl VectorIndex for Watched {
     async fn delete(&self, name: &str, selection: Selection) -> Result<(), UpstreamError> {
         self.inner.delete(name, selection).await
     }
+    async fn cosines(
+        &self,
+        collection: &str,
+        vector: Vec<f32>,
+        ids: Vec<Uuid>,
+    ) -> Result<HashMap<Uuid, f32>, UpstreamError> {
+        self.inner.cosines(collection, vector, ids).await
+    }
+
     async fn search(&self, name: &str, search: Search) -> Result<Lists, UpstreamError> {
         self.searches.fetch_add(1, Ordering::SeqCst);
         self.up()?;

@@ -148,6 +148,17 @@ async fn dense_and_lexical_lists_come_from_one_search(index: &dyn VectorIndex) {
     assert!((dense[0].1 - 1.0).abs() < 1e-4 && (dense[1].1 - 0.6).abs() < 1e-4, "cosines: {dense:?}");
     assert_eq!(lists.lexical.len(), 1);
     assert_eq!(lists.lexical[0].record.source, "y.md");
+
+    // The cosine of chunks that are named; nothing else is read of them.
+    let id = |source: &str| chunk(source, "").0.id;
+    let ask = |ids: Vec<Uuid>| index.cosines(&name, vec![2.0, 0.0, 0.0], ids);
+    let cosines = ask(vec![id("y.md"), id("nowhere.md")]).await.unwrap();
+    assert_eq!(cosines.len(), 1);
+    assert!((cosines[&id("y.md")] - 0.6).abs() < 1e-4, "{cosines:?}");
+    assert!(ask(Vec::new()).await.unwrap().is_empty(), "no chunks are not all chunks");
+    assert!(
+        index.cosines(&fresh("nowhere"), vec![1.0, 0.0, 0.0], vec![id("y.md")]).await.unwrap().is_empty()
+    );
     index.drop_collection(&name).await.unwrap();
 }
 

@@ -10,7 +10,7 @@
 //! - One process at a time can open a folder.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     fs, io, mem,
     panic::{self, AssertUnwindSafe},
     path::{Path, PathBuf},
@@ -238,6 +238,16 @@ impl VectorIndex for EdgeIndex {
     async fn search(&self, name: &str, search: Search) -> Result<Lists, UpstreamError> {
         let Some(collection) = self.get(name) else { return Ok(Lists::default()) };
         blocking(move || collection.search(search)).await
+    }
+
+    async fn cosines(
+        &self,
+        name: &str,
+        vector: Vec<f32>,
+        ids: Vec<Uuid>,
+    ) -> Result<HashMap<Uuid, f32>, UpstreamError> {
+        let Some(collection) = self.get(name) else { return Ok(HashMap::new()) };
+        blocking(move || collection.cosines(vector, ids)).await
     }
 
     async fn count(&self, name: &str, selection: &Selection) -> Result<u64, UpstreamError> {
@@ -597,6 +607,16 @@ impl Collection {
         Ok(lists)
     }
 
+    fn cosines(&self, vector: Vec<f32>, ids: Vec<Uuid>) -> Result<HashMap<Uuid, f32>, UpstreamError> {
+        if self.meta().embedding_size.is_none() || ids.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let limit = ids.len();
+        let filter = filter(&Selection { ids: Some(ids), ..Selection::default() })?;
+        let points = self.points(VectorInternal::Dense(vector), DENSE, Some(filter), limit, false)?;
+        Ok(points.into_iter().map(|point| (uuid(point.id), point.score)).collect())
+    }
+
     fn nearest(
         &self,
         query: VectorInternal,
@@ -604,20 +624,29 @@ impl Collection {
         filter: Option<Filter>,
         limit: usize,
     ) -> Result<Vec<Hit>, UpstreamError> {
-        let points = self
-            .shard
+        self.points(query, using, filter, limit, true)?.into_iter().map(hit).collect()
+    }
+
+    fn points(
+        &self,
+        query: VectorInternal,
+        using: &str,
+        filter: Option<Filter>,
+        limit: usize,
+        with_payload: bool,
+    ) -> Result<Vec<ScoredPoint>, UpstreamError> {
+        self.shard
             .search(SearchRequest {
                 query: QueryEnum::Nearest(NamedQuery::new(query, using)),
                 filter,
                 params: None,
                 limit,
                 offset: 0,
-                with_payload: Some(WithPayloadInterface::Bool(true)),
+                with_payload: Some(WithPayloadInterface::Bool(with_payload)),
                 with_vector: None,
                 score_threshold: None,
             })
-            .map_err(|error| failed("search", error))?;
-        points.into_iter().map(hit).collect()
+            .map_err(|error| failed("search", error))
     }
 
     fn scroll(

@@ -5,7 +5,7 @@
 //! are fused above this port, so adapters only have to agree on what they return, not on how they
 //! order ties. Nothing outside this folder names an adapter; [`open`] picks one by configuration.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use async_trait::async_trait;
 use atlas_shared::{
@@ -214,6 +214,15 @@ pub(crate) trait VectorIndex: Send + Sync {
 
     /// Searches. An unknown collection gives empty lists.
     async fn search(&self, collection: &str, search: Search) -> Result<Lists, UpstreamError>;
+
+    /// The cosine of each of these chunks with a vector, without reading anything else of them. What is not
+    /// there, or has no vector, is left out.
+    async fn cosines(
+        &self,
+        collection: &str,
+        vector: Vec<f32>,
+        ids: Vec<Uuid>,
+    ) -> Result<HashMap<Uuid, f32>, UpstreamError>;
 
     /// How many chunks are selected. An unknown collection has none.
     async fn count(&self, collection: &str, selection: &Selection) -> Result<u64, UpstreamError>;

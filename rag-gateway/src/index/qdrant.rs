@@ -393,6 +393,27 @@ impl VectorIndex for QdrantIndex {
         Ok(Lists { dense, lexical: lists.next().unwrap_or_else(|| Ok(Vec::new()))? })
     }
 
+    async fn cosines(
+        &self,
+        name: &str,
+        vector: Vec<f32>,
+        ids: Vec<Uuid>,
+    ) -> Result<HashMap<Uuid, f32>, UpstreamError> {
+        if ids.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let limit = ids.len() as u64;
+        let these = Condition::has_id(ids.into_iter().map(|id| id.to_string()));
+        let query = QueryPointsBuilder::new(name)
+            .query(Query::new_nearest(vector))
+            .using(DENSE)
+            .filter(Filter::must([these]))
+            .limit(limit)
+            .with_payload(false);
+        let Some(answer) = self.found(self.client.query(query).await)? else { return Ok(HashMap::new()) };
+        answer.result.into_iter().map(|point| Ok((uuid(point.id)?, point.score))).collect()
+    }
+
     async fn count(&self, name: &str, selection: &Selection) -> Result<u64, UpstreamError> {
         let mut request = CountPointsBuilder::new(name).exact(true);
         if let Some(filter) = filter(selection) {

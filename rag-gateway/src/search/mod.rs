@@ -438,17 +438,9 @@ impl Inner {
             if missing.is_empty() {
                 continue;
             }
-            let search = Search {
-                dense: Some(vector.to_vec()),
-                lexical: None,
-                limit: missing.len(),
-                selection: Selection { ids: Some(missing), ..Selection::default() },
-            };
-            let found = self.guarded(self.index.search(target.name, search)).await?.dense;
-            let cosines: std::collections::HashMap<Uuid, f32> =
-                found.into_iter().map(|hit| (hit.id, hit.score.clamp(0.0, 1.0))).collect();
+            let cosines = self.guarded(self.index.cosines(target.name, vector.to_vec(), missing)).await?;
             for fused in fused.iter_mut().filter(|fused| is_missing(fused)) {
-                fused.cosine = cosines.get(&fused.hit.id).copied();
+                fused.cosine = cosines.get(&fused.hit.id).map(|cosine| cosine.clamp(0.0, 1.0));
             }
         }
         Ok(())
