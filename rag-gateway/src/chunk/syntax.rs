@@ -58,16 +58,28 @@ pub(super) fn structure(lines: &Lines<'_>, lang: &str) -> Option<Structure> {
     {
         return None;
     }
-    let tree = grammars(lang)
-        .into_iter()
-        .filter_map(|grammar| parse(&grammar, text))
-        .map(|tree| (unreadable_bytes(&tree), tree))
-        .min_by_key(|(unreadable, _)| *unreadable)
-        .filter(|(unreadable, _)| *unreadable <= text.len() / 2)?
-        .1;
-    let mut reading = Reading::new(lines);
+    let (grammar, tree) = best_tree(lang, text)?;
+    let mut reading = Reading::new(lines, &grammar);
     reading.read(&tree);
     Some(reading.structure)
+}
+
+/// The tree of the grammar that understands most of the text, the first one of equals; `None` where none
+/// understands half of it.
+fn best_tree(lang: &str, text: &str) -> Option<(Language, Tree)> {
+    let mut best: Option<(usize, Language, Tree)> = None;
+    for grammar in grammars(lang) {
+        let Some(tree) = parse(&grammar, text) else { continue };
+        let unreadable = unreadable_bytes(&tree);
+        if best.as_ref().is_none_or(|(least, ..)| unreadable < *least) {
+            best = Some((unreadable, grammar, tree));
+        }
+        if unreadable == 0 {
+            break;
+        }
+    }
+    let (_, grammar, tree) = best.filter(|(unreadable, ..)| *unreadable <= text.len() / 2)?;
+    Some((grammar, tree))
 }
 
 /// The grammars of a language; the one that understands more of a text wins.
@@ -182,8 +194,18 @@ struct Open {
     name: String,
 }
 
+/// What a kind of node can be, by its number: names are compared once a file and not once a node.
+#[derive(Clone, Copy, Default)]
+struct Kind {
+    /// [`definition`] may name one.
+    may_define: bool,
+    /// See [`is_decoration`].
+    decorates: bool,
+}
+
 struct Reading<'a, 't> {
     lines: &'a Lines<'t>,
+    kinds: Vec<Kind>,
     structure: Structure,
     /// Definitions around the current node, outermost first.
     open: Vec<Open>,
@@ -196,7 +218,11 @@ struct Reading<'a, 't> {
 }
 
 impl<'a, 't> Reading<'a, 't> {
-    fn new(lines: &'a Lines<'t>) -> Self {
+    fn new(lines: &'a Lines<'t>, grammar: &Language) -> Self {
+        let kinds = (0..u16::try_from(grammar.node_kind_count()).unwrap_or(u16::MAX)).map(|id| {
+            let kind = grammar.node_kind_for_id(id).unwrap_or_default();
+            Kind { may_define: may_define(kind), decorates: is_decoration(kind) }
+        });
         let mut structure = Structure::flat(lines.len());
         for line in 0..lines.len() {
             let text = lines.line(line).trim_start();
@@ -208,6 +234,7 @@ impl<'a, 't> Reading<'a, 't> {
         }
         Self {
             lines,
+            kinds: kinds.collect(),
             structure,
             open: Vec::new(),
             blocks: Vec::new(),
@@ -241,19 +268,22 @@ impl<'a, 't> Reading<'a, 't> {
         if depth == 0 || !node.is_named() {
             return;
         }
-        let line = node.start_position().row;
-        let name = definition(node, self.lines.text());
+        let start = node.start_position();
+        let line = start.row;
+        // A kind that is not in the table is no definition either: an error.
+        let kind = self.kinds.get(usize::from(node.kind_id())).copied().unwrap_or_default();
+        let name = if kind.may_define { definition(node, self.lines.text()) } else { None };
         let begins_line = self.last_line != Some(line)
             && line < self.lines.len()
             && self
                 .lines
                 .raw(line)
                 .as_bytes()
-                .get(..node.start_position().column)
+                .get(..start.column)
                 .is_some_and(|before| before.trim_ascii().is_empty());
         if begins_line {
             self.last_line = Some(line);
-            self.offer(node, line, name.is_some());
+            self.offer(node, line, kind, name.is_some());
         }
         if let Some(name) = name {
             let nesting = self.open.len();
@@ -267,9 +297,9 @@ impl<'a, 't> Reading<'a, 't> {
     }
 
     /// Says how good a place the first line of this node is.
-    fn offer(&mut self, node: Node<'_>, line: usize, defines: bool) {
+    fn offer(&mut self, node: Node<'_>, line: usize, kind: Kind, defines: bool) {
         let decorated = self.decoration_ends.is_some_and(|end| end + 1 == line);
-        self.decoration_ends = is_decoration(node).then(|| last_line(node));
+        self.decoration_ends = kind.decorates.then(|| last_line(node));
         if decorated {
             // What describes it is a better beginning.
             self.structure.levels[line] = Level::MAX;
@@ -279,7 +309,7 @@ impl<'a, 't> Reading<'a, 't> {
         let after_blank = line == 0 || self.lines.is_blank(line - 1);
         let level = if after_blank {
             FIRST + steps
-        } else if defines || is_decoration(node) || self.blocks.is_empty() {
+        } else if defines || kind.decorates || self.blocks.is_empty() {
             FIRST + steps + 1
         } else {
             STATEMENT + steps
@@ -323,8 +353,7 @@ fn last_line(node: Node<'_>) -> usize {
 }
 
 /// Comments, attributes and the like: they belong to what follows on the next line.
-fn is_decoration(node: Node<'_>) -> bool {
-    let kind = node.kind();
+fn is_decoration(kind: &str) -> bool {
     kind.contains("comment")
         || matches!(
             kind,
@@ -335,6 +364,62 @@ fn is_decoration(node: Node<'_>) -> bool {
                 | "attribute_list"
                 | "modifiers"
         )
+}
+
+/// True of the kinds that [`definition`] knows.
+fn may_define(kind: &str) -> bool {
+    const KINDS: &[&str] = &[
+        "abstract_class_declaration",
+        "annotation_type_declaration",
+        "class",
+        "class_declaration",
+        "class_definition",
+        "class_specifier",
+        "compact_constructor_declaration",
+        "constructor_declaration",
+        "delegate_declaration",
+        "enum_declaration",
+        "enum_definition",
+        "enum_item",
+        "enum_specifier",
+        "file_scoped_namespace_declaration",
+        "function_declaration",
+        "function_definition",
+        "function_item",
+        "function_signature_item",
+        "generator_function_declaration",
+        "given_definition",
+        "impl_item",
+        "interface_declaration",
+        "internal_module",
+        "macro_definition",
+        "method",
+        "method_declaration",
+        "method_definition",
+        "mod_item",
+        "module",
+        "namespace_declaration",
+        "namespace_definition",
+        "object_declaration",
+        "object_definition",
+        "property_declaration",
+        "record_declaration",
+        "singleton_method",
+        "struct_declaration",
+        "struct_item",
+        "struct_specifier",
+        "trait_declaration",
+        "trait_definition",
+        "trait_item",
+        "type_alias_declaration",
+        "type_definition",
+        "type_item",
+        "type_spec",
+        "union_item",
+        "union_specifier",
+        "variable_declarator",
+    ];
+    KINDS.binary_search(&kind).is_ok()
 }
 
 /// What a node defines, such as `fn finish`.
