@@ -87,6 +87,9 @@ impl Plan {
                 _ => plan.changed.push(file),
             }
         }
+        // Shuffled, in the same way every time: the first ones are a fair sample, so the lengths that the collection
+        // is weighed with at its beginning still hold at its end.
+        plan.changed.sort_by(|a, b| a.hash.cmp(&b.hash));
         plan.vanished = indexed.into_keys().filter(|source| in_scope(source)).map(str::to_owned).collect();
         plan
     }
@@ -129,7 +132,7 @@ struct BatchSize {
 
 impl BatchSize {
     const START: Self = Self { documents: 16, bytes: 256 * 1024 };
-    const LARGEST: Self = Self { documents: 128, bytes: 2 * 1024 * 1024 };
+    const LARGEST: Self = Self { documents: 512, bytes: 4 * 1024 * 1024 };
 
     fn grown(self) -> Self {
         Self {
@@ -353,7 +356,7 @@ async fn send(
 fn read_batch(batch: &[Candidate], target: &Target, options: &WalkOptions, shared: &Shared) -> Vec<Document> {
     let mut documents = Vec::with_capacity(batch.len());
     for file in batch {
-        match walk::read(&file.path, &file.source, options) {
+        match walk::read_again(file, options) {
             Ok(text) => documents.push(Document {
                 source: file.source.clone(),
                 text,

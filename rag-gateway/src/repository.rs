@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// Documents, and bytes of them, that are read and indexed together.
-const BATCH_DOCUMENTS: usize = 128;
+const BATCH_DOCUMENTS: usize = 512;
 const BATCH_BYTES: u64 = 4 * 1024 * 1024;
 
 /// Longest time that a clone may take.
@@ -158,8 +158,11 @@ impl Sources {
             Err(error) => return Err(error),
         };
         let present: HashSet<String> = files.iter().map(|file| file.source.clone()).collect();
-        let changed: Vec<_> =
+        let mut changed: Vec<_> =
             files.into_iter().filter(|file| known.get(&file.source) != Some(&file.hash)).collect();
+        // Shuffled, in the same way every time: the first ones are a fair sample of their lengths, which the
+        // collection is weighed with.
+        changed.sort_by(|a, b| a.hash.cmp(&b.hash));
         progress.begin(changed.len());
         let mut rest = changed.as_slice();
         while !rest.is_empty() {
@@ -178,10 +181,7 @@ impl Sources {
             let read = blocking({
                 let (batch, options) = (batch.to_vec(), options.clone());
                 move || -> Vec<_> {
-                    batch
-                        .into_iter()
-                        .map(|file| (walk::read(&file.path, &file.source, &options), file.source))
-                        .collect()
+                    batch.into_iter().map(|file| (walk::read_again(&file, &options), file.source)).collect()
                 }
             })
             .await?;

@@ -7,8 +7,10 @@
 use std::{
     fs::File,
     io::Read as _,
+    num::NonZeroUsize,
     path::{Path, PathBuf},
-    sync::LazyLock,
+    sync::{LazyLock, Mutex, PoisonError, mpsc},
+    thread,
 };
 
 use atlas_shared::gateway_api::content_hash;
@@ -23,6 +25,12 @@ pub const DEFAULT_MAX_FILE_BYTES: u64 = 1024 * 1024;
 
 /// Lines longer than this on average are written by machines.
 const MINIFIED_AVERAGE_LINE: usize = 400;
+
+/// Threads that read files, however many cores there are.
+const MAX_READERS: usize = 8;
+
+/// Fewer files are not worth a thread of their own.
+const FILES_A_READER: usize = 32;
 
 /// The source of a [`Skipped`] whose name is not known: a folder could not be listed.
 pub const UNKNOWN: &str = "?";
@@ -175,6 +183,7 @@ pub struct Walked {
 /// Reads the folder. Blocking. `seen` is told the number of files so far.
 pub fn walk(options: &WalkOptions, mut seen: impl FnMut(usize)) -> Walked {
     let mut walked = Walked::default();
+    let mut found = Vec::new();
     let data_dir = options.data_dir.as_deref().and_then(|dir| dir.canonicalize().ok());
     let entries = WalkBuilder::new(&options.start)
         // `.github/` and the like are worth reading; what must not be read is skipped by name.
@@ -229,21 +238,53 @@ pub fn walk(options: &WalkOptions, mut seen: impl FnMut(usize)) -> Walked {
             // Sockets, pipes, devices: reading one could block for ever.
             continue;
         }
-        let verdict = read(entry.path(), &source, options);
-        match verdict {
-            Ok(text) => walked.files.push(Candidate {
-                path: entry.path().to_owned(),
-                source,
-                hash: content_hash(&text),
-                bytes: text.len() as u64,
-            }),
-            Err((reason, detail)) => walked.skipped.push(Skipped { source, reason, detail }),
-        }
-        seen(walked.files.len() + walked.skipped.len());
+        found.push((entry.into_path(), source));
     }
+    let skipped = walked.skipped.len();
+    judge(found, options, |verdict| {
+        match verdict {
+            Ok(file) => walked.files.push(file),
+            Err(skip) => walked.skipped.push(skip),
+        }
+        seen(walked.files.len() + walked.skipped.len() - skipped);
+    });
     walked.files.sort_by(|a, b| a.source.cmp(&b.source));
     walked.skipped.sort_by(|a, b| a.source.cmp(&b.source));
     walked
+}
+
+/// Reads files on all cores and tells the verdict of each, in any order.
+fn judge(
+    files: Vec<(PathBuf, String)>,
+    options: &WalkOptions,
+    mut told: impl FnMut(std::result::Result<Candidate, Skipped>),
+) {
+    let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let readers = cores.min(MAX_READERS).min(files.len() / FILES_A_READER).max(1);
+    let one = |(path, source): (PathBuf, String)| match read(&path, &source, options) {
+        Ok(text) => Ok(Candidate { hash: content_hash(&text), bytes: text.len() as u64, path, source }),
+        Err((reason, detail)) => Err(Skipped { source, reason, detail }),
+    };
+    if readers == 1 {
+        return files.into_iter().map(one).for_each(told);
+    }
+    let left = Mutex::new(files.into_iter());
+    let next = || left.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let (verdicts, all) = mpsc::sync_channel(FILES_A_READER);
+    thread::scope(|scope| {
+        for _ in 0..readers {
+            let verdicts = verdicts.clone();
+            scope.spawn(move || {
+                while let Some(file) = next() {
+                    if verdicts.send(one(file)).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        drop(verdicts);
+        all.into_iter().for_each(&mut told);
+    });
 }
 
 /// The name of a file in the index; `None` where it is not UTF-8.
@@ -253,15 +294,30 @@ pub fn source_name(root: &Path, path: &Path) -> Option<String> {
     parts.map(|parts| parts.join("/"))
 }
 
+/// Why a file is left out, and more about it.
+type Verdict = (Skip, Option<String>);
+
 /// Reads one file and decides. The text that comes out is what is indexed, byte for byte.
-pub fn read(
-    path: &Path,
-    source: &str,
-    options: &WalkOptions,
-) -> std::result::Result<String, (Skip, Option<String>)> {
-    let name = source.rsplit('/').next().unwrap_or(source);
-    let may_be_secret = !options.not_secret.is_match(source);
-    if may_be_secret && is_secret_name(name) {
+pub fn read(path: &Path, source: &str, options: &WalkOptions) -> std::result::Result<String, Verdict> {
+    judge_name(source, options)?;
+    let text = text_of(path, source, options)?;
+    judge_text(source, &text, options)?;
+    Ok(text)
+}
+
+/// Reads a file that a walk with the same options found, and decides again if it has changed since.
+pub fn read_again(file: &Candidate, options: &WalkOptions) -> std::result::Result<String, Verdict> {
+    judge_name(&file.source, options)?;
+    let text = text_of(&file.path, &file.source, options)?;
+    if content_hash(&text) != file.hash {
+        judge_text(&file.source, &text, options)?;
+    }
+    Ok(text)
+}
+
+fn judge_name(source: &str, options: &WalkOptions) -> std::result::Result<(), Verdict> {
+    let name = file_name(source);
+    if !options.not_secret.is_match(source) && is_secret_name(name) {
         return Err((Skip::Secret, Some("by its name".to_owned())));
     }
     if is_lock_file(name) {
@@ -270,8 +326,12 @@ pub fn read(
     if is_minified_name(name) {
         return Err((Skip::Minified, None));
     }
+    Ok(())
+}
+
+fn text_of(path: &Path, source: &str, options: &WalkOptions) -> std::result::Result<String, Verdict> {
     let unreadable = |error: std::io::Error| (Skip::Unreadable, Some(error.to_string()));
-    let format = extract::Format::of(name);
+    let format = extract::Format::of(file_name(source));
     // Documents carry fonts and pictures besides their text.
     let limit = match format {
         Some(_) => options.max_file_bytes.max(extract::MAX_FILE_BYTES),
@@ -288,24 +348,33 @@ pub fn read(
     if data.len() as u64 > limit {
         return Err((Skip::TooLarge, Some("it grows".to_owned())));
     }
-    let text = match format {
-        Some(format) => extract::text(format, data).map_err(|why| (Skip::NoText, Some(why)))?,
-        None if data.contains(&0) => return Err((Skip::Binary, None)),
-        None => String::from_utf8(data).map_err(|_| (Skip::Binary, Some("not UTF-8".to_owned())))?,
-    };
+    match format {
+        Some(format) => extract::text(format, data).map_err(|why| (Skip::NoText, Some(why))),
+        None if data.contains(&0) => Err((Skip::Binary, None)),
+        None => String::from_utf8(data).map_err(|_| (Skip::Binary, Some("not UTF-8".to_owned()))),
+    }
+}
+
+fn judge_text(source: &str, text: &str, options: &WalkOptions) -> std::result::Result<(), Verdict> {
     if text.trim().is_empty() {
         return Err((Skip::Empty, None));
     }
-    if may_be_secret && let Some((what, line)) = find_secret(&text) {
+    if !options.not_secret.is_match(source)
+        && let Some((what, line)) = find_secret(text)
+    {
         return Err((Skip::Secret, Some(format!("{what} in line {line}"))));
     }
-    if says_it_is_generated(&text) {
+    if says_it_is_generated(text) {
         return Err((Skip::Generated, None));
     }
-    if is_minified_text(name, &text) {
+    if is_minified_text(file_name(source), text) {
         return Err((Skip::Minified, None));
     }
-    Ok(text)
+    Ok(())
+}
+
+fn file_name(source: &str) -> &str {
+    source.rsplit('/').next().unwrap_or(source)
 }
 
 fn is_secret_name(name: &str) -> bool {
@@ -442,8 +511,20 @@ static SECRETS: LazyLock<Vec<(&str, Regex)>> = LazyLock::new(|| {
     .collect()
 });
 
+/// What every one of [`SECRETS`] begins with. Looking for these words is one fast pass over a text, and few have any.
+static MARKS: LazyLock<Option<Regex>> = LazyLock::new(|| {
+    Regex::new(
+        "-----BEGIN |AKIA|ASIA|gh[pousr]_|github_pat_|glpat-|sk-|AIza|xox[abprs]-|[rs]k_live_|npm_\
+         |pypi-AgEIcHlwaS5vcmc|hf_|sbp_",
+    )
+    .ok()
+});
+
 /// The kind of the first secret in a text, and its line counted from 1.
 fn find_secret(text: &str) -> Option<(&'static str, usize)> {
+    if MARKS.as_ref().is_some_and(|marks| !marks.is_match(text)) {
+        return None;
+    }
     SECRETS.iter().find_map(|(what, regex)| {
         let at = regex.find(text)?.start();
         Some((*what, text[..at].bytes().filter(|byte| *byte == b'\n').count() + 1))
@@ -570,8 +651,57 @@ mod tests {
     }
 
     #[test]
-    fn every_secret_pattern_compiles() {
+    fn every_secret_pattern_compiles_and_is_found_by_its_mark() {
         assert_eq!(SECRETS.len(), 13);
+        let tail = "a1B2c3D4e5".repeat(8);
+        let digits = "0123456789".repeat(4);
+        let (capitals, hex) = ("ABCDEFGHIJKLMNOP", "0123456789abcdef".repeat(3));
+        for (what, secret) in [
+            ("a private key", format!("-----BEGIN OPENSSH PRIVATE {}-----\n{tail}", "KEY")),
+            ("an AWS access key", format!("ASIA{capitals}")),
+            ("a GitHub token", format!("ghs_{tail}")),
+            ("a GitHub token", format!("github_pat_{tail}")),
+            ("a GitLab token", format!("glpat-{tail}")),
+            ("an OpenAI key", format!("sk-proj-{tail}")),
+            ("an Anthropic key", format!("sk-ant-api03-{tail}")),
+            ("a Google API key", format!("AIza{}", &tail[..35])),
+            ("a Slack token", format!("xoxb-{digits}-{tail}")),
+            ("a Stripe key", format!("rk_live_{tail}")),
+            ("an npm token", format!("npm_{}", &tail[..36])),
+            ("a PyPI token", format!("pypi-AgEIcHlwaS5vcmc{tail}")),
+            ("a Hugging Face token", format!("hf_{tail}")),
+            ("a Supabase key", format!("sbp_{}", &hex[..40])),
+        ] {
+            assert_eq!(find_secret(&format!("one\nkey = {secret}\n")), Some((what, 2)));
+        }
+    }
+
+    #[test]
+    fn a_file_that_changed_since_the_walk_is_judged_anew() {
+        let tree = Tree::with(&[("a.txt", "harmless"), ("b.txt", "as it was")]);
+        let options = WalkOptions::of(tree.0.path());
+        let files = tree.walk().files;
+        fs::write(&files[0].path, format!("AKIA{}", "ABCDEFGHIJKLMNOP")).unwrap();
+        assert_eq!(read_again(&files[0], &options).unwrap_err().0, Skip::Secret);
+        assert_eq!(read_again(&files[1], &options).unwrap(), "as it was");
+    }
+
+    #[test]
+    fn many_files_are_read_as_few_are() {
+        let names: Vec<(String, String)> =
+            (0..300).map(|n| (format!("d{}/f{n:03}.txt", n % 7), format!("text {n}"))).collect();
+        let files: Vec<(&str, &str)> =
+            names.iter().map(|(name, text)| (name.as_str(), text.as_str())).collect();
+        let tree = Tree::with(&files);
+        let mut counts = Vec::new();
+        let walked = walk(&WalkOptions::of(tree.0.path()), |seen| counts.push(seen));
+        assert_eq!(counts, (1..=300).collect::<Vec<_>>());
+        let mut expected: Vec<&str> = files.iter().map(|(name, _)| *name).collect();
+        expected.sort_unstable();
+        assert_eq!(sources(&walked), expected);
+        for file in &walked.files {
+            assert_eq!(file.hash, content_hash(&fs::read_to_string(&file.path).unwrap()));
+        }
     }
 
     #[test]
