@@ -22,7 +22,7 @@ use atlas_shared::{
         IndexedDocument, PutDocumentsResult, content_hash,
     },
 };
-use futures::{StreamExt as _, stream};
+use futures::{StreamExt as _, future::try_join_all, stream};
 use jiff::Timestamp;
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
@@ -31,17 +31,23 @@ use crate::{
     chunk::{self, Chunker},
     embed::BookedEmbedder,
     error::GatewayError,
-    index::{ChangeId, ChunkRecord, CollectionMeta, NewChunk, Selection, VectorIndex, Weighing, term_count},
+    index::{ChangeId, ChunkRecord, CollectionMeta, NewChunk, Selection, VectorIndex, Weighing},
     metrics::Metrics,
 };
 
 mod rebuild;
 
-/// Bytes of documents that are chunked, embedded and written together.
+/// Bytes of documents that are chunked, embedded and written together: what a crash makes somebody pay for again.
 const GROUP_BYTES: usize = 512 * 1024;
 
 /// Documents in such a group.
 const GROUP_DOCUMENTS: usize = 64;
+
+/// Where nothing is embedded, groups are so many times larger: each costs one flush to disk.
+const LEXICAL_GROUPS: usize = 8;
+
+/// Parts of a group that are chunked at once.
+const CHUNKERS: usize = 4;
 
 /// Groups that are chunked ahead.
 const CHUNK_AHEAD: usize = 2;
@@ -127,8 +133,6 @@ impl Indexer {
         documents: Vec<Document>,
         progress: impl FnMut(&[DocumentResult], u64) + Send,
     ) -> Result<PutDocumentsResult, GatewayError> {
-        let lock = self.lock_of(collection);
-        let _writing = lock.lock().await;
         let mut change = Change::of(&self.index, collection).await?;
         let result = self.put_groups(collection, documents, progress, &mut change).await;
         // What was written before a failure stays, so it is announced all the same.
@@ -144,19 +148,21 @@ impl Indexer {
         change: &mut Change,
     ) -> Result<PutDocumentsResult, GatewayError> {
         let mut all = PutDocumentsResult { results: Vec::with_capacity(documents.len()), tokens: 0 };
-        let rev = self.next_rev();
-        let mut groups = stream::iter(groups(documents))
-            .map(|group| self.prepare(collection, group, rev))
+        let lock = self.lock_of(collection);
+        let embeds = self.embedder.is_some();
+        let mut groups = stream::iter(groups(documents, if embeds { 1 } else { LEXICAL_GROUPS }))
+            .map(|group| self.prepare(collection, group))
             .buffered(CHUNK_AHEAD)
             .boxed();
         while let Some(group) = groups.next().await {
             let (mut results, prepared) = group?;
-            let writes = !prepared.is_empty();
-            if writes {
+            let mut tokens = 0;
+            if !prepared.is_empty() {
+                // What others write while this group was chunked, and after, makes no difference: the revision is
+                // given here, so whoever comes last replaces what was before.
+                let _writing = lock.lock().await;
                 change.begin().await?;
-            }
-            let tokens = self.write(collection, prepared, rev, &mut results).await?;
-            if writes {
+                tokens = self.write(collection, prepared, self.next_rev(), &mut results).await?;
                 // Each group is searchable from here on, also for those who asked before.
                 change.announce().await?;
             }
@@ -173,6 +179,7 @@ impl Indexer {
             all.results.extend(results);
         }
         if change.has_begun() {
+            let _writing = lock.lock().await;
             self.keep_weights(collection).await?;
         }
         Ok(all)
@@ -261,17 +268,24 @@ impl Indexer {
         &self,
         collection: &str,
         group: Vec<(Document, Option<String>)>,
-        rev: i64,
     ) -> Result<(Vec<DocumentResult>, Vec<Prepared>), GatewayError> {
         let keys: Vec<String> = group.iter().map(|(document, _)| key_of(document)).collect();
         let stored = self.stored(collection, &keys).await?;
         let weighing = self.index.meta(collection).await?.map_or(self.weighing, |meta| meta.weighing);
         let how = (self.chunker, weighing);
-        tokio::task::spawn_blocking(move || prepare_blocking(how, group, &keys, &stored, rev)).await.map_err(
-            |error| {
-                UpstreamError::transient(Dependency::VectorIndex, format!("chunking stopped: {error}")).into()
-            },
-        )
+        let stored = Arc::new(stored);
+        let parts = parts(group.into_iter().zip(keys).collect()).into_iter().map(|(first, part)| {
+            let stored = Arc::clone(&stored);
+            tokio::task::spawn_blocking(move || prepare_blocking(how, first, part, &stored))
+        });
+        let (mut results, mut prepared) = (Vec::new(), Vec::new());
+        for part in try_join_all(parts).await.map_err(|error| {
+            UpstreamError::transient(Dependency::VectorIndex, format!("chunking stopped: {error}"))
+        })? {
+            results.extend(part.0);
+            prepared.extend(part.1);
+        }
+        Ok((results, prepared))
     }
 
     /// Embeds and writes one group; returns the tokens that were billed.
@@ -318,7 +332,8 @@ impl Indexer {
         for document in prepared {
             tracing::debug!(source = document.source, chunks = document.records.len(), "document indexed");
             results[document.position].chunks = document.records.len();
-            for record in document.records {
+            for mut record in document.records {
+                record.rev = rev;
                 let id = chunk_id(&record);
                 chunks.push(NewChunk { id, record, dense: vectors.next() });
             }
@@ -528,16 +543,19 @@ pub(crate) fn mismatch(collection: &str, meta: &CollectionMeta, model: Option<&s
     }
 }
 
-/// Documents with what is wrong with them, in groups of bounded size.
-fn groups(documents: Vec<Document>) -> Vec<Vec<(Document, Option<String>)>> {
-    let mut groups: Vec<Vec<(Document, Option<String>)>> = Vec::new();
+/// A document with what is wrong with it.
+type Judged = (Document, Option<String>);
+
+/// Documents in groups of bounded size, `times` as large as usual.
+fn groups(documents: Vec<Document>, times: usize) -> Vec<Vec<Judged>> {
+    let mut groups: Vec<Vec<Judged>> = Vec::new();
     let mut seen = HashSet::new();
     let mut bytes = 0;
     for document in documents {
         let fault = fault(&document, &mut seen);
         let size = document.text.len();
         match groups.last_mut() {
-            Some(group) if group.len() < GROUP_DOCUMENTS && bytes + size <= GROUP_BYTES => {
+            Some(group) if group.len() < times * GROUP_DOCUMENTS && bytes + size <= times * GROUP_BYTES => {
                 bytes += size;
                 group.push((document, fault));
             }
@@ -548,6 +566,24 @@ fn groups(documents: Vec<Document>) -> Vec<Vec<(Document, Option<String>)>> {
         }
     }
     groups
+}
+
+/// A group in parts of about the same size, to be chunked at once, each with the position of its first document.
+fn parts(group: Vec<(Judged, String)>) -> Vec<(usize, Vec<(Judged, String)>)> {
+    let bytes = |judged: &Judged| judged.0.text.len() + 1;
+    let all: usize = group.iter().map(|(judged, _)| bytes(judged)).sum();
+    let mut parts: Vec<(usize, Vec<_>)> = Vec::with_capacity(CHUNKERS);
+    let (mut before, mut last) = (0, None);
+    for (position, document) in group.into_iter().enumerate() {
+        let part = Some(before * CHUNKERS / all);
+        before += bytes(&document.0);
+        match parts.last_mut() {
+            Some((_, documents)) if part == last => documents.push(document),
+            _ => parts.push((position, vec![document])),
+        }
+        last = part;
+    }
+    parts
 }
 
 /// What is wrong with a document, if anything.
@@ -579,17 +615,17 @@ fn fault(document: &Document, seen: &mut HashSet<String>) -> Option<String> {
         .then(|| "is named twice in this request; only the first one was taken".to_owned())
 }
 
+/// Chunks what changed of a part of a group whose first document has position `first`.
 fn prepare_blocking(
     (chunker, weighing): (Chunker, Weighing),
-    group: Vec<(Document, Option<String>)>,
-    keys: &[String],
+    first: usize,
+    part: Vec<(Judged, String)>,
     stored: &HashMap<String, Stored>,
-    rev: i64,
 ) -> (Vec<DocumentResult>, Vec<Prepared>) {
-    let mut results = Vec::with_capacity(group.len());
+    let mut results = Vec::with_capacity(part.len());
     let mut prepared = Vec::new();
     let cut = chunker.fingerprint();
-    for (position, ((document, fault), doc)) in group.into_iter().zip(keys).enumerate() {
+    for (position, ((document, fault), doc)) in (first..).zip(part) {
         let mut result = DocumentResult {
             source: document.source.clone(),
             outcome: DocumentOutcome::Indexed,
@@ -602,20 +638,20 @@ fn prepare_blocking(
             continue;
         }
         let hash = content_hash(&document.text);
-        let known = stored.get(doc);
+        let known = stored.get(&doc);
         if let Some(known) = known.filter(|known| known.hash == hash && known.cut == cut) {
             result.outcome = DocumentOutcome::Unchanged;
             result.chunks = known.chunks;
             results.push(result);
             continue;
         }
-        let records = records((chunker, weighing), &document, doc, &hash, &cut, rev);
+        let records = records((chunker, weighing), &document, &doc, &hash, &cut);
         if records.is_empty() && known.is_none() {
             // Nothing to quote, and nothing to forget.
             result.outcome = DocumentOutcome::Unchanged;
         } else {
             let Document { source, tenant, .. } = document;
-            prepared.push(Prepared { position, doc: doc.clone(), source, tenant, records });
+            prepared.push(Prepared { position, doc, source, tenant, records });
         }
         results.push(result);
     }
@@ -628,7 +664,6 @@ fn records(
     doc: &str,
     hash: &str,
     cut: &str,
-    rev: i64,
 ) -> Vec<ChunkRecord> {
     let lang = document.lang.clone().or_else(|| chunk::language_of(&document.source).map(str::to_owned));
     let chunks = chunker.chunk(lang.as_deref(), &document.text);
@@ -640,7 +675,8 @@ fn records(
         .map(|(n, chunk)| {
             let mut record = ChunkRecord {
                 doc: doc.to_owned(),
-                rev,
+                // Given when it is written.
+                rev: 0,
                 hash: hash.to_owned(),
                 cut: cut.to_owned(),
                 n: number(n),
@@ -658,7 +694,7 @@ fn records(
                 glue: chunk.glue.map(str::to_owned),
                 text: chunk.text.to_owned(),
             };
-            record.terms = term_count(&weighing.text(&record));
+            record.terms = weighing.terms(&record);
             record
         })
         .collect()

@@ -7,6 +7,9 @@
 //! - Its `flush` panics when it meets a concurrent update, so **one thread a collection** owns all
 //!   updates and flushes. It takes all that is waiting, applies it, flushes once and answers all.
 //! - Readers are free: they run on the blocking pool, beside the writer.
+//! - New points go to a segment whose posting lists are changed in place, and each change of one touches all that
+//!   is in it: time that grows with its square. So a segment that has [`SEGMENT_CHUNKS`] is **rebuilt**, by the
+//!   writer, into one that is only read (and mapped, not loaded, when the index is opened), and writing begins anew.
 //! - One process at a time can open a folder.
 
 use std::{
@@ -16,19 +19,20 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, RwLock},
     thread,
+    time::Instant,
 };
 
 use async_trait::async_trait;
 use atlas_shared::{Dependency, UpstreamError};
 use qdrant_edge::{
-    CountRequest, CreateIndex, Distance, EdgeConfig, EdgeShard, EdgeSparseVectorParams, EdgeVectorParams,
-    FieldIndexOperations, Filter, Modifier, NamedQuery, PayloadFieldSchema, PayloadSchemaType,
-    PayloadSelector, PayloadSelectorExclude, PointId, PointInsertOperations, PointOperations, PointStruct,
+    CountRequest, CreateIndex, Distance, EdgeConfig, EdgeOptimizersConfig, EdgeShard, EdgeSparseVectorParams,
+    EdgeVectorParams, FieldIndexOperations, Filter, HnswIndexConfig, IntegerIndexParams, KeywordIndexParams,
+    Modifier, NamedQuery, PayloadFieldSchema, PayloadSchemaParams, PayloadSelector, PayloadSelectorExclude,
+    PointId, PointInsertOperations, PointOperations, PointStruct, PointStructPersisted,
     PointVectorsPersisted, QueryEnum, ScoredPoint, ScrollRequest, SearchRequest, SparseVector,
     UpdateOperation, UpdateVectorsOp, Vector, VectorInternal, VectorOperations, VectorPersisted,
     VectorStructPersisted, Vectors, WalOptions, WithPayloadInterface, WithVector,
     bm25_embed::{EdgeBm25, EdgeBm25Config},
-    external::ordered_float::NotNan,
 };
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
@@ -51,6 +55,28 @@ const WRITE_QUEUE: usize = 16;
 
 /// Log files of the engine: it never shortens its log by itself, so they are small and pruned on open.
 const WAL_SEGMENT_BYTES: usize = 4 * 1024 * 1024;
+
+/// About so many chunks are in one segment of the engine before it is rebuilt for reading. The tests of this crate
+/// rebuild all the time.
+const SEGMENT_CHUNKS: usize = if cfg!(test) { 4 } else { 4 * 1024 };
+
+/// Segments of a collection, before the engine merges small ones.
+const SEGMENTS: usize = 32;
+
+/// Bytes that the engine counts for the terms of a chunk.
+const SPARSE_BYTES: usize = 512;
+
+/// Where the engine builds segments; nothing in it is needed after a crash.
+const UNFINISHED_SEGMENTS: &str = "temp_segments";
+
+/// Words whose terms are remembered: about 4 MiB.
+const KEPT_WORDS: usize = 64 * 1024;
+
+/// Longer words are not remembered, in bytes.
+const LONGEST_KEPT_WORD: usize = 32;
+
+/// About so many chunks are given to the engine at a time, while the next ones are weighed.
+const UPSERT_CHUNKS: usize = 256;
 
 /// Chunks that are weighed anew at a time.
 const REWEIGH_PAGE: usize = 512;
@@ -81,6 +107,8 @@ struct Collection {
     writes: Mutex<Option<mpsc::Sender<Write>>>,
     writer: Mutex<Option<thread::JoinHandle<()>>>,
     bm25: EdgeBm25,
+    /// Weighs chunks. The writer's.
+    weigher: Mutex<Weigher>,
 }
 
 /// Work for the writer thread.
@@ -385,12 +413,12 @@ impl Collection {
         let shard = EdgeShard::new(dir, config(&meta)).map_err(|error| failed("create collection", error))?;
         for (field, schema) in KEYWORD_FIELDS
             .iter()
-            .map(|field| (*field, PayloadSchemaType::Keyword))
-            .chain(INTEGER_FIELDS.iter().map(|field| (*field, PayloadSchemaType::Integer)))
+            .map(|field| (*field, keyword_index()))
+            .chain(INTEGER_FIELDS.iter().map(|field| (*field, integer_index(field))))
         {
             let operation = FieldIndexOperations::CreateIndex(CreateIndex {
                 field_name: field.parse().map_err(|()| failed("create index", field))?,
-                field_schema: Some(PayloadFieldSchema::FieldType(schema)),
+                field_schema: Some(PayloadFieldSchema::FieldParams(schema)),
             });
             shard
                 .update(UpdateOperation::FieldIndexOperation(operation))
@@ -406,6 +434,10 @@ impl Collection {
         let meta: CollectionMeta = serde_json::from_str(&text)
             .map_err(|error| failed(&format!("{} is damaged", dir.join(META_FILE).display()), error))?;
         prune_log(&dir.join("wal")).map_err(|error| cannot_use(dir, &error))?;
+        match fs::remove_dir_all(dir.join(UNFINISHED_SEGMENTS)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(cannot_use(dir, &error)),
+            _ => {}
+        }
         let shard = EdgeShard::load(dir, Some(config(&meta))).map_err(|error| {
             failed(&format!("open collection in {} (is another gateway using it?)", dir.display()), error)
         })?;
@@ -417,6 +449,7 @@ impl Collection {
         let collection = Arc::new(Self {
             dir: dir.to_owned(),
             shard: Arc::new(shard),
+            weigher: Mutex::new(Weigher::new(&meta)?),
             meta: RwLock::new(meta),
             writes: Mutex::new(Some(sender)),
             writer: Mutex::new(None),
@@ -454,9 +487,30 @@ impl Collection {
                 // The caller may have gone; the write is done all the same.
                 let _ = answer.send(result);
             }
-            if flushed.is_err() {
+            if flushed.is_err() || !self.rebuild_full_segments() {
                 return;
             }
+        }
+    }
+
+    /// Rebuilds what has grown large for reading; readers go on meanwhile. Nobody waits for this: whoever writes
+    /// next waits until it is done. False when the engine broke.
+    fn rebuild_full_segments(&self) -> bool {
+        let began = Instant::now();
+        match panic::catch_unwind(AssertUnwindSafe(|| self.shard.optimize())) {
+            Ok(Ok(rebuilt)) => {
+                if rebuilt {
+                    let duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+                    tracing::debug!(dir = %self.dir.display(), duration_ms, "segments rebuilt");
+                }
+                true
+            }
+            // What was written is on disk and searched where it is: only slower.
+            Ok(Err(error)) => {
+                tracing::warn!(dir = %self.dir.display(), error = %error, "segments are not rebuilt; is the disk full?");
+                true
+            }
+            Err(_) => false,
         }
     }
 
@@ -517,29 +571,25 @@ impl Collection {
     }
 
     fn upsert(&self, chunks: Vec<NewChunk>) -> Result<(), UpstreamError> {
-        let meta = self.meta();
-        let bm25 = bm25(&meta)?;
-        let (first, others): (Vec<_>, Vec<_>) = chunks.into_iter().partition(|chunk| chunk.record.n == 0);
-        for chunks in [others, first] {
-            let mut points = Vec::with_capacity(chunks.len());
-            for chunk in chunks {
-                let mut vectors = vec![(SPARSE.to_owned(), Vector::from(weigh(&bm25, &meta, &chunk.record)))];
-                vectors.extend(chunk.dense.map(|dense| (DENSE.to_owned(), Vector::from(dense))));
-                points.push(
-                    PointStruct::new(
-                        PointId::Uuid(chunk.id),
-                        Vectors::from(vectors),
-                        payload(&chunk.record)?,
-                    )
-                    .into(),
-                );
-            }
-            if !points.is_empty() {
-                let operation = PointOperations::UpsertPoints(PointInsertOperations::PointsList(points));
-                self.update(UpdateOperation::PointOperation(operation))?;
-            }
-        }
-        Ok(())
+        // One thread weighs, this one writes what was weighed.
+        thread::scope(|scope| {
+            let (weighed, points) = std::sync::mpsc::sync_channel(2);
+            scope.spawn(move || {
+                let mut weigher = self.weigher.lock().unwrap_or_else(PoisonError::into_inner);
+                for batch in batches(chunks) {
+                    let batch: Result<Vec<_>, _> =
+                        batch.into_iter().map(|chunk| point(&mut weigher, chunk)).collect();
+                    // The writer has gone only where it failed.
+                    if weighed.send(batch).is_err() {
+                        return;
+                    }
+                }
+            });
+            points.into_iter().try_for_each(|points| {
+                let operation = PointOperations::UpsertPoints(PointInsertOperations::PointsList(points?));
+                self.update(UpdateOperation::PointOperation(operation))
+            })
+        })
     }
 
     fn delete(&self, selection: &Selection) -> Result<(), UpstreamError> {
@@ -556,7 +606,7 @@ impl Collection {
 
     fn reweigh(&self, avg_len: f64) -> Result<(), UpstreamError> {
         let meta = CollectionMeta { avg_len, ..self.meta() };
-        let bm25 = bm25(&meta)?;
+        let mut weigher = Weigher::new(&meta)?;
         let mut from = None;
         loop {
             let page = self.scroll(&Selection::default(), from, REWEIGH_PAGE, true)?;
@@ -566,7 +616,7 @@ impl Collection {
                 .map(|(id, record)| PointVectorsPersisted {
                     id: PointId::Uuid(*id),
                     vector: VectorStructPersisted::Named(
-                        [(SPARSE.to_owned(), VectorPersisted::Sparse(weigh(&bm25, &meta, record)))].into(),
+                        [(SPARSE.to_owned(), VectorPersisted::Sparse(weigher.weigh(record)))].into(),
                     ),
                 })
                 .collect();
@@ -578,6 +628,7 @@ impl Collection {
             }
         }
         save_meta(&self.dir, &meta)?;
+        *self.weigher.lock().unwrap_or_else(PoisonError::into_inner) = weigher;
         *self.meta.write().unwrap_or_else(PoisonError::into_inner) = meta;
         Ok(())
     }
@@ -691,28 +742,101 @@ fn query_bm25() -> Result<EdgeBm25, UpstreamError> {
     EdgeBm25::new(EdgeBm25Config::default()).map_err(|error| failed("BM25 settings", error))
 }
 
-fn bm25(meta: &CollectionMeta) -> Result<EdgeBm25, UpstreamError> {
-    let number = |value: f64| NotNan::new(value).map_err(|error| failed("BM25 settings", error));
-    let Weighing { k1, b, .. } = meta.weighing;
-    EdgeBm25::new(EdgeBm25Config {
-        k: number(k1)?,
-        b: number(b)?,
-        avg_len: number(meta.avg_len)?,
-        ..EdgeBm25Config::default()
-    })
-    .map_err(|error| failed("BM25 settings", error))
+/// Chunks in batches of whole documents: first the others of some documents, then those that are first in them.
+fn batches(chunks: Vec<NewChunk>) -> Vec<Vec<NewChunk>> {
+    let mut batches = Vec::new();
+    let (mut first, mut others) = (Vec::new(), Vec::new());
+    let mut last_doc = String::new();
+    for chunk in chunks {
+        if chunk.record.doc != last_doc {
+            if first.len() + others.len() >= UPSERT_CHUNKS {
+                batches.extend([mem::take(&mut others), mem::take(&mut first)]);
+            }
+            last_doc.clone_from(&chunk.record.doc);
+        }
+        let batch = if chunk.record.n == 0 { &mut first } else { &mut others };
+        batch.push(chunk);
+    }
+    batches.extend([others, first]);
+    batches.retain(|batch| !batch.is_empty());
+    batches
 }
 
-fn weigh(bm25: &EdgeBm25, meta: &CollectionMeta, record: &ChunkRecord) -> SparseVector {
-    bm25.embed_document(&meta.weighing.text(record))
+/// A chunk as the engine stores it.
+fn point(weigher: &mut Weigher, chunk: NewChunk) -> Result<PointStructPersisted, UpstreamError> {
+    let mut vectors = vec![(SPARSE.to_owned(), Vector::from(weigher.weigh(&chunk.record)))];
+    vectors.extend(chunk.dense.map(|dense| (DENSE.to_owned(), Vector::from(dense))));
+    Ok(PointStruct::new(PointId::Uuid(chunk.id), Vectors::from(vectors), payload(&chunk.record)?).into())
+}
+
+/// Weighs chunks for BM25 as the engine's own `embed_document` does, without stemming and hashing a word more than
+/// once: a few thousand words are most of any repository.
+struct Weigher {
+    weighing: Weighing,
+    avg_len: f64,
+    /// Knows the engine's stop words, stems and hashes.
+    bm25: EdgeBm25,
+    /// The engine's term of a word; `None`: not counted, such as a stop word.
+    terms: HashMap<Box<str>, Option<u32>>,
+}
+
+impl Weigher {
+    fn new(meta: &CollectionMeta) -> Result<Self, UpstreamError> {
+        Ok(Self {
+            weighing: meta.weighing,
+            avg_len: meta.avg_len,
+            bm25: query_bm25()?,
+            terms: HashMap::new(),
+        })
+    }
+
+    fn weigh(&mut self, record: &ChunkRecord) -> SparseVector {
+        let mut terms = Vec::with_capacity(256);
+        self.weighing.words(record, |word| terms.extend(self.term(word)));
+        let length = terms.len() as f64;
+        terms.sort_unstable();
+        let Weighing { k1, b, .. } = self.weighing;
+        let length = 1.0 - b + b * length / self.avg_len;
+        let mut vector = SparseVector { indices: Vec::new(), values: Vec::new() };
+        for same in terms.chunk_by(|one, other| one == other) {
+            let count = same.len() as f64;
+            vector.indices.extend(same.first());
+            #[expect(clippy::cast_possible_truncation, reason = "the engine's weights are f32")]
+            vector.values.push((count * (k1 + 1.0) / k1.mul_add(length, count)) as f32);
+        }
+        vector
+    }
+
+    fn term(&mut self, word: &str) -> Option<u32> {
+        if let Some(term) = self.terms.get(word) {
+            return *term;
+        }
+        let term = self.bm25.embed_query(word).indices.first().copied();
+        if word.len() <= LONGEST_KEPT_WORD {
+            if self.terms.len() >= KEPT_WORDS {
+                self.terms.clear();
+            }
+            self.terms.insert(word.into(), term);
+        }
+        term
+    }
 }
 
 fn config(meta: &CollectionMeta) -> EdgeConfig {
+    // A segment is measured by its largest vectors.
+    let chunk_bytes = SPARSE_BYTES.max(meta.embedding_size.unwrap_or_default() * size_of::<f32>());
     let mut builder = EdgeConfig::builder()
-        .wal_options(WalOptions { segment_capacity: WAL_SEGMENT_BYTES, ..WalOptions::default() });
+        .wal_options(WalOptions { segment_capacity: WAL_SEGMENT_BYTES, ..WalOptions::default() })
+        .optimizers(EdgeOptimizersConfig {
+            indexing_threshold: Some((SEGMENT_CHUNKS * chunk_bytes).div_ceil(1024)),
+            default_segment_number: Some(SEGMENTS),
+            ..EdgeOptimizersConfig::default()
+        })
+        // No graph: what is nearest is found exactly.
+        .hnsw_config(HnswIndexConfig { m: 0, ..HnswIndexConfig::default() });
     builder = builder.sparse_vector(
         SPARSE,
-        EdgeSparseVectorParams { modifier: Some(Modifier::Idf), ..Default::default() },
+        EdgeSparseVectorParams { modifier: Some(Modifier::Idf), on_disk: Some(true), ..Default::default() },
     );
     if let Some(size) = meta.embedding_size {
         builder = builder.vector(
@@ -729,6 +853,22 @@ fn config(meta: &CollectionMeta) -> EdgeConfig {
         );
     }
     builder.build()
+}
+
+/// Mapped, not loaded, once its segment is rebuilt: opening an index reads only what is asked for.
+fn keyword_index() -> PayloadSchemaParams {
+    PayloadSchemaParams::Keyword(KeywordIndexParams { on_disk: Some(true), ..KeywordIndexParams::default() })
+}
+
+/// As [`filter`] asks: positions are looked up, revisions compared.
+fn integer_index(field: &str) -> PayloadSchemaParams {
+    let is_compared = field == "rev";
+    PayloadSchemaParams::Integer(IntegerIndexParams {
+        lookup: Some(!is_compared),
+        range: Some(is_compared),
+        on_disk: Some(true),
+        ..IntegerIndexParams::default()
+    })
 }
 
 /// The engine's filters have a JSON form, the same as the server's REST API takes.
@@ -847,4 +987,105 @@ async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, UpstreamError> + Send + 'static,
 ) -> Result<T, UpstreamError> {
     tokio::task::spawn_blocking(work).await.map_err(|error| failed("the engine stopped", error))?
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use proptest::prelude::*;
+    use qdrant_edge::external::ordered_float::NotNan;
+
+    use super::*;
+
+    fn new_chunk(n: u128) -> NewChunk {
+        let record = ChunkRecord {
+            doc: format!("{:032x}", n / 3),
+            source: format!("f{}.md", n / 3),
+            n: u32::try_from(n % 3).unwrap(),
+            of: 3,
+            rev: i64::try_from(n / 90).unwrap(),
+            text: format!("common words of chunk number{n} and more of them to be counted"),
+            ..ChunkRecord::default()
+        };
+        NewChunk { id: Uuid::from_u128(n), record, dense: None }
+    }
+
+    #[tokio::test]
+    async fn full_segments_are_rebuilt_and_nothing_is_lost_or_doubled() {
+        let dir = tempfile::tempdir().unwrap();
+        let index = EdgeIndex::open(dir.path()).await.unwrap();
+        index.ensure("c", &meta(Weighing::unrecorded(), 10.0)).await.unwrap();
+        for from in [0, 90, 180] {
+            // The second part twice: what is in a rebuilt segment is replaced.
+            for _ in 0..if from == 90 { 2 } else { 1 } {
+                index.upsert("c", (from..from + 90).map(new_chunk).collect(), None).await.unwrap();
+            }
+        }
+        let oldest = Selection { rev_below: Some(1), ..Selection::default() };
+        assert_eq!(index.count("c", &oldest).await.unwrap(), 90);
+        index.delete("c", oldest).await.unwrap();
+        let collection = index.existing("c").unwrap();
+        // The last rebuilding may be under way.
+        collection.stop();
+        let segments = collection.shard.info().segments_count;
+        assert!(segments > 2, "{segments} segments");
+        drop(collection);
+        index.close().await;
+        drop(index);
+
+        fs::create_dir_all(dir.path().join("c@1").join(UNFINISHED_SEGMENTS).join("segment")).unwrap();
+        let index = EdgeIndex::open(dir.path()).await.unwrap();
+        assert!(!dir.path().join("c@1").join(UNFINISHED_SEGMENTS).join("segment").exists());
+        assert_eq!(index.count("c", &Selection::default()).await.unwrap(), 180);
+        let first = Selection { first_chunks: true, ..Selection::default() };
+        let page = index.scroll("c", &first, None, 100, true).await.unwrap();
+        assert_eq!(page.records.len(), 60);
+        assert_eq!(page.records[0].1, new_chunk(90).record);
+        for (number, hits) in [(100, 1), (269, 1), (50, 0)] {
+            let search = Search {
+                dense: None,
+                lexical: Some(format!("number{number}")),
+                selection: Selection::default(),
+                limit: 5,
+            };
+            let found = index.search("c", search).await.unwrap().lexical;
+            assert_eq!(found.len(), hits, "number{number}");
+            assert!(found.iter().all(|hit| hit.id == Uuid::from_u128(number)));
+        }
+        index.close().await;
+    }
+
+    fn meta(weighing: Weighing, avg_len: f64) -> CollectionMeta {
+        CollectionMeta { embedding_model: None, embedding_size: None, avg_len, weighing }
+    }
+
+    proptest! {
+        #[test]
+        fn chunks_are_weighed_as_the_engine_weighs_them(
+            texts in prop::collection::vec("([A-Za-z]{1,12}[ _.]|the |[0-9]{1,3} |\\PC{0,6}|running |HTTPServer ){0,40}", 1..6),
+            heading in prop::option::of("[A-Za-z ]{0,20}"),
+            weight in 0_u32..4,
+            avg_len in 1.0..300.0_f64,
+        ) {
+            let weighing = Weighing { heading: weight, ..Weighing::unrecorded() };
+            let engine = EdgeBm25::new(EdgeBm25Config {
+                k: NotNan::new(weighing.k1).unwrap(),
+                b: NotNan::new(weighing.b).unwrap(),
+                avg_len: NotNan::new(avg_len).unwrap(),
+                ..EdgeBm25Config::default()
+            })
+            .unwrap();
+            let mut weigher = Weigher::new(&meta(weighing, avg_len)).unwrap();
+            for text in texts {
+                let record = ChunkRecord {
+                    source: "src/http_server/ModRs.rs".to_owned(),
+                    heading: heading.clone(),
+                    text,
+                    ..ChunkRecord::default()
+                };
+                prop_assert_eq!(weigher.weigh(&record), engine.embed_document(&weighing.text(&record)));
+            }
+        }
+    }
 }

@@ -4,7 +4,7 @@
 //! leave `VectorIndex` in one piece; here its parts are added, on both sides, so that the name and
 //! the words find each other.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, sync::LazyLock};
 
 use atlas_shared::config::Bm25Config;
 use serde::{Deserialize, Serialize};
@@ -39,6 +39,32 @@ impl Weighing {
         weighed.push_str(&text);
         lexical_text(&weighed)
     }
+
+    /// The words of [`Self::text`], in any order, without making it.
+    pub(crate) fn words(self, record: &ChunkRecord, mut each: impl FnMut(&str)) {
+        let heading = record.heading.as_deref().unwrap_or_default();
+        let mut seen = HashSet::new();
+        for _ in 1..self.heading {
+            words(heading).for_each(&mut each);
+        }
+        for part in [record.source.as_str(), heading, &record.text] {
+            for word in words(part) {
+                each(word);
+                if let Some(humps) = compound(word)
+                    && seen.insert(word)
+                {
+                    humps.for_each(&mut each);
+                }
+            }
+        }
+    }
+
+    /// How many terms the engines count in [`Self::text`]: words that are not stop words.
+    pub(crate) fn terms(self, record: &ChunkRecord) -> u32 {
+        let mut count: u32 = 0;
+        self.words(record, |word| count = count.saturating_add(u32::from(!is_stop_word(word))));
+        count
+    }
 }
 
 impl From<Bm25Config> for Weighing {
@@ -52,11 +78,10 @@ pub(crate) fn lexical_text(text: &str) -> String {
     let mut out = text.to_owned();
     let mut seen = HashSet::new();
     for word in words(text) {
-        let mut parts = humps(word);
-        if let (Some(first), Some(second)) = (parts.next(), parts.next())
+        if let Some(humps) = compound(word)
             && seen.insert(word)
         {
-            for part in [first, second].into_iter().chain(parts) {
+            for part in humps {
                 out.push(' ');
                 out.push_str(part);
             }
@@ -73,6 +98,17 @@ pub(crate) fn term_count(text: &str) -> u32 {
 
 fn words(text: &str) -> impl Iterator<Item = &str> {
     text.split(|character: char| !character.is_alphanumeric()).filter(|word| !word.is_empty())
+}
+
+/// The parts of a compound identifier; `None` of a word that has only one.
+fn compound(word: &str) -> Option<impl Iterator<Item = &str>> {
+    // Without a capital after its first letter a word has no humps.
+    let may_have = if word.is_ascii() {
+        word.bytes().skip(1).any(|byte| byte.is_ascii_uppercase())
+    } else {
+        word.chars().skip(1).any(char::is_uppercase)
+    };
+    (may_have && humps(word).nth(1).is_some()).then(|| humps(word))
 }
 
 /// `QdrantEdgeIndex` → `Qdrant`, `Edge`, `Index`; `HTTPServer` → `HTTP`, `Server`.
@@ -258,10 +294,24 @@ fn is_stop_word(word: &str) -> bool {
         "yourself",
         "yourselves",
     ];
-    word.len() <= 10
-        && word.is_ascii()
-        && STOP_WORDS.binary_search(&word.to_ascii_lowercase().as_str()).is_ok()
+    static PACKED: LazyLock<Vec<u128>> = LazyLock::new(|| {
+        let mut packed: Vec<u128> = STOP_WORDS.iter().filter_map(|word| pack(word)).collect();
+        packed.sort_unstable();
+        packed
+    });
+    pack(word).is_some_and(|packed| PACKED.binary_search(&packed).is_ok())
 }
+
+/// A short ASCII word in lower case as a number; `None` of others. Every word of every chunk is looked for among the
+/// stop words, and numbers are compared many times faster than texts.
+fn pack(word: &str) -> Option<u128> {
+    const CASE: u8 = 0x20;
+    (word.len() <= LONGEST_STOP_WORD && word.is_ascii())
+        .then(|| word.bytes().fold(0, |packed, byte| packed << 8 | u128::from(byte | CASE)))
+}
+
+/// In bytes.
+const LONGEST_STOP_WORD: usize = 10;
 
 #[cfg(test)]
 mod tests {
@@ -293,8 +343,35 @@ mod tests {
     }
 
     #[test]
+    fn the_words_of_a_chunk_are_those_of_its_text() {
+        for (heading, weight) in
+            [(Some("impl HttpServer › fn Serve"), 3), (Some("Guide"), 1), (None, 2), (None, 0)]
+        {
+            let weighing = Weighing { heading: weight, ..Weighing::unrecorded() };
+            let record = ChunkRecord {
+                source: "src/HttpServer_v2/mod.rs".to_owned(),
+                heading: heading.map(str::to_owned),
+                text: "The VectorIndex of an HTTPServer, VectorIndex élanVital 漢字Text the".to_owned(),
+                ..ChunkRecord::default()
+            };
+            let text = weighing.text(&record);
+            let mut expected: Vec<&str> = words(&text).collect();
+            expected.sort_unstable();
+            let mut found = Vec::new();
+            weighing.words(&record, |word| found.push(word.to_owned()));
+            found.sort_unstable();
+            assert_eq!(found, expected);
+            let counted = expected.iter().filter(|word| !is_stop_word(word)).count();
+            assert_eq!(weighing.terms(&record) as usize, counted);
+        }
+    }
+
+    #[test]
     fn stop_words_do_not_count() {
-        assert_eq!(term_count("The store is where the truth is: runs, results."), 4);
-        assert_eq!(term_count(""), 0);
+        let weighing = Weighing { heading: 1, ..Weighing::unrecorded() };
+        let terms =
+            |text: &str| weighing.terms(&ChunkRecord { text: text.to_owned(), ..ChunkRecord::default() });
+        assert_eq!(terms("The store is where the truth is: runs, results."), 4);
+        assert_eq!(terms(""), 0);
     }
 }

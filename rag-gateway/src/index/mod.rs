@@ -200,8 +200,8 @@ pub(crate) trait VectorIndex: Send + Sync {
     /// All collections, and the generations that none of them stands for, by name.
     async fn collections(&self) -> Result<Vec<(String, CollectionState)>, UpstreamError>;
 
-    /// Writes chunks, replacing those of the same id, then deletes what they make obsolete. Chunks
-    /// that are first in their document become visible after all others.
+    /// Writes chunks, replacing those of the same id, then deletes what they make obsolete. A chunk that is
+    /// first in its document becomes visible after the others of it that stand beside it here.
     async fn upsert(
         &self,
         collection: &str,

@@ -10,7 +10,7 @@ use std::collections::{HashMap, HashSet};
 
 use crate::{
     error::GatewayError,
-    index::{ChunkRecord, CollectionMeta, NewChunk, Selection, names, term_count},
+    index::{ChunkRecord, CollectionMeta, NewChunk, Selection, names},
     jobs::Progress,
 };
 
@@ -217,7 +217,7 @@ impl Indexer {
         let (mut written, mut tokens) = (0, 0);
         for (tenant, mut records) in by_tenant {
             for record in &mut records {
-                record.terms = term_count(&self.weighing.text(record));
+                record.terms = self.weighing.terms(record);
             }
             let mut vectors = Vec::new();
             if let Some(embedder) = &self.embedder {
