@@ -19,10 +19,18 @@ fi
 # 5,000 files of the sources that cargo has fetched, and the same in Python, where it has the packages.
 registry=("${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/)
 python=()
-if "${BENCH_PYTHON:-python3}" -c 'import langchain_text_splitters, rank_bm25' 2>/dev/null; then
-    python=(--python "${BENCH_PYTHON:-python3}")
+if [[ -n ${BENCH_PYTHON:-} ]]; then
+    python=(--python "$BENCH_PYTHON")
 else
-    echo "Indexing is not compared: pip install langchain-text-splitters rank_bm25, and name that Python in BENCH_PYTHON." >&2
+    venv=${CARGO_TARGET_DIR:-target}/bench-python
+    if [[ -x $venv/bin/pip ]] || python3 -m venv "$venv"; then
+        if "$venv/bin/pip" install --quiet --disable-pip-version-check -r bench/index_baseline.txt; then
+            python=(--python "$venv/bin/python")
+        fi
+    fi
+fi
+if ((${#python[@]} == 0)); then
+    echo "Indexing is not compared: there is no Python with venv and pip here; name one in BENCH_PYTHON." >&2
 fi
 "$bench" index --folder "${registry[0]}" --files 5000 "${python[@]}"
 "$bench" search

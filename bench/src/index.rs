@@ -1,5 +1,5 @@
 //! How fast `atlas index` is, without embeddings: a first run, a second one that finds nothing changed, and
-//! the pipeline that a team would write first in Python, on the same files.
+//! pipelines that teams write in Python, on the same files.
 
 use std::{
     fs,
@@ -17,6 +17,13 @@ use crate::machine;
 
 /// Clock ticks a second of `/proc/<pid>/stat` on Linux (`USER_HZ`, fixed by its ABI).
 const TICKS_PER_SECOND: f64 = 100.0;
+/// Pipelines of `index_baseline.py`, and what they are called here.
+const PIPELINES: [(&str, &str); 4] = [
+    ("characters", "Python: LangChain by characters, rank_bm25"),
+    ("tokens", "Python: LangChain by tokens, rank_bm25 (like for like)"),
+    ("sentences", "Python: LlamaIndex by sentences, in tokens, bm25s"),
+    ("syntax", "Python: LlamaIndex by syntax, in characters, bm25s on disk"),
+];
 /// How often a running process is looked at.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -28,9 +35,12 @@ pub(crate) struct Arguments {
     /// At least so many files, whole subfolders at a time.
     #[arg(long, value_name = "N", default_value_t = 5000)]
     files: usize,
-    /// Python with langchain-text-splitters and rank_bm25; without it Atlas is measured alone.
+    /// Python with what `index_baseline.txt` lists; without it Atlas is measured alone.
     #[arg(long, value_name = "PATH")]
     python: Option<PathBuf>,
+    /// Only these pipelines in Python: characters, tokens, sentences, syntax.
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    pipelines: Vec<String>,
 }
 
 /// One run of a program.
@@ -68,18 +78,22 @@ pub(crate) fn measure(arguments: &Arguments) -> anyhow::Result<()> {
     let chunks = chunks_of(&cold.stdout, list.len())?;
     let unchanged = index(&[])?;
     ensure!(unchanged.stdout.contains("Nothing to do"), "a second run found work: {}", unchanged.stdout);
-    let baseline = match &arguments.python {
-        Some(python) => {
-            let mut command = Command::new(python);
-            command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("index_baseline.py")).arg(&sources);
-            let run = run(command, Some(&list.join("\n")))?;
-            let report: Value = serde_json::from_str(run.stdout.trim()).context("the baseline's report")?;
-            ensure!(report["files"] == list.len(), "the baseline read other files: {report}");
-            Some((run, report))
-        }
-        None => None,
-    };
-    print(load, list.len(), bytes, chunks, [&cold, &unchanged], baseline.as_ref());
+    let mut baselines = Vec::new();
+    let chosen =
+        |name: &str| arguments.pipelines.is_empty() || arguments.pipelines.iter().any(|one| one == name);
+    for (pipeline, title) in PIPELINES.into_iter().filter(|(name, _)| chosen(name)) {
+        let Some(python) = &arguments.python else { break };
+        eprintln!("{title} …");
+        let mut command = Command::new(python);
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("index_baseline.py");
+        command.arg(script).arg(pipeline).arg(&sources).stderr(Stdio::null());
+        let run = run(command, Some(&list.join("\n")))?;
+        let report: Value =
+            serde_json::from_str(run.stdout.trim()).with_context(|| format!("the report of {pipeline}"))?;
+        ensure!(report["files"] == list.len(), "{pipeline} read other files: {report}");
+        baselines.push((title, run, report));
+    }
+    print(load, list.len(), bytes, chunks, [&cold, &unchanged], &baselines);
     Ok(())
 }
 
@@ -89,35 +103,40 @@ fn print(
     bytes: u64,
     chunks: u64,
     [cold, unchanged]: [&Run; 2],
-    baseline: Option<&(Run, Value)>,
+    baselines: &[(&str, Run, Value)],
 ) {
     let megabytes = bytes as f64 / 1e6;
     println!("### Indexing {files} files ({megabytes:.1} MB) without embeddings, embedded\n");
     println!("{} · load before: {load:.1}\n", machine::describe());
-    println!("| | Wall | CPU | Files/s | MB/s | Chunks | Chunks/s | Files/s of CPU | Memory, peak |");
+    println!("| | Wall | CPU | Files/s | MB/s | Chunks | Chunks/s | MB/s of CPU | Memory, peak |");
     println!("|---|---|---|---|---|---|---|---|---|");
     let line = |name: &str, wall: f64, cpu: f64, memory: f64, chunks: u64| {
         println!(
-            "| {name} | {wall:.1} s | {cpu:.1} s | {:.0} | {:.2} | {chunks} | {:.0} | {:.0} | {memory:.0} MiB |",
+            "| {name} | {wall:.1} s | {cpu:.1} s | {:.0} | {:.2} | {chunks} | {:.0} | {:.2} | {memory:.0} MiB |",
             files as f64 / wall,
             megabytes / wall,
             chunks as f64 / wall,
-            files as f64 / cpu,
+            megabytes / cpu,
         );
     };
     line("Atlas, first run", cold.wall.as_secs_f64(), cold.cpu, cold.memory, chunks);
     line("Atlas, nothing changed", unchanged.wall.as_secs_f64(), unchanged.cpu, unchanged.memory, chunks);
-    if let Some((run, report)) = baseline {
-        let number = |name: &str| report[name].as_f64().unwrap_or_default();
+    // Without their start and their imports.
+    let number = |report: &Value, name: &str| report[name].as_f64().unwrap_or_default();
+    for (title, run, report) in baselines {
         let chunks = report["chunks"].as_u64().unwrap_or_default();
-        // Without its start and its imports.
-        line("Python: LangChain, rank_bm25", number("seconds"), number("cpu_seconds"), run.memory, chunks);
+        line(title, number(report, "seconds"), number(report, "cpu_seconds"), run.memory, chunks);
+    }
+    if !baselines.is_empty() {
+        println!("\n| Times as fast as | by the clock | by CPU time | a run without changes, by the clock |");
+        println!("|---|---|---|---|");
+    }
+    for (title, _, report) in baselines {
         println!(
-            "\nAtlas is {:.2} times as fast as the pipeline in Python by the clock, {:.2} times by CPU time; a run \
-             without changes {:.2} times.",
-            number("seconds") / cold.wall.as_secs_f64(),
-            number("cpu_seconds") / cold.cpu,
-            number("seconds") / unchanged.wall.as_secs_f64()
+            "| {title} | {:.1} | {:.1} | {:.0} |",
+            number(report, "seconds") / cold.wall.as_secs_f64(),
+            number(report, "cpu_seconds") / cold.cpu,
+            number(report, "seconds") / unchanged.wall.as_secs_f64()
         );
     }
     println!(
@@ -186,7 +205,6 @@ fn run(mut command: Command, stdin: Option<&str>) -> anyhow::Result<Run> {
     let mut child = command
         .stdin(if stdin.is_some() { Stdio::piped() } else { Stdio::null() })
         .stdout(log.reopen()?)
-        .stderr(Stdio::inherit())
         .spawn()
         .with_context(|| format!("{name}: build the workspace with the same profile"))?;
     if let (Some(text), Some(mut pipe)) = (stdin, child.stdin.take()) {
