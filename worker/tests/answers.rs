@@ -51,12 +51,11 @@ impl Outcome {
 
 /// The books agree to the token, and within the run's limit.
 async fn exactly(stack: Stack) -> Outcome {
-    let outcome = within(stack, |ledger, billed| {
+    within(stack, |ledger, billed| {
         assert_eq!(ledger, billed, "ledger and meter");
         assert!(ledger <= RUN_LIMIT, "{ledger} tokens for one run");
     })
-    .await;
-    outcome
+    .await
 }
 
 /// The server did not say what it billed: the ledger may say more, never less.
