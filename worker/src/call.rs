@@ -132,17 +132,15 @@ enum ModelEnd {
 
 impl ModelCalls {
     /// Asks the models of the chain, one after the other, until one answers.
-    pub(crate) async fn call(&self, caller: &Caller<'_>, request: &ChatRequest) -> CallEnd {
+    /// `model` and `request_id` are set here.
+    pub(crate) async fn call(&self, caller: &Caller<'_>, mut request: ChatRequest) -> CallEnd {
+        request.request_id = format!("{}.{}.{}", caller.lease.task_id, caller.lease.attempt, caller.step);
         let mut fallbacks = Vec::new();
         let mut waited = Duration::ZERO;
         let mut throttled = false;
         let mut last = UpstreamError::transient(Dependency::Model, "no model is configured");
         for model in self.models(caller.preferred, caller.except) {
-            let request = ChatRequest {
-                model: model.clone(),
-                request_id: format!("{}.{}.{}", caller.lease.task_id, caller.lease.attempt, caller.step),
-                ..request.clone()
-            };
+            request.model.clone_from(&model);
             match self.try_model(caller, &request, &mut waited, &mut throttled).await {
                 ModelEnd::End(CallEnd::Answered(answered)) => {
                     return CallEnd::Answered(Answered { fallbacks, waited, throttled, ..answered });

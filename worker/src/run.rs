@@ -37,7 +37,7 @@ use serde_json::{Map, Value, json};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
-    agent::{AgentOptions, Draft, DraftInput, Finished, Lookup, Next, lookup, offline},
+    agent::{AgentOptions, Draft, DraftInput, Finished, Fitted, Lookup, Next, PromptParts, lookup, offline},
     call::{Answered, CallEnd, Caller},
     context::{Context, attributes},
     crash::crash_point,
@@ -179,6 +179,13 @@ struct Run<'a> {
     readable: Tokens,
 }
 
+/// What is kept of a request that was sent.
+struct Sent {
+    /// Of all of it, for the checkpoint.
+    hash: String,
+    parts: PromptParts,
+}
+
 /// A model call that was answered and is not stored yet.
 struct Unsettled {
     settlement: Settlement,
@@ -234,8 +241,8 @@ impl Run<'_> {
             if let Err(reason) = self.stop.check() {
                 return self.stopped(reason, deferrals).await;
             }
-            match draft.next() {
-                Next::Call(call) => match self.generate(&mut draft, &call.step, permit).await {
+            if let Some(step) = draft.pending_call() {
+                match self.generate(&mut draft, &step, permit).await {
                     Ok(answered) => unsettled = answered,
                     Err(CallEnd::Denied(denial)) => return self.defer(denial).await,
                     Err(CallEnd::Failed { error, .. }) if error.is_transient() => {
@@ -252,27 +259,25 @@ impl Run<'_> {
                     Err(CallEnd::Store(error)) => return self.lost(&error),
                     // `generate` turns an answer into `Ok`.
                     Err(CallEnd::Answered(_)) => {}
-                },
-                Next::Search(search) => {
+                }
+            }
+            match draft.next() {
+                Next::Finished(finished) => return self.finish(*finished, unsettled).await,
+                Next::Failed(failure) => return self.fail(&failure.code, &failure.message, unsettled).await,
+                next @ (Next::Call(_) | Next::Search(_)) => {
+                    if let Some(unsettled) = unsettled {
+                        if let Err(error) = self.settle(&unsettled).await {
+                            return self.lost(&error);
+                        }
+                        crash_point!("settled");
+                    }
+                    let Next::Search(search) = next else { continue };
                     let (percent, number) = (draft.percent(), draft.searches() + 1);
                     self.searches(percent, number, &search.query);
                     match self.retrieve(&Lookup { query: search.query.clone(), path: None }).await {
                         Ok((_, Some(_))) | Err(Interrupted::Upstream(_)) => draft.search_failed(),
                         Ok((passages, None)) => draft.found(passages),
                         Err(Interrupted::Stop(reason)) => return self.stopped(reason, deferrals).await,
-                    }
-                }
-                Next::Finished(_) | Next::Failed(_) => {}
-            }
-            match draft.next() {
-                Next::Finished(finished) => return self.finish(*finished, unsettled).await,
-                Next::Failed(failure) => return self.fail(&failure.code, &failure.message, unsettled).await,
-                Next::Call(_) | Next::Search(_) => {
-                    if let Some(unsettled) = unsettled {
-                        if let Err(error) = self.settle(&unsettled).await {
-                            return self.lost(&error);
-                        }
-                        crash_point!("settled");
                     }
                 }
             }
@@ -405,7 +410,8 @@ impl Run<'_> {
         let mut too_large_for_the_model = None;
         let lost = AtomicU64::new(0);
         loop {
-            if let Err(does_not_fit) = draft.squeeze(available, |request| count(request, &counted)) {
+            let fits = draft.squeeze(available, |request| count(request, &counted));
+            if let Err(does_not_fit) = fits {
                 if let Some(denial) = too_large_for_any_day {
                     // It waits for a higher limit; nothing is lost because somebody set a low one.
                     return Err(CallEnd::Denied(denial));
@@ -426,7 +432,10 @@ impl Run<'_> {
                 );
                 return Ok(None);
             }
-            let Next::Call(call) = draft.next() else { return Ok(None) };
+            let Ok(Some(Fitted { request, prompt })) = fits else { return Ok(None) };
+            let asked = prompt + Tokens(u64::from(request.max_completion_tokens));
+            // What is wanted of the request later, so that it need not be kept while the call is made.
+            let sent = Sent { hash: hash(&request), parts: draft.prompt_parts(&request) };
             let live = self.listen(draft, step);
             let caller = Caller {
                 lease: &self.lease,
@@ -439,7 +448,7 @@ impl Run<'_> {
                 lost: &lost,
             };
             let began = Instant::now();
-            let end = calls.call(&caller, &call.request).await;
+            let end = calls.call(&caller, request).await;
             self.spent += Tokens(lost.swap(0, Ordering::Relaxed));
             self.rest = live.and_then(Live::end);
             self.observe("generate", began.elapsed());
@@ -480,8 +489,6 @@ impl Run<'_> {
                 }
                 // Nothing was billed: a smaller call, until one fits or none is left.
                 CallEnd::Failed { error, .. } if error.code() == "context_length_exceeded" => {
-                    let asked = count(&call.request, &counted)
-                        + Tokens(u64::from(call.request.max_completion_tokens));
                     available = Tokens(asked.min(available).0 * 3 / 4);
                     self.readable = available;
                     self.fallbacks.push(format!("{error}; tried again with at most {available} tokens"));
@@ -500,8 +507,7 @@ impl Run<'_> {
             } else {
                 permit.succeeded();
             }
-            let input_hash = hash(&call.request);
-            return Ok(Some(self.take(draft, step, &input_hash, answered)));
+            return Ok(Some(self.take(draft, step, sent, answered)));
         }
     }
 
@@ -521,11 +527,11 @@ impl Run<'_> {
     }
 
     /// Feeds an answer to the draft and packs what must be stored of it.
-    fn take(&mut self, draft: &mut Draft, step: &str, input_hash: &str, answered: Answered) -> Unsettled {
+    fn take(&mut self, draft: &mut Draft, step: &str, sent: Sent, answered: Answered) -> Unsettled {
         let Answered { answer, model, settlement, usage, fallbacks, waited, .. } = answered;
         self.waited += waited;
         self.spent += usage.total();
-        draft.billed(&model, usage, matches!(settlement.closing, Closing::Assumed));
+        draft.billed(&sent.parts, &model, usage, matches!(settlement.closing, Closing::Assumed));
         self.fallbacks.extend(fallbacks);
         if self.has_others(draft, &model) && draft.refused(&model, &answer) {
             tracing::warn!(task_id = %self.task.task_id, model, error_code = "model_refused", "asking the next model");
@@ -534,12 +540,8 @@ impl Run<'_> {
             draft.answered(&answer);
         }
         self.model = Some(model);
-        let checkpoint = Checkpoint {
-            step: step.to_owned(),
-            input_hash: input_hash.to_owned(),
-            output: draft.checkpoint(),
-            usage,
-        };
+        let checkpoint =
+            Checkpoint { step: step.to_owned(), input_hash: sent.hash, output: draft.checkpoint(), usage };
         Unsettled { settlement, checkpoint }
     }
 

@@ -137,34 +137,33 @@ pub(super) fn redact(text: &str) -> Cow<'_, str> {
     }
     let mut text = Cow::Borrowed(text);
     for Pattern { regex, name } in PATTERNS.iter() {
-        if regex.is_match(&text) {
-            text = Cow::Owned(regex.replace_all(&text, format!("(redacted {name})")).into_owned());
-        }
+        replace(&mut text, regex, |_| format!("(redacted {name})"));
     }
-    if let Some(regex) = &*URL_PASSWORD
-        && regex.is_match(&text)
-    {
-        text = Cow::Owned(regex.replace_all(&text, "$1(redacted)@").into_owned());
+    if let Some(regex) = &*URL_PASSWORD {
+        replace(&mut text, regex, |found| format!("{}(redacted)@", &found[1]));
     }
     for regex in [&*ASSIGNMENT, &*AUTHORIZATION].into_iter().flatten() {
-        if regex.is_match(&text) {
-            let judged = regex.replace_all(&text, |found: &Captures<'_>| {
-                if looks_random(&found[2]) { format!("{}(redacted)", &found[1]) } else { found[0].to_owned() }
-            });
-            text = Cow::Owned(judged.into_owned());
-        }
+        replace(&mut text, regex, |found| {
+            if looks_random(&found[2]) { format!("{}(redacted)", &found[1]) } else { found[0].to_owned() }
+        });
     }
-    if let Some(regex) = &*PASSWORD
-        && regex.is_match(&text)
-    {
-        let judged = regex.replace_all(&text, |found: &Captures<'_>| {
+    if let Some(regex) = &*PASSWORD {
+        replace(&mut text, regex, |found| {
             let chosen = found[2].bytes().any(|byte| byte.is_ascii_digit())
                 && found[2].bytes().any(|byte| byte.is_ascii_alphabetic());
             if chosen { format!("{}(redacted){}", &found[1], &found[3]) } else { found[0].to_owned() }
         });
-        text = Cow::Owned(judged.into_owned());
     }
     text
+}
+
+/// Replaces every match; a text without one stays as it is.
+fn replace(text: &mut Cow<'_, str>, regex: &Regex, by: impl Fn(&Captures<'_>) -> String) {
+    let replaced = match regex.replace_all(text, by) {
+        Cow::Borrowed(_) => return,
+        Cow::Owned(replaced) => replaced,
+    };
+    *text = Cow::Owned(replaced);
 }
 
 /// Names and words are not secrets; a mix of digits and letters of both cases is.

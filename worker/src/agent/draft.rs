@@ -109,6 +109,15 @@ pub struct Call {
     pub request: ChatRequest,
 }
 
+/// A request that fits into what may be spent.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Fitted {
+    /// As in [`Call::request`].
+    pub request: ChatRequest,
+    /// What its prompt was counted as, at most.
+    pub prompt: Tokens,
+}
+
 /// A search that the model asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Search {
@@ -174,6 +183,10 @@ struct Refusal {
     model: String,
     why: String,
 }
+
+/// What a prompt is made of, in bytes.
+#[derive(Clone, Debug)]
+pub struct PromptParts(Vec<(&'static str, u64)>);
 
 /// Where a document's tokens went: `metadata.token_use`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -331,17 +344,16 @@ impl Draft {
         matches!(self.stage, Stage::Drafting { again: Some(_) } | Stage::Mending { .. })
     }
 
-    /// Notes what the pending call billed; call it before [`answered`](Self::answered). `assumed`: the
-    /// server did not say, and this is the bound that was booked.
-    pub fn billed(&mut self, model: &str, usage: Usage, assumed: bool) {
+    /// Notes what the pending call billed, whose request was made of these [parts](Self::prompt_parts);
+    /// call it before [`answered`](Self::answered). `assumed`: the server did not say, and this is the
+    /// bound that was booked.
+    pub fn billed(&mut self, parts: &PromptParts, model: &str, usage: Usage, assumed: bool) {
         let step = self.step();
-        let parts = self.prompt_parts();
-        self.token_use.add(CallUse { step, model: model.to_owned(), usage, assumed }, &parts);
+        self.token_use.add(CallUse { step, model: model.to_owned(), usage, assumed }, &parts.0);
     }
 
-    /// What the pending prompt is made of, in bytes.
-    fn prompt_parts(&self) -> Vec<(&'static str, u64)> {
-        let Ok(request) = self.request() else { return Vec::new() };
+    /// What the prompt of `request` is made of, in bytes.
+    pub fn prompt_parts(&self, request: &ChatRequest) -> PromptParts {
         let bytes = |text: &str| text.len() as u64;
         let cut = |text: &str| bytes(text).min(self.subject.max_chars as u64);
         let schema = match &request.response_format {
@@ -372,7 +384,7 @@ impl Draft {
         let framing = said.saturating_sub(own.iter().map(|(_, bytes)| bytes).sum());
         parts.extend(own);
         parts.push(("framing", framing));
-        parts
+        PromptParts(parts)
     }
 
     /// Everything, for `run_steps.output`.
@@ -419,6 +431,12 @@ impl Draft {
             }))),
             Stage::Failed(failure) => Next::Failed(failure.clone()),
         }
+    }
+
+    /// The step name of the model call that is needed now; `None`: none is. As [`next`](Self::next) says
+    /// it, without making the request.
+    pub fn pending_call(&self) -> Option<String> {
+        matches!(self.stage, Stage::Drafting { .. } | Stage::Mending { .. }).then(|| self.step())
     }
 
     fn step(&self) -> String {
@@ -505,9 +523,10 @@ impl Draft {
         })
     }
 
-    /// Makes the next call fit into `available` tokens, prompt and completion together: first the
-    /// least useful passages go, then the completion cap sinks to `min_completion_tokens`, then the
-    /// request and the parent are cut. Also decides whether a search can be afforded.
+    /// Makes the next call fit into `available` tokens, prompt and completion together, and gives it:
+    /// first the least useful passages go, then the completion cap sinks to `min_completion_tokens`, then
+    /// the request and the parent are cut. Also decides whether a search can be afforded. `None`: no call
+    /// is wanted, or no prompt renders; [`next`](Self::next) says what then.
     ///
     /// `count` gives the upper bound of a request's prompt tokens; its `model` is empty.
     /// A smaller prompt than the one that fits is never made, so calling this again with more
@@ -516,9 +535,9 @@ impl Draft {
         &mut self,
         available: Tokens,
         count: impl Fn(&ChatRequest) -> Tokens,
-    ) -> Result<(), DoesNotFit> {
-        if !matches!(self.stage, Stage::Drafting { .. } | Stage::Mending { .. }) {
-            return Ok(());
+    ) -> Result<Option<Fitted>, DoesNotFit> {
+        if self.pending_call().is_none() {
+            return Ok(None);
         }
         let least = self.options.min_completion_tokens.min(self.options.max_completion_tokens);
         let most = self.options.max_completion_tokens;
@@ -535,11 +554,10 @@ impl Draft {
             let budget = available.saturating_sub(Tokens(u64::from(cap)));
             let candidates = self.shelf.len();
             match self.fit(budget, &count) {
-                Ok(()) => {
+                Ok(fitted) => {
                     let kept = self.shelf.packed();
                     if index == last || kept >= candidates.min(PASSAGES_WORTH_KEEPING) {
-                        self.decide_on_searching(available, &count);
-                        return Ok(());
+                        return Ok(fitted.map(|fitted| self.finally(fitted, available, &count)));
                     }
                 }
                 Err(prompt) => needed = prompt + Tokens(u64::from(cap)),
@@ -551,10 +569,7 @@ impl Draft {
                 (self.subject.max_chars.min(self.subject.longest()) / 2).max(MIN_SUBJECT_CHARS);
             let budget = available.saturating_sub(Tokens(u64::from(least)));
             match self.fit(budget, &count) {
-                Ok(()) => {
-                    self.decide_on_searching(available, &count);
-                    return Ok(());
-                }
+                Ok(fitted) => return Ok(fitted.map(|fitted| self.finally(fitted, available, &count))),
                 Err(prompt) => needed = prompt + Tokens(u64::from(least)),
             }
         }
@@ -562,50 +577,68 @@ impl Draft {
     }
 
     /// Packs passages so that the prompt stays within `max_prompt_tokens`; the completion cap is
-    /// left as it is. The error holds what the prompt needs without any passage.
-    pub fn fit(
+    /// left as it is. The error holds what the prompt needs without any passage. `None`: no prompt
+    /// renders, which [`next`](Self::next) reports.
+    fn fit(
         &mut self,
         max_prompt_tokens: Tokens,
         count: &impl Fn(&ChatRequest) -> Tokens,
-    ) -> Result<(), Tokens> {
-        let measure = |draft: &Self| match draft.request() {
-            Ok(request) => count(&request),
-            // `next` reports it.
-            Err(_) => Tokens(0),
+    ) -> Result<Option<Fitted>, Tokens> {
+        let measure = |draft: &Self| {
+            let request = draft.request().ok()?;
+            Some(Fitted { prompt: count(&request), request })
         };
         self.shelf.pack_all();
-        let all = measure(self);
-        if all <= max_prompt_tokens {
-            return Ok(());
+        let Some(all) = measure(self) else { return Ok(None) };
+        if all.prompt <= max_prompt_tokens {
+            return Ok(Some(all));
         }
         self.shelf.pack_none();
-        let none = measure(self);
-        if none > max_prompt_tokens {
-            return Err(none);
+        let Some(none) = measure(self) else { return Ok(None) };
+        if none.prompt > max_prompt_tokens {
+            return Err(none.prompt);
         }
         // Passages are weighed by their length, and the scale is what all of them cost together.
-        let mut room = max_prompt_tokens.saturating_sub(none).0;
-        let scale = all.saturating_sub(none).0;
+        let mut room = max_prompt_tokens.saturating_sub(none.prompt).0;
+        let scale = all.prompt.saturating_sub(none.prompt).0;
         for _ in 0..8 {
             self.shelf.pack_within(room, scale);
-            if measure(self) <= max_prompt_tokens {
-                return Ok(());
+            let Some(some) = measure(self) else { return Ok(None) };
+            if some.prompt <= max_prompt_tokens {
+                return Ok(Some(some));
             }
             room = room * 7 / 8;
         }
         self.shelf.pack_none();
-        Ok(())
+        Ok(Some(none))
+    }
+
+    /// The request as it is sent, after it was decided whether it offers a search.
+    fn finally(
+        &mut self,
+        mut fitted: Fitted,
+        available: Tokens,
+        count: &impl Fn(&ChatRequest) -> Tokens,
+    ) -> Fitted {
+        self.decide_on_searching(fitted.prompt, available, count);
+        if !self.offers_search() {
+            fitted.request.tools.clear();
+        }
+        fitted
     }
 
     /// Searching pays only if, after the call that asks for it, a prompt with half of what is packed now
     /// and an answer that need not be cut short are still within the budget: a short document from the
-    /// right passages is worth less than a whole one from good ones.
-    fn decide_on_searching(&mut self, available: Tokens, count: &impl Fn(&ChatRequest) -> Tokens) {
+    /// right passages is worth less than a whole one from good ones. `prompt`: what is packed now.
+    fn decide_on_searching(
+        &mut self,
+        prompt: Tokens,
+        available: Tokens,
+        count: &impl Fn(&ChatRequest) -> Tokens,
+    ) {
         if !self.offers_search() {
             return;
         }
-        let Ok(request) = self.request() else { return };
-        let prompt = count(&request);
         let (least, most) = (self.options.min_completion_tokens, self.options.max_completion_tokens);
         let answer = Tokens(u64::from(least) * 3 / 2).max(Tokens(u64::from(most) * 3 / 4));
         let rest = Tokens(TOOL_CALL_TOKENS * 5) + answer;

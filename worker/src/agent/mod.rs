@@ -10,7 +10,7 @@
 //!         Next::Call(call) => {
 //!             // Fit it into what may still be spent; `model` and `request_id` are the caller's.
 //!             match draft.squeeze(available, |request| chat.prompt_tokens_upper_bound(request)) {
-//!                 Ok(()) => { /* next() again gives the call as it fits: reserve prompt + cap, send */
+//!                 Ok(fitted) => { /* the request as it fits: reserve prompt + cap, send */
 //!                     // A refusal is for the next model of the chain, as long as there is one.
 //!                     if !(another_is_left && draft.refused(model, &answer)) { draft.answered(&answer); }
 //!                     /* settle_step with Checkpoint { step: call.step, output: draft.checkpoint() } */ }
@@ -60,7 +60,9 @@ mod spec;
 mod testing;
 mod words;
 
-pub use draft::{AgentOptions, Call, DoesNotFit, Draft, DraftInput, Failure, Next, Search};
+pub use draft::{
+    AgentOptions, Call, DoesNotFit, Draft, DraftInput, Failure, Fitted, Next, PromptParts, Search,
+};
 pub use finish::{Citation, CitationFault, Finished};
 pub use lookup::Lookup;
 pub use mermaid::check as check_mermaid;
