@@ -1,9 +1,14 @@
 //! The embedded database: one SQLite file that a laptop's worker, gateway, queue and CLI share.
 //!
 //! One connection lives on a thread of its own; callers send closures to it through a bounded
-//! channel and await the answer, so no async task ever blocks on the disk. Every closure runs in one
+//! channel and await the answer, so no async task ever blocks on the disk. Every closure runs in a
 //! transaction: [`Database::write`] in `BEGIN IMMEDIATE` (it holds the file's only write lock from its
 //! first statement, so what it reads cannot change under it), [`Database::read`] in a snapshot.
+//!
+//! **Group commit.** Closures that wait together share one transaction, each in a savepoint of its own:
+//! a page that all of them change is written once. To a caller nothing is different. One that fails rolls
+//! back to its own savepoint; nobody is answered before the commit; and when the commit itself fails,
+//! every caller hears that nothing of its own was kept.
 //!
 //! Several processes may open the file at once (`atlas dev` and `atlas runs list`): WAL lets readers go
 //! on while one writes, and `busy_timeout` makes writers wait for each other. With
@@ -45,21 +50,38 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Closures that may wait for the connection; more callers wait for a place.
 const WAITING_JOBS: usize = 1024;
 
-type Job = Box<dyn FnOnce(&mut Connection) + Send>;
+/// Closures that share one transaction: some milliseconds of work, for which other processes wait.
+const BATCH: usize = 64;
+
+/// Pages in the log before they are copied into the file: 16 MB, so that a page that many transactions
+/// change is copied seldom.
+const CHECKPOINT_PAGES: u32 = 4096;
+
+/// One caller's closure, on its way to the connection and back.
+trait Job: Send {
+    /// Does it want to keep what it writes?
+    fn writes(&self) -> bool;
+
+    /// Runs it. True: what it wrote is to be kept.
+    fn run(&mut self, transaction: &Transaction<'_>) -> bool;
+
+    /// Answers the caller. The error says why the transaction was not committed, or never began.
+    fn answer(self: Box<Self>, committed: Result<(), UpstreamError>);
+}
 
 /// The files that this process has open. Worker, gateway and queue of one process share a connection:
 /// they take turns in its channel, which is quicker and fairer than waiting for each other's file locks.
 static OPEN: LazyLock<tokio::sync::Mutex<HashMap<PathBuf, WeakDatabase>>> = LazyLock::new(Default::default);
 
 struct WeakDatabase {
-    jobs: mpsc::WeakSender<Job>,
+    jobs: mpsc::WeakSender<Box<dyn Job>>,
     clock: Clock,
 }
 
 /// A handle on the file; all handles of one process share the connection. Its thread ends with the last.
 #[derive(Clone, Debug)]
 pub struct Database {
-    jobs: mpsc::Sender<Job>,
+    jobs: mpsc::Sender<Box<dyn Job>>,
     clock: Clock,
     path: Arc<PathBuf>,
 }
@@ -115,7 +137,7 @@ impl Database {
         let path = dir.join(FILE_NAME);
         let opened = path.clone();
         let (ready, opening) = oneshot::channel();
-        let (jobs, mut queue) = mpsc::channel::<Job>(WAITING_JOBS);
+        let (jobs, mut queue) = mpsc::channel::<Box<dyn Job>>(WAITING_JOBS);
         std::thread::Builder::new()
             .name("atlas-sqlite".to_owned())
             .spawn(move || {
@@ -130,8 +152,12 @@ impl Database {
                 if ready.send(Ok(())).is_err() {
                     return;
                 }
-                while let Some(job) = queue.blocking_recv() {
-                    job(&mut connection);
+                let mut batch = Vec::with_capacity(BATCH);
+                while queue.blocking_recv_many(&mut batch, BATCH) > 0 {
+                    let committed = run(&mut connection, &mut batch);
+                    for job in batch.drain(..) {
+                        job.answer(committed.clone());
+                    }
                 }
             })
             .map_err(|error| {
@@ -205,33 +231,99 @@ impl Database {
         E: From<UpstreamError> + Send + 'static,
     {
         let (reply, answer) = oneshot::channel();
-        let clock = self.clock.clone();
-        let job: Job = Box::new(move |connection| {
-            // A panic in a closure is a bug, but it must not take the connection from everybody else:
-            // the transaction rolls back while unwinding, and the caller gets an error.
-            let result = catch_unwind(AssertUnwindSafe(|| {
-                let transaction = connection.transaction_with_behavior(behavior).map_err(upstream)?;
-                let value = work(&transaction, clock.now())?;
-                if matches!(behavior, TransactionBehavior::Immediate) {
-                    transaction.commit().map_err(upstream)?;
-                }
-                Ok(value)
-            }));
-            // The caller may have been cancelled; what was committed stays, as with any database.
-            let _ = reply.send(result);
-        });
-        self.jobs.send(job).await.map_err(|_| stopped())?;
-        match answer.await {
-            Ok(Ok(result)) => result,
-            Ok(Err(_panic)) => Err(UpstreamError::permanent(
+        let job = Call {
+            work: Some(work),
+            writes: matches!(behavior, TransactionBehavior::Immediate),
+            clock: self.clock.clone(),
+            result: None,
+            reply,
+        };
+        self.jobs.send(Box::new(job)).await.map_err(|_| stopped())?;
+        // The caller may be cancelled here; what was committed stays, as with any database.
+        answer.await.map_err(|_| stopped())?
+    }
+}
+
+/// A closure and where its result goes.
+struct Call<W, T, E> {
+    /// Taken when it runs.
+    work: Option<W>,
+    writes: bool,
+    clock: Clock,
+    /// Set when it has run.
+    result: Option<Result<T, E>>,
+    reply: oneshot::Sender<Result<T, E>>,
+}
+
+impl<W, T, E> Job for Call<W, T, E>
+where
+    W: FnOnce(&Transaction<'_>, Timestamp) -> Result<T, E> + Send,
+    T: Send,
+    E: From<UpstreamError> + Send,
+{
+    fn writes(&self) -> bool {
+        self.writes
+    }
+
+    fn run(&mut self, transaction: &Transaction<'_>) -> bool {
+        let Some(work) = self.work.take() else { return false };
+        let now = self.clock.now();
+        // A panic in a closure is a bug, but it must not take the connection from everybody else:
+        // its writes are rolled back, and the caller gets an error.
+        let result = catch_unwind(AssertUnwindSafe(|| work(transaction, now))).unwrap_or_else(|_panic| {
+            Err(UpstreamError::permanent(
                 Dependency::Store,
                 "store_bug",
                 "a transaction on the embedded database panicked and was rolled back",
             )
-            .into()),
-            Err(_) => Err(stopped().into()),
-        }
+            .into())
+        });
+        let keep = self.writes && result.is_ok();
+        self.result = Some(result);
+        keep
     }
+
+    fn answer(self: Box<Self>, committed: Result<(), UpstreamError>) {
+        let result = match (self.result, committed) {
+            // Its own failure says more than that of the transaction.
+            (Some(Err(error)), _) => Err(error),
+            (_, Err(error)) => Err(error.into()),
+            (Some(result), Ok(())) => result,
+            (None, Ok(())) => Err(stopped().into()),
+        };
+        let _ = self.reply.send(result);
+    }
+}
+
+/// Runs all of `batch` in one transaction, and commits it.
+fn run(connection: &mut Connection, batch: &mut [Box<dyn Job>]) -> Result<(), UpstreamError> {
+    let writes = batch.iter().any(|job| job.writes());
+    let behavior = if writes { TransactionBehavior::Immediate } else { TransactionBehavior::Deferred };
+    let transaction = connection.transaction_with_behavior(behavior).map_err(upstream)?;
+    if let [only] = batch {
+        // Alone, it needs no savepoint: dropping the transaction rolls it back.
+        return if only.run(&transaction) { transaction.commit().map_err(upstream) } else { Ok(()) };
+    }
+    for job in batch {
+        let savepoint = |sql: &str| -> Result<(), UpstreamError> {
+            transaction.prepare_cached(sql)?.execute([])?;
+            Ok(())
+        };
+        savepoint("SAVEPOINT job")?;
+        let keep = job.run(&transaction);
+        // A full disk, for one, makes SQLite roll back all of the transaction by itself.
+        if transaction.is_autocommit() {
+            return Err(UpstreamError::transient(
+                Dependency::Store,
+                "the embedded database rolled a transaction back; it may be tried again",
+            ));
+        }
+        if !keep {
+            savepoint("ROLLBACK TO job")?;
+        }
+        savepoint("RELEASE job")?;
+    }
+    if writes { transaction.commit().map_err(upstream) } else { Ok(()) }
 }
 
 fn stopped() -> UpstreamError {
@@ -278,6 +370,7 @@ fn prepare(connection: &mut Connection) -> rusqlite::Result<i64> {
         "PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON; PRAGMA journal_size_limit = 67108864;
          PRAGMA cache_size = -16384;",
     )?;
+    connection.pragma_update(None, "wal_autocheckpoint", CHECKPOINT_PAGES)?;
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let version: i64 = transaction.query_row("PRAGMA user_version", [], |row| row.get(0))?;
     if version < SCHEMA_VERSION {
@@ -381,6 +474,101 @@ mod tests {
         let rows: Result<i64, UpstreamError> =
             db.read(|tx, _| Ok(tx.query_row("SELECT count(*) FROM t", [], |row| row.get(0))?)).await;
         assert_eq!(rows.unwrap(), 0);
+    }
+
+    /// Keeps the connection busy until told to go on, so that the next calls wait together.
+    async fn hold(
+        db: &Database,
+    ) -> (tokio::task::JoinHandle<Result<(), UpstreamError>>, std::sync::mpsc::Sender<()>) {
+        let (go, wait) = std::sync::mpsc::channel::<()>();
+        let (begun, begins) = oneshot::channel();
+        let db = db.clone();
+        let held = tokio::spawn(async move {
+            db.write(move |_, _| {
+                let _ = begun.send(());
+                let _ = wait.recv();
+                Ok(())
+            })
+            .await
+        });
+        begins.await.unwrap();
+        (held, go)
+    }
+
+    #[tokio::test]
+    async fn calls_that_share_a_transaction_fail_each_for_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = Database::open(dir.path()).await.unwrap();
+        db.execute_schema("CREATE TABLE IF NOT EXISTS t(x UNIQUE)").await.unwrap();
+        let (first, go) = hold(&db).await;
+        let insert = |x: i64| {
+            db.write::<i64, UpstreamError>(move |tx, _| {
+                tx.execute("INSERT INTO t VALUES (100 + ?1)", [x])?;
+                tx.execute("INSERT INTO t VALUES (?1)", [x % 10])?;
+                assert!(x != 7, "a bug");
+                Ok(x)
+            })
+        };
+        // 10 fails at its second statement, because 0 is there; 7 panics.
+        let reads = db.read::<i64, UpstreamError>(|tx, _| {
+            tx.execute("INSERT INTO t VALUES ('a read keeps nothing')", [])?;
+            Ok(tx.query_row("SELECT count(*) FROM t", [], |row| row.get(0))?)
+        });
+        let waiting = async {
+            while db.jobs.capacity() > WAITING_JOBS - 5 {
+                tokio::task::yield_now().await;
+            }
+            go.send(()).unwrap();
+        };
+        let (zero, seven, ten, seen, twelve, ()) =
+            tokio::join!(insert(0), insert(7), insert(10), reads, insert(12), waiting);
+        first.await.unwrap().unwrap();
+        assert_eq!((zero.unwrap(), twelve.unwrap()), (0, 12));
+        assert_eq!(seven.unwrap_err().code(), "store_bug");
+        assert_eq!(ten.unwrap_err().code(), "store_bug");
+        assert_eq!(seen.unwrap(), 2 + 1, "two of the first call, and its own");
+
+        let rows: Result<Vec<i64>, UpstreamError> = db
+            .read(|tx, _| {
+                let mut rows = tx.prepare("SELECT x FROM t ORDER BY x")?;
+                Ok(rows.query_map([], |row| row.get(0))?.collect::<Result<_, _>>()?)
+            })
+            .await;
+        assert_eq!(rows.unwrap(), [0, 2, 100, 112]);
+    }
+
+    #[tokio::test]
+    async fn nobody_is_told_ok_when_the_shared_transaction_is_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = Database::open(dir.path()).await.unwrap();
+        db.execute_schema("CREATE TABLE IF NOT EXISTS t(x)").await.unwrap();
+        let (first, go) = hold(&db).await;
+        let insert = || {
+            db.write::<(), UpstreamError>(|tx, _| {
+                tx.execute("INSERT INTO t VALUES (1)", [])?;
+                Ok(())
+            })
+        };
+        // As SQLite does by itself when the disk is full.
+        let lose = db.write::<(), UpstreamError>(|tx, _| {
+            tx.execute_batch("ROLLBACK")?;
+            Ok(())
+        });
+        let waiting = async {
+            while db.jobs.capacity() > WAITING_JOBS - 3 {
+                tokio::task::yield_now().await;
+            }
+            go.send(()).unwrap();
+        };
+        let (before, lost, after, ()) = tokio::join!(insert(), lose, insert(), waiting);
+        first.await.unwrap().unwrap();
+        for result in [before, lost, after] {
+            assert!(result.unwrap_err().is_transient());
+        }
+        let rows: Result<i64, UpstreamError> =
+            db.read(|tx, _| Ok(tx.query_row("SELECT count(*) FROM t", [], |row| row.get(0))?)).await;
+        assert_eq!(rows.unwrap(), 0);
+        insert().await.unwrap();
     }
 
     #[tokio::test]
