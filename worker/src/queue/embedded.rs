@@ -2,14 +2,17 @@
 //!
 //! Any number of processes may use the file: `atlas dev` serves while `atlas ask` publishes. Inside a
 //! process a publisher wakes consumers at once; over processes they look at the tables every
-//! [`POLL`], one index lookup a time.
+//! [`POLL`], one index lookup a time. A backlog is claimed several messages at a time ([`GREED`]).
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     path::{Path, PathBuf},
     pin::pin,
-    sync::{Arc, Mutex, PoisonError, Weak},
-    time::Duration,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
@@ -25,7 +28,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use self::tables::{Claimed, Look, Policy};
+use self::tables::{Claimed, Look, Policy, Stored};
 use super::{
     AckHandle, AnswerStream, Backlog, BacklogScope, Delivery, Queues, RequestQueue, ResultPublisher, Topics,
     Tuning, check_publishable,
@@ -35,6 +38,12 @@ mod tables;
 
 /// How soon a consumer sees what another process published.
 const POLL: Duration = Duration::from_millis(100);
+
+/// Messages that one claim takes at most, while a backlog is worked off: no more than there is room for in
+/// this process.
+const GREED: usize = 16;
+/// A claimed message that nobody pulled for so long is given back: another process may have room.
+const KEPT_READY: Duration = Duration::from_secs(1);
 
 const SUBSCRIPTION: &str = "architect_in-atlas";
 const DLQ_SUBSCRIPTION: &str = "architect_dlq-atlas";
@@ -99,18 +108,26 @@ pub(super) async fn watch_answers(
     Ok(Box::new(EmbeddedAnswers { tables, task_id: task_id.to_string(), after }))
 }
 
-/// The file, and the bell that rings in this process when something was written to it.
+/// The file, and the bells that ring in this process when something was written to it.
 #[derive(Clone)]
 struct Tables {
     database: Database,
-    bell: Arc<Notify>,
+    bells: Arc<Bells>,
+}
+
+#[derive(Debug, Default)]
+struct Bells {
+    /// For consumers: something can be claimed.
+    delivery: Notify,
+    /// For watchers: something was published.
+    message: Notify,
 }
 
 impl Tables {
     async fn open(dir: &Path) -> Result<Self, UpstreamError> {
         let database = Database::open(dir).await.map_err(of_queue)?;
         database.execute_schema(tables::SCHEMA).await.map_err(of_queue)?;
-        let tables = Self { bell: bell(database.path()), database };
+        let tables = Self { bells: bells(database.path()), database };
         tables
             .write(|connection, _| {
                 let topics = topics();
@@ -155,18 +172,18 @@ fn of_queue(error: UpstreamError) -> UpstreamError {
     }
 }
 
-/// One bell for each file and process, so that a publisher wakes consumers of the same file.
-fn bell(file: &Path) -> Arc<Notify> {
-    static BELLS: Mutex<Option<HashMap<PathBuf, Weak<Notify>>>> = Mutex::new(None);
-    let mut bells = BELLS.lock().unwrap_or_else(PoisonError::into_inner);
-    let bells = bells.get_or_insert_default();
-    bells.retain(|_, bell| bell.strong_count() > 0);
-    if let Some(bell) = bells.get(file).and_then(Weak::upgrade) {
-        return bell;
+/// The same bells for all of a file's users in a process, so that a publisher wakes consumers.
+fn bells(file: &Path) -> Arc<Bells> {
+    static OF_FILES: Mutex<Option<HashMap<PathBuf, Weak<Bells>>>> = Mutex::new(None);
+    let mut of_files = OF_FILES.lock().unwrap_or_else(PoisonError::into_inner);
+    let of_files = of_files.get_or_insert_default();
+    of_files.retain(|_, bells| bells.strong_count() > 0);
+    if let Some(bells) = of_files.get(file).and_then(Weak::upgrade) {
+        return bells;
     }
-    let bell = Arc::new(Notify::new());
-    bells.insert(file.to_owned(), Arc::downgrade(&bell));
-    bell
+    let bells = Arc::new(Bells::default());
+    of_files.insert(file.to_owned(), Arc::downgrade(&bells));
+    bells
 }
 
 struct EmbeddedQueue {
@@ -177,6 +194,50 @@ struct EmbeddedQueue {
     draining: CancellationToken,
     /// To [`keep_leases`], which ends when the last sender is gone.
     keeper: mpsc::UnboundedSender<Keeper>,
+    /// Claimed together with a message that was pulled.
+    ready: Arc<Ready>,
+    /// How many to claim next: doubles while claims find all they ask for, 1 when one finds less.
+    greed: AtomicUsize,
+}
+
+/// What is claimed and has not been pulled, oldest first, and since when.
+#[derive(Default)]
+struct Ready(Mutex<VecDeque<(Instant, Claiming)>>);
+
+impl Ready {
+    fn queue(&self) -> MutexGuard<'_, VecDeque<(Instant, Claiming)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Undoes the claims of this age.
+    fn give_back(&self, old_enough: impl Fn(Duration) -> bool) {
+        let mut queue = self.queue();
+        let unwanted = queue.partition_point(|(since, _)| old_enough(since.elapsed()));
+        let unwanted: Vec<_> = queue.drain(..unwanted).collect();
+        // Dropping one tells the keeper, not under the lock.
+        drop(queue);
+        drop(unwanted);
+    }
+}
+
+/// A claimed message that nobody has seen: dropping it undoes the claim.
+struct Claiming {
+    claimed: Claimed,
+    handle: EmbeddedHandle,
+}
+
+impl Claiming {
+    fn delivery(self) -> Delivery {
+        let Self { claimed, mut handle } = self;
+        handle.seen = true;
+        Delivery {
+            message_id: claimed.message_id,
+            data: claimed.data.into(),
+            attributes: claimed.attributes,
+            delivery_attempt: Some(claimed.attempt),
+            handle: Box::new(handle),
+        }
+    }
 }
 
 /// What the keeper of leases is told. At most two notes wait for each delivery, and deliveries are
@@ -203,8 +264,11 @@ impl EmbeddedQueue {
     fn new(tables: Tables, policy: Policy, in_flight: usize) -> Self {
         let policy = Arc::new(policy);
         let (keeper, notes) = mpsc::unbounded_channel();
-        tokio::spawn(keep_leases(tables.clone(), policy.clone(), notes));
+        let ready = Arc::new(Ready::default());
+        tokio::spawn(keep_leases(tables.clone(), policy.clone(), notes, Arc::downgrade(&ready)));
         Self {
+            ready,
+            greed: AtomicUsize::new(1),
             tables,
             policy,
             slots: Arc::new(Semaphore::new(in_flight)),
@@ -213,31 +277,47 @@ impl EmbeddedQueue {
         }
     }
 
-    /// Claims the oldest delivery that is due, if there is one.
-    async fn claim(
-        &self,
-        slot: &mut Option<OwnedSemaphorePermit>,
-    ) -> Result<Option<Delivery>, UpstreamError> {
+    /// Claims the oldest deliveries that are due, if there are any: one for each slot.
+    async fn claim(&self, slots: Vec<OwnedSemaphorePermit>) -> Result<VecDeque<Claiming>, UpstreamError> {
         let (tables, policy, keeper) = (self.tables.clone(), self.policy.clone(), self.keeper.clone());
-        let claimed = self
-            .tables
+        self.tables
             .write(move |connection, now| {
-                let Some(claimed) = tables::claim(connection, &policy, now)? else { return Ok(None) };
-                // From here on a cancelled `pull` drops the handle, and dropping it undoes the claim.
-                Ok(Some(EmbeddedHandle::wrap(claimed, tables, policy, keeper)))
+                let mut claiming = VecDeque::with_capacity(slots.len());
+                for slot in slots {
+                    let Some(claimed) = tables::claim(connection, &policy, now)? else { break };
+                    // From here on a cancelled `pull` drops the handle, and dropping it undoes the claim.
+                    let handle =
+                        EmbeddedHandle::wrap(&claimed, slot, tables.clone(), policy.clone(), keeper.clone());
+                    claiming.push_back(Claiming { claimed, handle });
+                }
+                Ok(claiming)
             })
-            .await?;
-        Ok(claimed.map(|(mut handle, claimed)| {
-            handle.seen = true;
-            handle.slot = slot.take();
-            Delivery {
-                message_id: claimed.message_id,
-                data: claimed.data.into(),
-                attributes: claimed.attributes,
-                delivery_attempt: Some(claimed.attempt),
-                handle: Box::new(handle),
+            .await
+    }
+
+    /// Claims what is due, gives the first and keeps the others ready. `None`: nothing is due.
+    async fn claim_some(&self, slot: OwnedSemaphorePermit) -> Result<Option<Delivery>, UpstreamError> {
+        let greed = self.greed.load(Ordering::Relaxed);
+        let mut slots = vec![slot];
+        while slots.len() < greed
+            && let Ok(another) = self.slots.clone().try_acquire_owned()
+        {
+            slots.push(another);
+        }
+        let wanted = slots.len();
+        let mut found = self.claim(slots).await?;
+        let next = if found.len() < wanted { 1 } else { (2 * wanted).min(GREED) };
+        self.greed.store(next, Ordering::Relaxed);
+        let first = found.pop_front();
+        if !found.is_empty() {
+            let now = Instant::now();
+            self.ready.queue().extend(found.into_iter().map(|claiming| (now, claiming)));
+            if self.draining.is_cancelled() {
+                // Whoever drains may have given back before this was there.
+                self.ready.give_back(|_| true);
             }
-        }))
+        }
+        Ok(first.map(Claiming::delivery))
     }
 }
 
@@ -245,25 +325,31 @@ impl EmbeddedQueue {
 impl RequestQueue for EmbeddedQueue {
     async fn pull(&self) -> Result<Option<Delivery>, UpstreamError> {
         let work = async {
-            let mut slot = Some(
-                self.slots
+            loop {
+                if let Some((_, claiming)) = self.ready.queue().pop_front() {
+                    return Ok(Some(claiming.delivery()));
+                }
+                let slot = self
+                    .slots
                     .clone()
                     .acquire_owned()
                     .await
-                    .map_err(|error| UpstreamError::transient(Dependency::Queue, error))?,
-            );
-            loop {
+                    .map_err(|error| UpstreamError::transient(Dependency::Queue, error))?;
                 // Listen before looking: what is published in between rings.
-                let mut rung = pin!(self.tables.bell.notified());
+                let mut rung = pin!(self.tables.bells.delivery.notified());
                 rung.as_mut().enable();
                 let policy = self.policy.clone();
-                let look = self
-                    .tables
-                    .read(move |connection, now| Ok(tables::look(connection, &policy, now)?))
-                    .await?;
+                let look = if self.greed.load(Ordering::Relaxed) > 1 {
+                    // The last claim found all it asked for.
+                    Look::Due
+                } else {
+                    self.tables
+                        .read(move |connection, now| Ok(tables::look(connection, &policy, now)?))
+                        .await?
+                };
                 let patience = match look {
                     // Another consumer may have been quicker: then look again.
-                    Look::Due => match self.claim(&mut slot).await? {
+                    Look::Due => match self.claim_some(slot).await? {
                         Some(delivery) => return Ok(Some(delivery)),
                         None => continue,
                     },
@@ -285,6 +371,7 @@ impl RequestQueue for EmbeddedQueue {
 
     async fn drain(&self) {
         self.draining.cancel();
+        self.ready.give_back(|_| true);
     }
 
     async fn flush(&self, bound: Duration) -> Result<(), UpstreamError> {
@@ -337,14 +424,28 @@ impl RequestQueue for EmbeddedQueue {
 }
 
 /// Renews the leases of this process's deliveries, and gives back those whose handle was dropped.
-async fn keep_leases(tables: Tables, policy: Arc<Policy>, mut notes: mpsc::UnboundedReceiver<Keeper>) {
+async fn keep_leases(
+    tables: Tables,
+    policy: Arc<Policy>,
+    mut notes: mpsc::UnboundedReceiver<Keeper>,
+    // Weak, because what is ready holds senders of notes.
+    ready: Weak<Ready>,
+) {
     let mut leases = HashMap::<String, i64>::new();
     let mut tick = interval((policy.lease / 3).max(Duration::from_millis(10)));
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut stale = interval(KEPT_READY);
+    stale.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let note = tokio::select! {
             biased;
             note = notes.recv() => note,
+            _ = stale.tick(), if !leases.is_empty() => {
+                if let Some(ready) = ready.upgrade() {
+                    ready.give_back(|age| age >= KEPT_READY);
+                }
+                continue;
+            }
             _ = tick.tick(), if !leases.is_empty() => {
                 let held: Vec<_> = leases.iter().map(|(lease, message)| (*message, lease.clone())).collect();
                 let policy = policy.clone();
@@ -379,7 +480,7 @@ async fn keep_leases(tables: Tables, policy: Arc<Policy>, mut notes: mpsc::Unbou
                     })
                     .await;
                 match returned {
-                    Ok(()) => tables.bell.notify_waiters(),
+                    Ok(()) => tables.bells.delivery.notify_waiters(),
                     Err(error) => warn!(%error, "a message comes again only when its lease ends"),
                 }
             }
@@ -401,20 +502,21 @@ struct EmbeddedHandle {
     seen: bool,
     decided: bool,
     /// Given back when the delivery is decided.
-    slot: Option<OwnedSemaphorePermit>,
+    _slot: OwnedSemaphorePermit,
 }
 
 impl EmbeddedHandle {
     fn wrap(
-        claimed: Claimed,
+        claimed: &Claimed,
+        slot: OwnedSemaphorePermit,
         tables: Tables,
         policy: Arc<Policy>,
         keeper: mpsc::UnboundedSender<Keeper>,
-    ) -> (Self, Claimed) {
+    ) -> Self {
         let (message, lease) = (claimed.message, claimed.lease.clone());
         // A closed channel means that the queue is being torn down; the lease then ends by itself.
         let _ = keeper.send(Keeper::Claimed { message, lease: lease.clone() });
-        (Self { message, lease, tables, policy, keeper, seen: false, decided: false, slot: None }, claimed)
+        Self { message, lease, tables, policy, keeper, seen: false, decided: false, _slot: slot }
     }
 }
 
@@ -442,7 +544,7 @@ impl AckHandle for EmbeddedHandle {
             .write(move |connection, now| Ok(tables::nack(connection, &policy, message, &lease, now)?))
             .await?;
         self.decided = true;
-        self.tables.bell.notify_waiters();
+        self.tables.bells.delivery.notify_waiters();
         Ok(())
     }
 }
@@ -473,12 +575,15 @@ impl ResultPublisher for EmbeddedPublisher {
     ) -> Result<String, UpstreamError> {
         check_publishable(topic, &data, &attributes)?;
         let topic = topic.to_owned();
-        let id = self
+        let Stored { message_id, delivered } = self
             .tables
             .write(move |connection, now| tables::publish(connection, &topic, &data, &attributes, now))
             .await?;
-        self.tables.bell.notify_waiters();
-        Ok(id)
+        if delivered {
+            self.tables.bells.delivery.notify_waiters();
+        }
+        self.tables.bells.message.notify_waiters();
+        Ok(message_id)
     }
 }
 
@@ -493,7 +598,7 @@ struct EmbeddedAnswers {
 impl AnswerStream for EmbeddedAnswers {
     async fn next(&mut self) -> Result<Answer, UpstreamError> {
         loop {
-            let mut rung = pin!(self.tables.bell.notified());
+            let mut rung = pin!(self.tables.bells.message.notified());
             rung.as_mut().enable();
             let (task_id, after) = (self.task_id.clone(), self.after);
             let kept = self

@@ -21,6 +21,10 @@ const KEEP_AT_MOST: i64 = 10_000;
 /// As long as Pub/Sub keeps a message that nobody acks.
 const DELIVER_FOR: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
+/// What is too old or too much is removed with every so manieth message, up to [`REMOVED_AT_ONCE`] rows.
+const REMOVE_EVERY: i64 = 16;
+const REMOVED_AT_ONCE: i64 = 100;
+
 /// Messages that wait in one subscription before publishing is refused.
 const BACKLOG_AT_MOST: i64 = 100_000;
 
@@ -37,9 +41,10 @@ CREATE TABLE IF NOT EXISTS queue_messages (
     kept         INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE INDEX IF NOT EXISTS queue_messages_by_task ON queue_messages (topic, task_id, id);
-CREATE INDEX IF NOT EXISTS queue_messages_by_age ON queue_messages (published_at);
 CREATE INDEX IF NOT EXISTS queue_messages_kept ON queue_messages (id) WHERE kept = 1;
-CREATE INDEX IF NOT EXISTS queue_messages_kept_by_age ON queue_messages (published_at) WHERE kept = 1;
+-- Of earlier versions. Ids are given in the order of publishing, so they tell the age too.
+DROP INDEX IF EXISTS queue_messages_by_age;
+DROP INDEX IF EXISTS queue_messages_kept_by_age;
 CREATE TABLE IF NOT EXISTS queue_subscriptions (
     name  TEXT PRIMARY KEY,
     topic TEXT NOT NULL
@@ -100,14 +105,22 @@ pub(super) fn is_subscribed(connection: &Connection, name: &str) -> rusqlite::Re
         .map(|row| row.is_some())
 }
 
-/// Stores a message for every subscription of `topic`, and for watchers. Returns its id.
+/// A message that was stored.
+#[derive(Debug)]
+pub(super) struct Stored {
+    pub(super) message_id: String,
+    /// True when a subscription waits for it; otherwise it is kept for watchers.
+    pub(super) delivered: bool,
+}
+
+/// Stores a message for every subscription of `topic`, and for watchers.
 pub(super) fn publish(
     connection: &Connection,
     topic: &str,
     data: &[u8],
     attributes: &[(String, String)],
     now: i64,
-) -> Result<String, UpstreamError> {
+) -> Result<Stored, UpstreamError> {
     let full: Option<String> = query_row(
         connection,
         "SELECT name FROM queue_subscriptions s WHERE topic = ?1 AND EXISTS (
@@ -123,9 +136,11 @@ pub(super) fn publish(
         ));
     }
     let message_id = Uuid::now_v7().to_string();
-    insert(connection, topic, &message_id, data, attributes, now)?;
-    remove_old(connection, now)?;
-    Ok(message_id)
+    let delivered = insert(connection, topic, &message_id, data, attributes, now)?;
+    if connection.last_insert_rowid() % REMOVE_EVERY == 0 {
+        remove_old(connection, now)?;
+    }
+    Ok(Stored { message_id, delivered })
 }
 
 /// Whether [`claim`] would find something, so that an idle consumer, which looks often, does not take
@@ -316,6 +331,7 @@ fn due(connection: &Connection, policy: &Policy, now: i64) -> rusqlite::Result<O
     .optional()
 }
 
+/// True: a subscription waits for it.
 fn insert(
     connection: &Connection,
     topic: &str,
@@ -323,25 +339,31 @@ fn insert(
     data: &[u8],
     attributes: &[(String, String)],
     now: i64,
-) -> rusqlite::Result<()> {
+) -> rusqlite::Result<bool> {
+    let delivered: bool = query_row(
+        connection,
+        "SELECT EXISTS (SELECT 1 FROM queue_subscriptions WHERE topic = ?1)",
+        [topic],
+        |row| row.get(0),
+    )?;
     let task_id = attributes.iter().find(|(key, _)| key == "task_id").map(|(_, value)| value);
     execute(
         connection,
-        "INSERT INTO queue_messages (message_id, topic, task_id, data, attributes, published_at)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-        params![message_id, topic, task_id, data, encode(attributes), now],
+        "INSERT INTO queue_messages (message_id, topic, task_id, data, attributes, published_at, kept)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+        params![message_id, topic, task_id, data, encode(attributes), now, !delivered],
     )?;
-    let message = connection.last_insert_rowid();
-    let subscribers = execute(
-        connection,
-        "INSERT INTO queue_deliveries (subscription, message, visible_at)
-         SELECT name, ?1, ?2 FROM queue_subscriptions WHERE topic = ?3",
-        params![message, now, topic],
-    )?;
-    if subscribers == 0 {
-        execute(connection, "UPDATE queue_messages SET kept = 1 WHERE id = ?1", [message])?;
+    if delivered {
+        // `last_insert_rowid` stays the message's: deliveries have no row id.
+        let message = connection.last_insert_rowid();
+        execute(
+            connection,
+            "INSERT INTO queue_deliveries (subscription, message, visible_at)
+             SELECT name, ?1, ?2 FROM queue_subscriptions WHERE topic = ?3",
+            params![message, now, topic],
+        )?;
     }
-    Ok(())
+    Ok(delivered)
 }
 
 /// Moves a message to the dead-letter topic, with the attributes that Pub/Sub adds. It keeps its
@@ -382,28 +404,27 @@ fn remove_delivered(connection: &Connection, message: i64) -> rusqlite::Result<(
     Ok(())
 }
 
-/// Bounds what is kept. A few rows at a time, so that no publisher pays for all of a backlog.
-/// Each statement finds its rows through an index of its own: this runs with every message published.
+/// Bounds what is kept. A few rows at a time, so that no publisher pays for all of a backlog. Each
+/// statement looks at the oldest rows only: this runs while messages are published.
 fn remove_old(connection: &Connection, now: i64) -> rusqlite::Result<()> {
     execute(
         connection,
-        "DELETE FROM queue_messages WHERE id IN (
-                 SELECT id FROM queue_messages WHERE published_at < ?1 ORDER BY published_at LIMIT 100)",
-        [now - millis(DELIVER_FOR)],
+        "DELETE FROM queue_messages WHERE published_at < ?1 AND id IN (
+                 SELECT id FROM queue_messages ORDER BY id LIMIT ?2)",
+        [now - millis(DELIVER_FOR), REMOVED_AT_ONCE],
     )?;
     execute(
         connection,
-        "DELETE FROM queue_messages WHERE id IN (
-                 SELECT id FROM queue_messages WHERE kept = 1 AND published_at < ?1
-                 ORDER BY published_at LIMIT 100)",
-        [now - millis(KEEP_FOR)],
+        "DELETE FROM queue_messages WHERE published_at < ?1 AND id IN (
+                 SELECT id FROM queue_messages WHERE kept = 1 ORDER BY id LIMIT ?2)",
+        [now - millis(KEEP_FOR), REMOVED_AT_ONCE],
     )?;
     execute(
         connection,
         "DELETE FROM queue_messages WHERE id IN (
                  SELECT id FROM queue_messages
-                 WHERE kept = 1 AND id <= (SELECT max(id) FROM queue_messages) - ?1 ORDER BY id LIMIT 100)",
-        [KEEP_AT_MOST],
+                 WHERE kept = 1 AND id <= (SELECT max(id) FROM queue_messages) - ?1 ORDER BY id LIMIT ?2)",
+        [KEEP_AT_MOST, REMOVED_AT_ONCE],
     )?;
     Ok(())
 }
@@ -564,8 +585,25 @@ mod tests {
         assert_eq!((first.data.as_slice(), second.data.as_slice()), (&b"first"[..], &b"second"[..]));
         assert!(next_of_task(&db, "out", "t1", second.id).unwrap().is_none());
 
-        publish(&db, "out", b"later", &[], millis(KEEP_FOR) + 2).unwrap();
+        for _ in 0..REMOVE_EVERY {
+            publish(&db, "out", b"later", &[], millis(KEEP_FOR) + 2).unwrap();
+        }
         assert!(next_of_task(&db, "out", "t1", 0).unwrap().is_none());
+    }
+
+    #[test]
+    fn only_so_many_messages_are_kept_for_watchers() {
+        let db = database();
+        let kept = || -> i64 {
+            db.query_row("SELECT count(*) FROM queue_messages WHERE topic = 'out'", [], |row| row.get(0))
+                .unwrap()
+        };
+        publish(&db, "in", b"waits", &[], 0).unwrap();
+        for _ in 0..KEEP_AT_MOST + 5 * REMOVE_EVERY {
+            publish(&db, "out", b"x", &[], 0).unwrap();
+        }
+        assert!((KEEP_AT_MOST - 1..KEEP_AT_MOST + REMOVE_EVERY).contains(&kept()), "{}", kept());
+        assert!(claim(&db, &policy(), 0).unwrap().is_some(), "what somebody waits for stays");
     }
 
     #[test]
