@@ -1,6 +1,10 @@
 //! `POST /v1/chat/completions`.
 
-use std::{borrow::Cow, sync::Arc};
+use std::{
+    borrow::Cow,
+    hash::{DefaultHasher, Hasher as _},
+    sync::Arc,
+};
 
 use axum::{
     body::Body,
@@ -13,9 +17,7 @@ use futures::StreamExt as _;
 use serde_json::{Value, json};
 
 use crate::{
-    BilledCall, Fault, Shared,
-    fault::hash,
-    generate,
+    BilledCall, Fault, Shared, generate,
     prompt::Prompt,
     script::{Kind, ScriptedCall},
     server::{self, Admitted, Sim, bad_request},
@@ -49,7 +51,7 @@ pub(crate) struct Remembered {
     total: u64,
     prompt_tokens: u64,
     completion_tokens: u64,
-    body: String,
+    body: Bytes,
 }
 
 impl Remembered {
@@ -72,27 +74,30 @@ impl Remembered {
     }
 }
 
-/// The body without the codes by which Atlas fences its data (`data-`, ten digits), which are different
-/// for each task: apart from them, prompts are the same again and again.
-fn without_fences(body: &[u8]) -> Vec<u8> {
+/// Hashes a body without the codes by which Atlas fences its data (`data-`, ten digits), which are
+/// different for each task: apart from them, prompts are the same again and again.
+fn hash_without_fences(body: &[u8]) -> u64 {
     const MARK: &[u8] = b"data-";
     const DIGITS: usize = 10;
-    let mut kept = Vec::with_capacity(body.len());
-    let mut rest = body;
-    while let Some((first, after)) = rest.split_first() {
-        let digits = rest.strip_prefix(MARK).and_then(|rest| rest.get(..DIGITS));
-        if digits.is_some_and(|digits| digits.iter().all(u8::is_ascii_hexdigit)) {
-            rest = &rest[MARK.len() + DIGITS..];
-        } else {
-            kept.push(*first);
-            rest = after;
+    let mut hasher = DefaultHasher::new();
+    // Where the part begins that is not hashed yet, and where to look for the next code.
+    let (mut from, mut at) = (0, 0);
+    while let Some(dash) = body[at..].iter().position(|byte| *byte == b'-') {
+        at += dash + 1;
+        let is_code = body[from..at].ends_with(MARK)
+            && body.get(at..at + DIGITS).is_some_and(|digits| digits.iter().all(u8::is_ascii_hexdigit));
+        if is_code {
+            hasher.write(&body[from..at - MARK.len()]);
+            at += DIGITS;
+            from = at;
         }
     }
-    kept
+    hasher.write(&body[from..]);
+    hasher.finish()
 }
 
 pub(crate) async fn complete(State(sim): State<Sim>, headers: HeaderMap, body: Bytes) -> Response {
-    let key = sim.options.remember_answers.then(|| hash(&without_fences(&body)));
+    let key = sim.options.remember_answers.then(|| hash_without_fences(&body));
     let remembered = key.and_then(|key| sim.books().remembered.get(&key).cloned());
     if let Some(remembered) = remembered {
         return remembered.repeat(&sim, &headers).await;
@@ -159,7 +164,7 @@ pub(crate) async fn complete(State(sim): State<Sim>, headers: HeaderMap, body: B
                 total,
                 prompt_tokens: answer.prompt_tokens,
                 completion_tokens: answer.completion_tokens,
-                body: whole_body(&admitted, model, &answer).to_string(),
+                body: whole_body(&admitted, model, &answer).to_string().into(),
             };
             books.remembered.insert(key, Arc::new(remembered));
         }
