@@ -6,6 +6,9 @@ use anyhow::Context as _;
 use atlas_openai_sim::{FaultRates, Sim, SimOptions, Step};
 use clap::Parser;
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const AFTER_HELP: &str = r#"Examples:
   openai-sim --port 8600
       then: OPENAI_BASE_URL=http://127.0.0.1:8600/v1 OPENAI_API_KEY=any atlas ask "Design a queue"

@@ -12,6 +12,9 @@ use atlas_shared::{
 };
 use clap::Parser;
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Indexes documents and finds their passages, over HTTP: hybrid search (BM25 and embeddings) with
 /// exact file and line references.
 ///

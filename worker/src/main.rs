@@ -10,6 +10,9 @@ use atlas_shared::{
 use atlas_worker::{RunningWorker, StartError, Worker};
 use clap::Parser;
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Pulls architecture requests, writes grounded specs within the token budget, publishes them.
 ///
 /// All settings come from environment variables: docs/CONFIGURATION.md lists them, every secret can
