@@ -73,7 +73,7 @@ fn request() -> ChatRequest {
             },
         ],
         max_completion_tokens: 400,
-        response_format: ResponseFormat::JsonSchema { name: "spec".to_owned(), schema: schema() },
+        response_format: ResponseFormat::JsonSchema { name: "spec".to_owned(), schema: schema().into() },
         tools: Vec::new(),
         request_id: "task-1.1.draft".to_owned(),
     }
@@ -366,7 +366,7 @@ async fn a_request_that_can_never_succeed_is_permanent_and_costs_nothing() {
 async fn a_schema_that_strict_mode_forbids_is_found_out() {
     let sim = simulator().await;
     let open = json!({"type": "object", "properties": {"a": {"type": "string"}}});
-    let format = ResponseFormat::JsonSchema { name: "open".to_owned(), schema: open };
+    let format = ResponseFormat::JsonSchema { name: "open".to_owned(), schema: open.into() };
     let error = chat(&sim).complete(&ChatRequest { response_format: format, ..request() }).await.unwrap_err();
     assert!(
         matches!(&error.error, UpstreamError::Permanent { code, .. } if code == "invalid_request"),

@@ -11,6 +11,9 @@ use jiff::Timestamp;
 /// How long connecting may take at most, within the bound of the whole call.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Connections to one server that are kept for later calls. A burst opens more, and each holds its buffers.
+const IDLE_CONNECTIONS: usize = 64;
+
 /// A client whose calls take at most `timeout`, bodies included.
 pub(crate) fn client(timeout: Duration) -> Result<reqwest::Client, reqwest::Error> {
     builder(timeout).build()
@@ -21,6 +24,7 @@ pub(crate) fn builder(timeout: Duration) -> reqwest::ClientBuilder {
     reqwest::Client::builder()
         .timeout(timeout)
         .connect_timeout(CONNECT_TIMEOUT.min(timeout))
+        .pool_max_idle_per_host(IDLE_CONNECTIONS)
         .redirect(reqwest::redirect::Policy::none())
         .user_agent(concat!("atlas/", env!("CARGO_PKG_VERSION")))
 }

@@ -1,6 +1,6 @@
 //! The model ports: chat and embeddings, in the terms of the OpenAI API.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -74,8 +74,8 @@ pub enum ResponseFormat {
     JsonSchema {
         /// Schema name.
         name: String,
-        /// The schema.
-        schema: serde_json::Value,
+        /// The schema: one for many requests.
+        schema: Arc<serde_json::Value>,
     },
 }
 
@@ -168,6 +168,12 @@ pub trait Listener: Send + Sync {
 pub trait ChatModel: Send + Sync {
     /// Calls the model once.
     async fn complete(&self, request: &ChatRequest) -> Result<ChatAnswer, ModelError>;
+
+    /// As [`complete`](Self::complete), and drops the request as soon as it is on its way: many calls wait
+    /// at once, and long.
+    async fn complete_and_forget(&self, request: ChatRequest) -> Result<ChatAnswer, ModelError> {
+        self.complete(&request).await
+    }
 
     /// As [`complete`](Self::complete), and tells `listener` what is written as it is written. The
     /// answer and what it billed are the same. A model that cannot stream tells it all at the end.

@@ -19,7 +19,15 @@ use std::{
     time::Duration,
 };
 
-use async_openai::{Client, config::OpenAIConfig, error::OpenAIError, types::embeddings::EmbeddingInput};
+use async_openai::{
+    Client,
+    config::OpenAIConfig,
+    error::OpenAIError,
+    types::{
+        chat::{CreateChatCompletionRequest, CreateChatCompletionResponse},
+        embeddings::EmbeddingInput,
+    },
+};
 use async_trait::async_trait;
 use url::Url;
 
@@ -161,6 +169,26 @@ impl OpenAiChat {
         &self.endpoint.limits
     }
 
+    /// A client for this call, and what it sends.
+    fn call(&self, request: &ChatRequest) -> (Client<OpenAIConfig>, CreateChatCompletionRequest) {
+        let endpoint = &self.endpoint;
+        let body = params::request_body(request, &endpoint.config.base_url);
+        (endpoint.client(&request.model, &request.request_id, MAX_CHAT_ANSWER_BYTES), body)
+    }
+
+    fn answer(
+        &self,
+        result: Result<CreateChatCompletionResponse, OpenAIError>,
+    ) -> Result<ChatAnswer, ModelError> {
+        let endpoint = &self.endpoint;
+        match result {
+            Ok(response) => answer::typed(response).map_err(|(why, usage)| endpoint.unreadable(why, usage)),
+            Err(OpenAIError::JSONDeserialize(error, raw)) => answer::lenient(&raw)
+                .map_err(|usage| endpoint.unreadable(endpoint.sanitised(&error.to_string()), usage)),
+            Err(error) => Err(endpoint.failure(error)),
+        }
+    }
+
     /// As [`ChatModel::check`], for one of the models.
     pub async fn check_model(&self, model: &str) -> Result<(), UpstreamError> {
         service::check_model(&self.endpoint, model).await
@@ -170,15 +198,14 @@ impl OpenAiChat {
 #[async_trait]
 impl ChatModel for OpenAiChat {
     async fn complete(&self, request: &ChatRequest) -> Result<ChatAnswer, ModelError> {
-        let endpoint = &self.endpoint;
-        let body = params::request_body(request, &endpoint.config.base_url);
-        let client = endpoint.client(&request.model, &request.request_id, MAX_CHAT_ANSWER_BYTES);
-        match client.chat().create(body).await {
-            Ok(response) => answer::typed(response).map_err(|(why, usage)| endpoint.unreadable(why, usage)),
-            Err(OpenAIError::JSONDeserialize(error, raw)) => answer::lenient(&raw)
-                .map_err(|usage| endpoint.unreadable(endpoint.sanitised(&error.to_string()), usage)),
-            Err(error) => Err(endpoint.failure(error)),
-        }
+        let (client, body) = self.call(request);
+        self.answer(client.chat().create(body).await)
+    }
+
+    async fn complete_and_forget(&self, request: ChatRequest) -> Result<ChatAnswer, ModelError> {
+        let (client, body) = self.call(&request);
+        drop(request);
+        self.answer(client.chat().create(body).await)
     }
 
     async fn stream(&self, request: &ChatRequest, listener: &dyn Listener) -> Result<ChatAnswer, ModelError> {

@@ -8,6 +8,7 @@
 //! A prompt is counted several times while it is fitted into a budget, and most of it (instructions,
 //! schema, passages) is in other prompts too. So a text is counted in segments, and the counts of
 //! segments are remembered. Segments end where every encoding ends a token, so that the sum is exact.
+//! A long text is remembered whole as well: the prompt that fits is counted again when it is reserved for.
 
 use std::{
     collections::HashSet,
@@ -21,7 +22,11 @@ use tiktoken_rs::{CoreBPE, tokenizer::Tokenizer};
 /// Segments whose counts are remembered, about 100 bytes each.
 const REMEMBERED_SEGMENTS: u64 = 32_768;
 /// Shorter segments are counted sooner than they are looked up.
-const WORTH_REMEMBERING: usize = 64;
+const WORTH_REMEMBERING: usize = 12;
+/// Texts from this length are remembered whole, besides their segments.
+const WORTH_REMEMBERING_WHOLE: usize = 2_048;
+/// Whole texts whose counts are remembered: of the prompts that are being fitted now.
+const REMEMBERED_TEXTS: u64 = 8_192;
 
 /// The number of tokens of a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,35 +88,57 @@ impl Family {
     }
 }
 
-/// Counts segment by segment, remembering each.
+/// Counts, remembering long texts.
 fn count_segments(family: Family, text: &str) -> Option<Count> {
-    static COUNTS: LazyLock<Cache<(u64, usize), u64>> =
-        LazyLock::new(|| Cache::builder().max_capacity(REMEMBERED_SEGMENTS).build());
-    // Keyed anew in each process: nobody can write two segments that are taken for each other.
-    static HASHER: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+    static TEXTS: LazyLock<Counts> = LazyLock::new(|| Counts::new(REMEMBERED_TEXTS));
+    if text.len() < WORTH_REMEMBERING_WHOLE {
+        return count_each_segment(family, text);
+    }
+    let tokens = TEXTS.get_or(family, text, || Some(count_each_segment(family, text)?.tokens))?;
+    Some(Count { tokens, exact: true })
+}
+
+/// Counts segment by segment, remembering each.
+fn count_each_segment(family: Family, text: &str) -> Option<Count> {
+    static SEGMENTS: LazyLock<Counts> = LazyLock::new(|| Counts::new(REMEMBERED_SEGMENTS));
     let mut tokens = 0;
     for segment in segments(text) {
-        if segment.len() < WORTH_REMEMBERING {
-            tokens += count_with(family.encoder(), segment)?.tokens;
-            continue;
-        }
-        let key = (HASHER.hash_one((family, segment)), segment.len());
-        tokens += match COUNTS.get(&key) {
-            Some(known) => known,
-            None => {
-                let counted = count_with(family.encoder(), segment)?.tokens;
-                COUNTS.insert(key, counted);
-                counted
-            }
+        let count = || Some(count_with(family.encoder(), segment)?.tokens);
+        tokens += if segment.len() < WORTH_REMEMBERING {
+            count()?
+        } else {
+            SEGMENTS.get_or(family, segment, count)?
         };
     }
     Some(Count { tokens, exact: true })
 }
 
-/// The text in pieces that are likely to come again: paragraphs, and the fences around them, which
-/// are different in every prompt.
+/// Counts that are remembered, by the text's hash and length.
+struct Counts {
+    counts: Cache<(u64, usize), u64>,
+    /// Keyed anew in each process: nobody can write two texts that are taken for each other.
+    hasher: RandomState,
+}
+
+impl Counts {
+    fn new(texts: u64) -> Self {
+        Self { counts: Cache::builder().max_capacity(texts).build(), hasher: RandomState::new() }
+    }
+
+    fn get_or(&self, family: Family, text: &str, count: impl FnOnce() -> Option<u64>) -> Option<u64> {
+        let key = (self.hasher.hash_one((family, text)), text.len());
+        if let Some(known) = self.counts.get(&key) {
+            return Some(known);
+        }
+        let counted = count()?;
+        self.counts.insert(key, counted);
+        Some(counted)
+    }
+}
+
+/// The text in pieces that are likely to come again: paragraphs, the codes of fences, which are the same
+/// in all of one prompt, and what stands behind a code, which is the same in many prompts.
 fn segments(text: &str) -> impl Iterator<Item = &str> {
-    let is_fence = |line: &str| line.contains("<<<") || line.contains(">>>");
     let mut rest = text;
     std::iter::from_fn(move || {
         if rest.is_empty() {
@@ -120,6 +147,12 @@ fn segments(text: &str) -> impl Iterator<Item = &str> {
         let mut end = 0;
         let mut lines = rest.split_inclusive('\n').peekable();
         while let Some(line) = lines.next() {
+            if end == 0
+                && let Some(code) = code_of_a_fence(line)
+            {
+                end = code;
+                break;
+            }
             end += line.len();
             let Some(next) = lines.peek() else { break };
             let wanted = line.trim_ascii().is_empty() || is_fence(line) || is_fence(next);
@@ -131,6 +164,18 @@ fn segments(text: &str) -> impl Iterator<Item = &str> {
         rest = after;
         Some(segment)
     })
+}
+
+fn is_fence(line: &str) -> bool {
+    line.contains("<<<") || line.contains(">>>")
+}
+
+/// Where the code of a line `<<<CODE what it is` ends: before the blank. Every encoding ends a token
+/// between a letter or digit and a blank.
+fn code_of_a_fence(line: &str) -> Option<usize> {
+    let code = line.strip_prefix("<<<")?;
+    let end = code.find(' ')?;
+    code[..end].ends_with(|last: char| last.is_ascii_alphanumeric()).then_some("<<<".len() + end)
 }
 
 /// Does every encoding begin a new token here, after a line's end? The patterns by which they split
@@ -210,11 +255,13 @@ mod tests {
     fn paragraphs_and_fences_are_segments() {
         let text = "<<<x [1] a.md:1-2\n\nOne.\nStill one.\n\n  indented\n\nTwo.\nx>>>\n<<<x [2]\n\nThree.";
         let expected = [
-            "<<<x [1] a.md:1-2\n\n",
+            "<<<x",
+            " [1] a.md:1-2\n\n",
             "One.\nStill one.\n\n  indented\n\n",
             "Two.\n",
             "x>>>\n",
-            "<<<x [2]\n\n",
+            "<<<x",
+            " [2]\n\n",
             "Three.",
         ];
         assert_eq!(segments(text).collect::<Vec<_>>(), expected);

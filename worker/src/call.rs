@@ -124,6 +124,40 @@ pub(crate) struct Answered {
     pub(crate) throttled: bool,
 }
 
+/// The request of a call. A run that waits for a model shall hold little, so it is given away when it is
+/// sent, and made anew for the next attempt.
+struct Requests<'a> {
+    next: Option<ChatRequest>,
+    again: &'a (dyn Fn() -> Option<ChatRequest> + Send + Sync),
+    /// `request_id`, the same for each attempt.
+    id: String,
+}
+
+impl Requests<'_> {
+    /// The request for `model`. `None`: it cannot be made, which a template that rendered before can not
+    /// come to.
+    fn peek(&mut self, model: &str) -> Option<&ChatRequest> {
+        if self.next.is_none() {
+            self.next = (self.again)();
+        }
+        let request = self.next.as_mut()?;
+        model.clone_into(&mut request.model);
+        request.request_id.clone_from(&self.id);
+        Some(request)
+    }
+
+    /// The same, given away.
+    fn take(&mut self, model: &str) -> Option<ChatRequest> {
+        self.peek(model)?;
+        self.next.take()
+    }
+}
+
+/// A request that was made once cannot be made again.
+fn unmade() -> UpstreamError {
+    UpstreamError::permanent(Dependency::Model, "prompt_template", "the request cannot be made again")
+}
+
 /// What became of one model of the chain.
 enum ModelEnd {
     End(CallEnd),
@@ -131,17 +165,22 @@ enum ModelEnd {
 }
 
 impl ModelCalls {
-    /// Asks the models of the chain, one after the other, until one answers.
-    /// `model` and `request_id` are set here.
-    pub(crate) async fn call(&self, caller: &Caller<'_>, mut request: ChatRequest) -> CallEnd {
-        request.request_id = format!("{}.{}.{}", caller.lease.task_id, caller.lease.attempt, caller.step);
+    /// Asks the models of the chain, one after the other, until one answers. `request` is sent first;
+    /// `again` makes it anew where it must be sent again.
+    pub(crate) async fn call(
+        &self,
+        caller: &Caller<'_>,
+        request: ChatRequest,
+        again: &(dyn Fn() -> Option<ChatRequest> + Send + Sync),
+    ) -> CallEnd {
+        let id = format!("{}.{}.{}", caller.lease.task_id, caller.lease.attempt, caller.step);
+        let mut requests = Requests { next: Some(request), again, id };
         let mut fallbacks = Vec::new();
         let mut waited = Duration::ZERO;
         let mut throttled = false;
         let mut last = UpstreamError::transient(Dependency::Model, "no model is configured");
         for model in self.models(caller.preferred, caller.except) {
-            request.model.clone_from(&model);
-            match self.try_model(caller, &request, &mut waited, &mut throttled).await {
+            match self.try_model(caller, &model, &mut requests, &mut waited, &mut throttled).await {
                 ModelEnd::End(CallEnd::Answered(answered)) => {
                     return CallEnd::Answered(Answered { fallbacks, waited, throttled, ..answered });
                 }
@@ -175,12 +214,18 @@ impl ModelCalls {
     async fn try_model(
         &self,
         caller: &Caller<'_>,
-        request: &ChatRequest,
+        model: &str,
+        requests: &mut Requests<'_>,
         waited: &mut Duration,
         throttled: &mut bool,
     ) -> ModelEnd {
-        let bound =
-            self.model.prompt_tokens_upper_bound(request) + Tokens(u64::from(request.max_completion_tokens));
+        let bound = match requests.peek(model) {
+            Some(request) => {
+                let cap = Tokens(u64::from(request.max_completion_tokens));
+                self.model.prompt_tokens_upper_bound(request) + cap
+            }
+            None => return ModelEnd::Next(unmade()),
+        };
         // Kept across attempts that certainly billed nothing.
         let mut open: Option<Reservation> = None;
         let mut attempt = 0;
@@ -189,7 +234,7 @@ impl ModelCalls {
             if let Err(reason) = caller.stop.check() {
                 return self.end(open, Closing::Released, CallEnd::Stopped(reason)).await;
             }
-            match self.pace(caller, &request.model, bound, &mut open, waited).await {
+            match self.pace(caller, model, bound, &mut open, waited).await {
                 Ok(()) => {}
                 Err(end) => return end,
             }
@@ -199,20 +244,29 @@ impl ModelCalls {
             };
             let reservation = match open.take() {
                 Some(reservation) => reservation,
-                None => match self.reserve(caller, request, bound).await {
+                None => match self.reserve(caller, model, bound).await {
                     Ok(ReserveOutcome::Granted(reservation)) => reservation,
                     Ok(ReserveOutcome::Denied(denial)) => return ModelEnd::End(CallEnd::Denied(denial)),
                     Err(error) => return ModelEnd::End(CallEnd::Store(error)),
                 },
             };
             crash_point!("reserved");
+            let Some(request) = requests.take(model) else {
+                return self
+                    .end(
+                        Some(reservation),
+                        Closing::Released,
+                        CallEnd::Failed { error: unmade(), throttled: *throttled },
+                    )
+                    .await;
+            };
             let began = Instant::now();
             let result = tokio::select! {
                 result = self.ask(caller, request) => result,
                 reason = caller.stop.stopped() => {
                     // It was in flight: nobody can know what it billed.
                     *waited += began.elapsed();
-                    self.metrics.assumed(&request.model, reservation.tokens);
+                    self.metrics.assumed(model, reservation.tokens);
                     caller.lost.fetch_add(reservation.tokens.0, Ordering::Relaxed);
                     return self.end(Some(reservation), Closing::Assumed, CallEnd::Stopped(reason)).await;
                 }
@@ -223,11 +277,16 @@ impl ModelCalls {
                     crash_point!("answered");
                     permit.succeeded();
                     self.gate.set(Reason::Dependency(Dependency::Model), false);
-                    return ModelEnd::End(CallEnd::Answered(self.settle(request, answer, &reservation)));
+                    return ModelEnd::End(CallEnd::Answered(self.settle(
+                        model,
+                        requests,
+                        answer,
+                        &reservation,
+                    )));
                 }
                 Err(failure) => failure,
             };
-            if is_models_own(&error) && !self.is_last(&request.model) {
+            if is_models_own(&error) && !self.is_last(model) {
                 // The API is well; another model of the chain may be too.
                 permit.succeeded();
             } else {
@@ -238,7 +297,7 @@ impl ModelCalls {
             }
             *throttled |= is_throttle(&error);
             crash_point!("call_failed");
-            match self.book_failure(caller, request, reservation, billed).await {
+            match self.book_failure(caller, model, reservation, billed).await {
                 Ok(kept) => open = kept,
                 Err(error) => return ModelEnd::End(CallEnd::Store(error)),
             }
@@ -250,7 +309,7 @@ impl ModelCalls {
             };
             self.breaker.count_retry();
             tracing::info!(
-                model = request.model,
+                model,
                 attempt,
                 delay_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX),
                 error = %error,
@@ -313,10 +372,10 @@ impl ModelCalls {
     }
 
     /// One attempt, streamed where somebody listens.
-    async fn ask(&self, caller: &Caller<'_>, request: &ChatRequest) -> Result<ChatAnswer, ModelError> {
-        let Some(listener) = caller.listener else { return self.model.complete(request).await };
+    async fn ask(&self, caller: &Caller<'_>, request: ChatRequest) -> Result<ChatAnswer, ModelError> {
+        let Some(listener) = caller.listener else { return self.model.complete_and_forget(request).await };
         listener.begins();
-        self.model.stream(request, listener).await
+        self.model.stream(&request, listener).await
     }
 
     /// Waits until the circuit lets a call through. A run that is under way waits in place: an outage
@@ -341,7 +400,7 @@ impl ModelCalls {
     async fn reserve(
         &self,
         caller: &Caller<'_>,
-        request: &ChatRequest,
+        model: &str,
         tokens: Tokens,
     ) -> Result<ReserveOutcome, LedgerError> {
         let reserve = ReserveRequest {
@@ -349,7 +408,7 @@ impl ModelCalls {
             task_id: Some(caller.lease.task_id),
             attempt: Some(caller.lease.attempt),
             tenant: caller.tenant.map(str::to_owned),
-            model: request.model.clone(),
+            model: model.to_owned(),
             kind: CallKind::Chat,
             tokens,
             limits: self.limits,
@@ -362,18 +421,18 @@ impl ModelCalls {
     async fn book_failure(
         &self,
         caller: &Caller<'_>,
-        request: &ChatRequest,
+        model: &str,
         reservation: Reservation,
         billed: Billed,
     ) -> Result<Option<Reservation>, LedgerError> {
         let (closing, lost) = match billed {
             Billed::Nothing => return Ok(Some(reservation)),
             Billed::Unknown => {
-                self.metrics.assumed(&request.model, reservation.tokens);
+                self.metrics.assumed(model, reservation.tokens);
                 (Closing::Assumed, reservation.tokens)
             }
             Billed::Known(usage) => {
-                self.metrics.billed(&request.model, usage);
+                self.metrics.billed(model, usage);
                 (Closing::Settled { usage }, usage.total())
             }
         };
@@ -382,15 +441,23 @@ impl ModelCalls {
         Ok(None)
     }
 
-    fn settle(&self, request: &ChatRequest, answer: ChatAnswer, reservation: &Reservation) -> Answered {
+    fn settle(
+        &self,
+        model: &str,
+        requests: &mut Requests<'_>,
+        answer: ChatAnswer,
+        reservation: &Reservation,
+    ) -> Answered {
         let (closing, usage) = match answer.usage {
             Some(usage) => {
-                self.metrics.billed(&request.model, usage);
+                self.metrics.billed(model, usage);
                 if usage.total() > reservation.tokens {
-                    self.metrics.overruns.with_label_values(&[request.model.as_str()]).inc();
-                    self.model.note_overrun(request, reservation.tokens, usage);
+                    self.metrics.overruns.with_label_values(&[model]).inc();
+                    if let Some(request) = requests.peek(model) {
+                        self.model.note_overrun(request, reservation.tokens, usage);
+                    }
                     tracing::error!(
-                        model = request.model,
+                        model,
                         reserved = reservation.tokens.0,
                         billed = usage.total().0,
                         error_code = "reservation_overrun",
@@ -401,12 +468,12 @@ impl ModelCalls {
             }
             // A server that does not say what it billed: the upper bound is what we book.
             None => {
-                self.metrics.assumed(&request.model, reservation.tokens);
+                self.metrics.assumed(model, reservation.tokens);
                 (Closing::Assumed, Usage { prompt: reservation.tokens, completion: Tokens(0) })
             }
         };
         Answered {
-            model: request.model.clone(),
+            model: model.to_owned(),
             settlement: Settlement { reservation_id: reservation.id, closing },
             usage,
             answer,

@@ -48,6 +48,8 @@ pub(crate) struct Context {
     pub(crate) gate: Gate,
     /// Woken when there may be something to sweep now (outbox, budget, due runs).
     pub(crate) sweep_now: Notify,
+    /// Places for runs whose answer is there and not stored yet: see [`MAX_AT_THE_DESK`].
+    pub(crate) desk: Arc<Semaphore>,
     /// Counters.
     pub(crate) metrics: Arc<Metrics>,
     /// The limit a run in force, as the last sweep read it.
@@ -55,6 +57,10 @@ pub(crate) struct Context {
     /// Progress messages on their way, bounded.
     pub(crate) progress: Arc<Semaphore>,
 }
+
+/// Answers that are read, rendered and stored at once. Work on an answer takes a hundred times its size; when
+/// many come together, the others wait as they came.
+pub(crate) const MAX_AT_THE_DESK: usize = 48;
 
 /// Progress messages on their way at once; more are dropped, which loses nothing.
 pub(crate) const MAX_PROGRESS: usize = 256;

@@ -63,7 +63,7 @@ pub(crate) fn new(
 impl Outbox {
     /// Publishes one row and hands its mark over. After an error the row stays for the sweeper.
     pub(crate) async fn send(&self, row: &OutboxRow) -> Result<(), UpstreamError> {
-        let data = Bytes::from(row.message.to_string());
+        let data = Bytes::copy_from_slice(row.message.text().as_bytes());
         let sent = self.publisher.publish(&row.topic, data.clone(), row.attributes.clone()).await;
         match sent {
             Ok(_) => {}
@@ -227,7 +227,7 @@ mod tests {
             id: Uuid::new_v4(),
             task_id,
             topic: "out".to_owned(),
-            message: json!(name),
+            message: json!(name).into(),
             attributes: Vec::new(),
         }
     }

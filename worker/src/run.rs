@@ -34,6 +34,7 @@ use atlas_shared::{
     trace_context::TraceParent,
 };
 use serde_json::{Map, Value, json};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
@@ -119,6 +120,7 @@ pub(crate) async fn execute(
         chunks: Arc::new(AtomicU32::new(context.config.worker.stream_chunks)),
         rest: None,
         readable: Tokens(u64::MAX),
+        desk: None,
     };
 
     let ending = if cancel_requested {
@@ -177,6 +179,8 @@ struct Run<'a> {
     rest: Option<Rest>,
     /// What the model can read at once, as far as its refusals showed.
     readable: Tokens,
+    /// Its place at the desk, from an answer until that is stored.
+    desk: Option<OwnedSemaphorePermit>,
 }
 
 /// What is kept of a request that was sent.
@@ -271,6 +275,7 @@ impl Run<'_> {
                         }
                         crash_point!("settled");
                     }
+                    self.desk = None;
                     let Next::Search(search) = next else { continue };
                     let (percent, number) = (draft.percent(), draft.searches() + 1);
                     self.searches(percent, number, &search.query);
@@ -448,7 +453,12 @@ impl Run<'_> {
                 lost: &lost,
             };
             let began = Instant::now();
-            let end = calls.call(&caller, request).await;
+            let made = &*draft;
+            let again = || match made.next() {
+                Next::Call(call) => Some(call.request),
+                Next::Search(_) | Next::Finished(_) | Next::Failed(_) => None,
+            };
+            let end = calls.call(&caller, request, &again).await;
             self.spent += Tokens(lost.swap(0, Ordering::Relaxed));
             self.rest = live.and_then(Live::end);
             self.observe("generate", began.elapsed());
@@ -507,6 +517,8 @@ impl Run<'_> {
             } else {
                 permit.succeeded();
             }
+            // Closed never: the context owns it.
+            self.desk = Arc::clone(&self.context.desk).acquire_owned().await.ok();
             return Ok(Some(self.take(draft, step, sent, answered)));
         }
     }
@@ -540,8 +552,12 @@ impl Run<'_> {
             draft.answered(&answer);
         }
         self.model = Some(model);
-        let checkpoint =
-            Checkpoint { step: step.to_owned(), input_hash: sent.hash, output: draft.checkpoint(), usage };
+        let checkpoint = Checkpoint {
+            step: step.to_owned(),
+            input_hash: sent.hash,
+            output: draft.checkpoint().into(),
+            usage,
+        };
         Unsettled { settlement, checkpoint }
     }
 
@@ -638,6 +654,7 @@ impl Run<'_> {
             self.context.store.finish_run(self.lease.again(), &finish)
         })
         .await;
+        self.desk = None;
         self.observe("finish", began.elapsed());
         let Published { outbox } = match stored {
             Ok(published) => published,
@@ -821,7 +838,7 @@ enum Interrupted {
 /// Goes on from the last finished call, if there is one.
 fn restore(task: &Task, steps: Vec<Checkpoint>) -> Option<Draft> {
     let last = steps.into_iter().next_back()?;
-    match Draft::restore(last.output) {
+    match Draft::restore(last.output.text()) {
         Ok(draft) => Some(draft),
         Err(error) => {
             // Another version's checkpoint: the tokens are booked, the work is done again.

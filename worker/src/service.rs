@@ -21,7 +21,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     call::ModelCalls,
-    context::{Context, MAX_PROGRESS},
+    context::{Context, MAX_AT_THE_DESK, MAX_PROGRESS},
     crash::crash_point,
     documents,
     gate::{Gate, Reason},
@@ -190,6 +190,7 @@ impl Worker {
             limiter,
             gate,
             sweep_now: Notify::new(),
+            desk: Arc::new(Semaphore::new(MAX_AT_THE_DESK)),
             metrics,
             run_limit: AtomicU64::new(config.limits.run.0),
             progress: Arc::new(Semaphore::new(MAX_PROGRESS)),

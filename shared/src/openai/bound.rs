@@ -168,7 +168,7 @@ mod tests {
             max_completion_tokens: 10,
             response_format: ResponseFormat::JsonSchema {
                 name: "s".to_owned(),
-                schema: json!({"type": "object"}),
+                schema: json!({"type": "object"}).into(),
             },
             tools: Vec::new(),
             request_id: "r".to_owned(),

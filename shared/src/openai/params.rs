@@ -6,6 +6,7 @@ use async_openai::types::chat::{
     ChatCompletionRequestUserMessage, ChatCompletionTool, ChatCompletionTools, CreateChatCompletionRequest,
     FunctionCall, FunctionObject, ResponseFormat as ApiResponseFormat, ResponseFormatJsonSchema,
 };
+use serde_json::Value;
 use url::Url;
 
 use crate::{
@@ -94,7 +95,7 @@ pub(super) fn request_body(request: &ChatRequest, base_url: &Url) -> CreateChatC
                 json_schema: ResponseFormatJsonSchema {
                     name: name.clone(),
                     description: None,
-                    schema: schema.clone(),
+                    schema: Value::clone(schema),
                     strict: Some(true),
                 },
             })
@@ -218,7 +219,7 @@ mod tests {
     }
 
     fn schema() -> ResponseFormat {
-        ResponseFormat::JsonSchema { name: "spec".to_owned(), schema: json!({"type": "object"}) }
+        ResponseFormat::JsonSchema { name: "spec".to_owned(), schema: json!({"type": "object"}).into() }
     }
 
     #[test]

@@ -17,6 +17,7 @@ use std::{
 };
 
 use async_openai::{error::OpenAIError, middleware::HttpRequestFactory};
+use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde_json::Value;
 
@@ -73,7 +74,7 @@ impl tower::Service<HttpRequestFactory> for OneAttempt {
 impl OneAttempt {
     async fn attempt(&self, factory: HttpRequestFactory) -> Result<reqwest::Response, ModelError> {
         let endpoint = &self.endpoint;
-        let request = factory.build().await.map_err(|error| ModelError {
+        let mut request = factory.build().await.map_err(|error| ModelError {
             error: UpstreamError::permanent(
                 endpoint.dependency,
                 "invalid_request",
@@ -81,6 +82,14 @@ impl OneAttempt {
             ),
             billed: Billed::Nothing,
         })?;
+        // The factory keeps the body in a buffer that grew by doubling. Many calls wait at once: each shall
+        // hold what it sent, and no more.
+        if let Some(body) = request.body_mut()
+            && let Some(bytes) = body.as_bytes()
+        {
+            *body = Bytes::copy_from_slice(bytes).into();
+        }
+        drop(factory);
         let response = self.send(request).await?;
         let (status, headers) = (response.status(), response.headers().clone());
         let body =

@@ -132,7 +132,7 @@ static ANY: LazyLock<Option<RegexSet>> = LazyLock::new(|| {
 
 /// Takes out what looks like a secret.
 pub(super) fn redact(text: &str) -> Cow<'_, str> {
-    if ANY.as_ref().is_some_and(|any| !any.is_match(text)) {
+    if !may_hold_a_secret(text) || ANY.as_ref().is_some_and(|any| !any.is_match(text)) {
         return Cow::Borrowed(text);
     }
     let mut text = Cow::Borrowed(text);
@@ -157,6 +157,29 @@ pub(super) fn redact(text: &str) -> Cow<'_, str> {
     text
 }
 
+/// Says no where no pattern can match, which most sentences show by themselves: every secret is a long run
+/// of the signs that keys are made of, or a password in a URL or in quotes.
+fn may_hold_a_secret(text: &str) -> bool {
+    /// The shortest run of any pattern: `xoxb-` and ten signs.
+    const SHORTEST: usize = 15;
+    if !text.is_ascii() || text.contains("-----BEGIN") || text.contains("://") {
+        return true;
+    }
+    let bytes = text.as_bytes();
+    let (mut run, mut longest, mut quoted) = (0, 0, false);
+    for byte in bytes {
+        if byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/' | b'_' | b'=' | b'.' | b'~' | b'-') {
+            run += 1;
+        } else {
+            longest = longest.max(run);
+            run = 0;
+            quoted |= matches!(byte, b'"' | b'\'');
+        }
+    }
+    let named = |letters: &[u8]| letters.eq_ignore_ascii_case(b"pas") || letters.eq_ignore_ascii_case(b"pwd");
+    longest.max(run) >= SHORTEST || (quoted && bytes.windows(3).any(named))
+}
+
 /// Replaces every match; a text without one stays as it is.
 fn replace(text: &mut Cow<'_, str>, regex: &Regex, by: impl Fn(&Captures<'_>) -> String) {
     let replaced = match regex.replace_all(text, by) {
@@ -176,6 +199,7 @@ fn looks_random(value: &str) -> bool {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use proptest::prelude::*;
 
@@ -233,6 +257,16 @@ mod tests {
     }
 
     #[test]
+    fn no_secret_is_overlooked_by_the_first_look() {
+        let shortest = ["xoxb-0123456789", "pwd='abcde1'", "a://b:c@d", "PASSWD = \"abcde1\""];
+        for secret in secrets().into_iter().chain(shortest.map(str::to_owned)) {
+            assert!(may_hold_a_secret(&secret), "{secret}");
+            assert!(ANY.as_ref().unwrap().is_match(&secret), "{secret}");
+        }
+        assert!(!may_hold_a_secret("A worker's lease is renewed, or it's taken over \"at once\" (60 s)."));
+    }
+
+    #[test]
     fn ordinary_text_passes_untouched() {
         for ordinary in [
             "Set OPENAI_API_KEY and OPENAI_BASE_URL=https://api.openai.com/v1.",
@@ -264,6 +298,26 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn where_the_first_look_says_no_no_pattern_matches(
+            parts in prop::collection::vec(
+                prop_oneof![
+                    "[A-Za-z0-9_=/+.~-]{0,18}",
+                    "[ \"':=>@,]{1,3}",
+                    prop::sample::select(vec![
+                        "AKIA", "sk-", "ghp_", "xoxb-", "AIza", "sk_live_", "-----BEGIN ", "PRIVATE KEY-----",
+                        "password", "Pwd", "passphrase", "secret", "api_key", "Bearer ", "token", "://", "eyJ", "SG.",
+                    ]).prop_map(str::to_owned),
+                ],
+                0..12,
+            ),
+        ) {
+            let text = parts.concat();
+            if !may_hold_a_secret(&text) {
+                prop_assert!(!ANY.as_ref().is_some_and(|any| any.is_match(&text)), "{}", text);
+            }
+        }
+
         #[test]
         fn any_text_can_be_cleaned_and_cut(raw in "\\PC{0,200}", max in 0_usize..50) {
             let cleaned = text(&raw);

@@ -387,16 +387,18 @@ impl Draft {
         PromptParts(parts)
     }
 
-    /// Everything, for `run_steps.output`.
-    pub fn checkpoint(&self) -> Value {
+    /// Everything, as JSON, for `run_steps.output`.
+    pub fn checkpoint(&self) -> String {
         // Plain data without maps of odd keys: this cannot fail, and `restore` refuses null.
-        serde_json::to_value(self).unwrap_or(Value::Null)
+        serde_json::to_string(self).unwrap_or_else(|_| "null".to_owned())
     }
 
     /// Goes on from a [`checkpoint`](Self::checkpoint). An error means that another version wrote it
     /// in a shape this one does not read: start afresh.
-    pub fn restore(checkpoint: Value) -> Result<Self, serde_json::Error> {
-        serde_json::from_value(checkpoint)
+    pub fn restore(checkpoint: &str) -> Result<Self, serde_json::Error> {
+        // By way of a value, which keeps numbers as they are written: read at once, a fraction can come
+        // back one bit off.
+        serde_json::from_value(serde_json::from_str(checkpoint)?)
     }
 
     /// What is needed now.
@@ -479,11 +481,11 @@ impl Draft {
     fn request(&self) -> Result<ChatRequest, minijinja::Error> {
         let in_prompt = self.options.response_format != ResponseFormatSetting::JsonSchema;
         let schema = match &self.stage {
-            Stage::Mending { fields, .. } => schema::of_fields(fields),
+            Stage::Mending { fields, .. } => schema::made(fields),
             _ => schema::of_kind(self.kind),
         };
         let mut messages =
-            vec![ChatMessage::System { content: prompt::system(self.kind, in_prompt.then_some(&schema))? }];
+            vec![ChatMessage::System { content: prompt::system(self.kind, in_prompt.then_some(&*schema))? }];
         let words = self.completion_cap / 2;
         match &self.stage {
             Stage::Mending { fields, faults, shown, .. } => messages

@@ -18,7 +18,7 @@ use super::{
     passages::Shelf,
     prompt, render,
     spec::{Field, Kind, Spec},
-    words,
+    words::{self, Bag},
 };
 
 /// Citations of one statement that are kept.
@@ -142,7 +142,7 @@ pub(super) fn finish(draft: Draft<'_>) -> Finished {
             let entry = shelf.get(*old)?;
             let passage = &entry.passage;
             Some(Citation {
-                text_hash: entry.text_hash.clone(),
+                text_hash: entry.text_hash.to_string(),
                 n: u32::try_from(index + 1).unwrap_or(u32::MAX),
                 source: passage.source.clone(),
                 start_line: passage.start_line,
@@ -254,7 +254,7 @@ struct Checked {
 /// Removes citations of passages that were not given, finds those that support nothing, and numbers
 /// the rest by first appearance.
 fn check_citations(spec: &mut Spec, kind: Kind, shelf: &Shelf) -> Checked {
-    let bags: HashMap<u32, HashSet<String>> =
+    let bags: HashMap<u32, &Bag> =
         shelf.entries().filter(|entry| entry.given).map(|entry| (entry.n, entry.words())).collect();
     let mut checked = Checked {
         order: Vec::new(),
@@ -320,7 +320,7 @@ fn check_citations(spec: &mut Spec, kind: Kind, shelf: &Shelf) -> Checked {
 
 /// A statement of some length that shares no more than one word with its passage is not supported
 /// by it. Purely lexical: it finds citations that are beside the point, not subtle ones.
-fn is_weak(claim: &HashSet<String>, passage: &HashSet<String>) -> bool {
-    let shared = claim.intersection(passage).count();
+fn is_weak(claim: &Bag, passage: &Bag) -> bool {
+    let shared = claim.shared_with(passage);
     shared == 0 || (shared == 1 && claim.len() >= 6)
 }

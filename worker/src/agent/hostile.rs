@@ -135,7 +135,7 @@ fn secrets_in_passages_requests_and_answers_go_nowhere() {
     let text = super::testing::transcript(&call(&mut draft).request);
     assert!(!text.contains(&key) && !text.contains(&aws), "{text}");
     assert!(text.contains("(redacted API key)") && text.contains("(redacted AWS key)"), "{text}");
-    let checkpoint = draft.checkpoint().to_string();
+    let checkpoint = draft.checkpoint();
     assert!(!checkpoint.contains(&key) && !checkpoint.contains(&aws));
 
     let mut answer = good_spec();

@@ -20,7 +20,7 @@ use super::{
         Alternative, Change, Choice, Claim, Component, Consequences, Decision, Diagram, Field, Finding, Kind,
         Requirements, Risk, Severity, Spec,
     },
-    words,
+    words::{self, Bag},
 };
 
 /// `metadata.model` of these documents.
@@ -305,7 +305,7 @@ struct Quote<'a> {
     entry: &'a Entry,
     /// The sentence, word for word.
     sentence: String,
-    words: HashSet<String>,
+    words: Bag,
     /// How much it has to do with the request.
     relevance: f64,
 }
@@ -319,12 +319,12 @@ fn assemble(request: &str, shelf: &Shelf) -> Spec {
     let mut open_questions = Vec::new();
     let decisions = decisions(&quotes, &mut used);
     // What clearly belongs to a section below is kept for it.
-    let elsewhere: Vec<HashSet<String>> = ASPECTS.iter().map(|aspect| words::of(aspect.words)).collect();
+    let elsewhere: Vec<Bag> = ASPECTS.iter().map(|aspect| words::of(aspect.words)).collect();
     let mut spec = Spec {
         title: title(request),
         summary: summary(shelf, &files),
         context: claims(&quotes, &mut used, |quote| {
-            quote.relevance > 0.0 && elsewhere.iter().all(|about| quote.words.intersection(about).count() < 2)
+            quote.relevance > 0.0 && elsewhere.iter().all(|about| quote.words.shared_with(about) < 2)
         }),
         requirements: Requirements {
             functional: Vec::new(),
@@ -343,7 +343,7 @@ fn assemble(request: &str, shelf: &Shelf) -> Spec {
     for aspect in ASPECTS {
         let about = words::of(aspect.words);
         let found = claims(&quotes, &mut used, |quote| {
-            let shared = quote.words.intersection(&about).count();
+            let shared = quote.words.shared_with(&about);
             shared >= 2 || (shared == 1 && quote.relevance > 0.0)
         });
         if found.is_empty() {
@@ -381,7 +381,7 @@ fn component(
     entries: &[&Entry],
     quotes: &[Quote<'_>],
     used: &mut HashSet<String>,
-    asked: &HashSet<String>,
+    asked: &Bag,
 ) -> Component {
     let of_file = |quote: &Quote<'_>| quote.entry.passage.source == source;
     let defines = |entry: &&&Entry| {
@@ -463,7 +463,7 @@ fn headings(entries: &[&Entry]) -> String {
 }
 
 /// The sentences worth quoting, most relevant first.
-fn quotes<'a>(shelf: &'a Shelf, asked: &HashSet<String>) -> Vec<Quote<'a>> {
+fn quotes<'a>(shelf: &'a Shelf, asked: &Bag) -> Vec<Quote<'a>> {
     let mut quotes = Vec::new();
     for (rank, entry) in shelf.entries().enumerate() {
         for sentence in sentences(&entry.passage.text, is_prose(&entry.passage.source)) {
@@ -471,7 +471,7 @@ fn quotes<'a>(shelf: &'a Shelf, asked: &HashSet<String>) -> Vec<Quote<'a>> {
             if words.len() < 4 {
                 continue;
             }
-            let shared = words.intersection(asked).count() as f64;
+            let shared = words.shared_with(asked) as f64;
             // Shared words count most; then short sentences before long ones, good passages before others.
             let relevance = if shared == 0.0 {
                 0.0
@@ -569,7 +569,7 @@ fn split(paragraph: &str, sentences: &mut Vec<String>) {
 }
 
 /// The line that says what a piece of code is.
-fn signature(entry: &Entry, asked: &HashSet<String>) -> Option<String> {
+fn signature(entry: &Entry, asked: &Bag) -> Option<String> {
     const KEYWORDS: &[&str] = &[
         "fn ",
         "struct ",
@@ -597,7 +597,7 @@ fn signature(entry: &Entry, asked: &HashSet<String>) -> Option<String> {
                 .fold(lower.as_str(), |rest, word| rest.strip_prefix(word).unwrap_or(rest));
             line.len() >= 8 && KEYWORDS.iter().any(|keyword| lower.starts_with(keyword))
         })
-        .max_by_key(|line| (words::of(line).intersection(asked).count(), std::cmp::Reverse(line.len())))
+        .max_by_key(|line| (words::of(line).shared_with(asked), std::cmp::Reverse(line.len())))
         .map(|line| clean::cut(&line.replace('`', ""), 120))
 }
 
@@ -661,11 +661,8 @@ const VERBS: &str = "design build create write make add give show describe expla
 
 /// Words of the request that no passage knows: each is a question.
 fn unknown_words(request: &str, shelf: &Shelf) -> Vec<String> {
-    let mut known: HashSet<String> = HashSet::new();
-    for entry in shelf.entries() {
-        known.extend(entry.words());
-    }
-    if known.is_empty() {
+    let known: Vec<&Bag> = shelf.entries().map(Entry::words).collect();
+    if known.iter().all(|words| words.len() == 0) {
         return Vec::new();
     }
     let verbs = words::of(VERBS);
@@ -673,7 +670,9 @@ fn unknown_words(request: &str, shelf: &Shelf) -> Vec<String> {
     let mut seen = HashSet::new();
     for word in request.split(|c: char| !c.is_alphanumeric() && c != '-' && c != '_') {
         let stems = words::list(word);
-        if stems.is_empty() || stems.iter().any(|stem| known.contains(stem) || verbs.contains(stem)) {
+        if stems.is_empty()
+            || stems.iter().any(|stem| known.iter().any(|words| words.contains(stem)) || verbs.contains(stem))
+        {
             continue;
         }
         if seen.insert(stems) {

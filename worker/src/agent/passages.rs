@@ -1,12 +1,19 @@
 //! The passages of one document, numbered. A number means the same passage from the moment the
 //! model has seen it; before that, packing may renumber.
 
-use std::collections::HashSet;
+use std::{
+    hash::{BuildHasher as _, RandomState},
+    sync::{Arc, LazyLock, OnceLock},
+};
 
 use atlas_shared::gateway_api::{Passage, quote_hash};
+use moka::sync::Cache;
 use serde::{Deserialize, Serialize};
 
-use super::{clean, words};
+use super::{
+    clean,
+    words::{self, Bag},
+};
 
 /// Passages a document can have in all; what comes after is ignored.
 const MAX_PASSAGES: usize = 120;
@@ -23,6 +30,10 @@ const MIN_NEW_LINES: usize = 3;
 const RANK_OFFSET: f64 = 3.0;
 /// Of two that were found at the same rank, the one that the model asked for is worth more.
 const ASKED_FOR: f64 = 1.1;
+/// KiB of tidied passages that are remembered. A team's documents are found again and again.
+const REMEMBERED_KIB: u64 = 8 << 10;
+/// Bytes that one costs besides its text, words included.
+const REMEMBERED_EACH: usize = 2_000;
 /// A shorter passage counts as this long: a snippet is no bargain only because it is short.
 const LEAST_SIZE: usize = 600;
 
@@ -49,11 +60,11 @@ pub(super) struct Shelf {
 pub(super) struct Entry {
     /// Its number.
     pub(super) n: u32,
-    /// The passage, cleaned.
-    pub(super) passage: Passage,
+    /// The passage, cleaned. Documents that were given the same one share it.
+    pub(super) passage: Arc<Passage>,
     /// [`quote_hash`] of the lines it names, before they were cleaned.
     #[serde(default)]
-    pub(super) text_hash: String,
+    pub(super) text_hash: Arc<str>,
     /// Which addition brought it: 1 is the first retrieval.
     pub(super) addition: u32,
     /// What it is worth: how often it was found, and how far up.
@@ -63,6 +74,34 @@ pub(super) struct Entry {
     pub(super) packed: bool,
     /// Did the model see it?
     pub(super) given: bool,
+    /// Its words, once somebody asked for them.
+    #[serde(skip)]
+    words: Words,
+}
+
+/// The words of a passage: worked out from it, so that they make no difference to what it is.
+#[derive(Clone, Debug, Default)]
+struct Words(OnceLock<Arc<Bags>>);
+
+impl PartialEq for Words {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+#[derive(Debug)]
+struct Bags {
+    /// Of the text alone.
+    text: Bag,
+    /// Of the text, its path and its heading.
+    whole: Bag,
+}
+
+impl Bags {
+    fn of(Passage { text, source, heading, .. }: &Passage) -> Self {
+        let whole = words::of(&format!("{source} {} {text}", heading.as_deref().unwrap_or_default()));
+        Self { text: words::of(text), whole }
+    }
 }
 
 impl Entry {
@@ -81,9 +120,12 @@ impl Entry {
     }
 
     /// The words of the passage, its path and its heading.
-    pub(super) fn words(&self) -> HashSet<String> {
-        let Passage { text, source, heading, .. } = &self.passage;
-        words::of(&format!("{source} {} {text}", heading.as_deref().unwrap_or_default()))
+    pub(super) fn words(&self) -> &Bag {
+        &self.bags().whole
+    }
+
+    fn bags(&self) -> &Bags {
+        self.words.0.get_or_init(|| Arc::new(Bags::of(&self.passage)))
     }
 }
 
@@ -98,9 +140,6 @@ impl Shelf {
     pub(super) fn add(&mut self, passages: Vec<Passage>) -> Vec<u32> {
         self.additions += 1;
         let about = words::of(&self.about);
-        // Each passage is compared with all before it: its words are taken once.
-        let mut bags: Vec<HashSet<String>> =
-            self.entries.iter().map(|entry| words::of(&entry.passage.text)).collect();
         let weight = if self.additions > 1 { ASKED_FOR } else { 1.0 };
         let mut numbers = Vec::new();
         for (rank, passage) in passages.into_iter().enumerate() {
@@ -108,10 +147,9 @@ impl Shelf {
             let length = passage.text.len();
             let passage = self.without_known_lines(passage);
             let trimmed = passage.text.len() < length || length > MAX_PASSAGE_CHARS;
-            let Some((passage, text_hash)) = tidy(passage, &about) else { continue };
-            let bag = words::of(&passage.text);
-            let known = self.entries.iter().zip(&bags).position(|(entry, words)| {
-                contains(&entry.passage, &passage) || words::similarity(words, &bag) > SAME
+            let Some(Tidy { passage, text_hash, bags }) = tidy(passage, &about) else { continue };
+            let known = self.entries.iter().position(|entry| {
+                contains(&entry.passage, &passage) || words::similarity(&entry.bags().text, &bags.text) > SAME
             });
             let n = match known {
                 Some(at) => {
@@ -131,8 +169,8 @@ impl Shelf {
                         worth,
                         packed: true,
                         given: false,
+                        words: Words(OnceLock::from(bags)),
                     });
-                    bags.push(bag);
                     n
                 }
             };
@@ -146,6 +184,9 @@ impl Shelf {
     /// The passage without the lines at its ends that passages of the same file hold already, so that they
     /// are not paid for twice. Where hardly anything is left, the other passages stand for all of it.
     fn without_known_lines(&self, passage: Passage) -> Passage {
+        if !self.entries.iter().any(|entry| same_file(&entry.passage, &passage)) {
+            return passage;
+        }
         let (Some(first), Some(last)) =
             (usize::try_from(passage.start_line).ok(), usize::try_from(passage.end_line).ok())
         else {
@@ -175,7 +216,7 @@ impl Shelf {
                     && entry.passage.start_line <= passage.end_line
                     && passage.start_line <= entry.passage.end_line
             };
-            return self.entries.iter().find(of_it).map_or(passage.clone(), |entry| entry.passage.clone());
+            return self.entries.iter().find(of_it).map_or(passage.clone(), |entry| (*entry.passage).clone());
         }
         let line = |at: usize| u32::try_from(first + at).unwrap_or(u32::MAX);
         Passage {
@@ -288,8 +329,62 @@ fn same_file(a: &Passage, b: &Passage) -> bool {
     a.source == b.source && a.collection == b.collection && a.repo == b.repo && a.commit == b.commit
 }
 
-/// The passage fit for a prompt, and the hash by which its lines can be found in the file again.
-fn tidy(passage: Passage, about: &HashSet<String>) -> Option<(Passage, String)> {
+/// A passage fit for a prompt, and what is worked out from it.
+#[derive(Clone, Debug)]
+struct Tidy {
+    passage: Arc<Passage>,
+    /// By which its lines can be found in the file again.
+    text_hash: Arc<str>,
+    bags: Arc<Bags>,
+}
+
+/// Makes a passage fit for a prompt; `None`: it says nothing. One that was tidied lately is remembered.
+fn tidy(passage: Passage, about: &Bag) -> Option<Tidy> {
+    static TIDIED: LazyLock<Cache<u128, Option<Tidy>>> = LazyLock::new(|| {
+        // In KiB, because the cache keeps a byte of its own for each unit of its capacity.
+        let kib = |_: &u128, tidied: &Option<Tidy>| {
+            let text = tidied.as_ref().map_or(0, |tidied| tidied.passage.text.len());
+            u32::try_from((text + REMEMBERED_EACH).div_ceil(1 << 10)).unwrap_or(u32::MAX)
+        };
+        Cache::builder().weigher(kib).max_capacity(REMEMBERED_KIB).build()
+    });
+    if passage.text.len() > MAX_PASSAGE_CHARS {
+        // What is kept of a long one depends on what is asked.
+        return tidied(passage, about);
+    }
+    let key = key(&passage);
+    if let Some(known) = TIDIED.get(&key) {
+        return known;
+    }
+    let tidied = tidied(passage, about);
+    TIDIED.insert(key, tidied.clone());
+    tidied
+}
+
+/// Hashes all of a passage but its scores, keyed anew in each process: nobody can write two passages that
+/// are taken for each other.
+fn key(passage: &Passage) -> u128 {
+    static HASHERS: LazyLock<[RandomState; 2]> = LazyLock::new(|| [RandomState::new(), RandomState::new()]);
+    let Passage {
+        text,
+        similarity: _,
+        source,
+        start_line,
+        end_line,
+        heading,
+        score: _,
+        collection,
+        lang,
+        repo,
+        commit,
+    } = passage;
+    HASHERS.iter().fold(0, |key, hasher| {
+        let parts = (text, source, start_line, end_line, heading, collection, lang, repo, commit);
+        key << 64 | u128::from(hasher.hash_one(parts))
+    })
+}
+
+fn tidied(passage: Passage, about: &Bag) -> Option<Tidy> {
     let short = |text: &str| clean::cut(&clean::line(text), 200);
     let heading = passage.heading.as_deref().map(short).filter(|heading| !heading.is_empty());
     let whole = (quote_hash(&passage.text), passage.start_line, passage.end_line);
@@ -311,13 +406,17 @@ fn tidy(passage: Passage, about: &HashSet<String>) -> Option<(Passage, String)> 
         collection: short(&passage.collection),
         repo: passage.repo.as_deref().map(short),
         commit: passage.commit.as_deref().map(short),
+        // They mean something within one answer of the gateway, where the order says the same.
+        similarity: None,
+        score: 0.0,
         ..passage
     };
-    Some((passage, text_hash))
+    let bags = Arc::new(Bags::of(&passage));
+    Some(Tidy { passage: Arc::new(passage), text_hash: text_hash.into(), bags })
 }
 
 /// The window of lines that has most of the words looked for, so that the lines named stay true.
-fn cut_to_relevant_lines(passage: Passage, about: &HashSet<String>) -> Passage {
+fn cut_to_relevant_lines(passage: Passage, about: &Bag) -> Passage {
     if passage.text.len() <= MAX_PASSAGE_CHARS {
         return passage;
     }
@@ -327,7 +426,7 @@ fn cut_to_relevant_lines(passage: Passage, about: &HashSet<String>) -> Passage {
         // The lines do not add up, so no part of it can be named: keep the beginning.
         return Passage { text: clean::cut(&passage.text, MAX_PASSAGE_CHARS), ..passage };
     }
-    let hits: Vec<usize> = lines.iter().map(|line| words::of(line).intersection(about).count()).collect();
+    let hits: Vec<usize> = lines.iter().map(|line| words::of(line).shared_with(about)).collect();
     let (mut best, mut best_hits) = (0..0, 0);
     let (mut start, mut chars, mut found) = (0, 0, 0);
     for end in 0..lines.len() {
@@ -398,11 +497,11 @@ pub(super) mod tests {
         shelf
             .add(vec![passage("a.rs", 1, &format!("one\r\n{key}\n")), passage("b.rs", 11, &long.join("\n"))]);
         let entries: Vec<_> = shelf.entries().collect();
-        assert_eq!(entries[0].text_hash, quote_hash(&format!("one\n{key}")));
-        let Passage { start_line, end_line, .. } = entries[1].passage;
+        assert_eq!(*entries[0].text_hash, *quote_hash(&format!("one\n{key}")));
+        let Passage { start_line, end_line, .. } = *entries[1].passage;
         assert!(end_line - start_line < 399, "it was cut");
         let named = &long[start_line as usize - 11..=end_line as usize - 11];
-        assert_eq!(entries[1].text_hash, quote_hash(&named.join("\n")));
+        assert_eq!(*entries[1].text_hash, *quote_hash(&named.join("\n")));
     }
 
     #[test]
@@ -439,10 +538,10 @@ pub(super) mod tests {
         assert_eq!(spans, [(10, 20), (21, 30), (1, 9)]);
         assert_eq!((shelf.duplicates(), shelf.trimmed()), (2, 2));
         for entry in shelf.entries() {
-            let Passage { start_line, end_line, .. } = entry.passage;
+            let Passage { start_line, end_line, .. } = *entry.passage;
             let named = lines[start_line as usize - 1..end_line as usize].join("\n");
             assert_eq!(entry.passage.text, named, "exactly the lines it names");
-            assert_eq!(entry.text_hash, quote_hash(&named));
+            assert_eq!(*entry.text_hash, *quote_hash(&named));
         }
     }
 
@@ -492,7 +591,7 @@ pub(super) mod tests {
         lines[200] = "the lease is renewed while the run lives".to_owned();
         let mut shelf = Shelf::new("lease renewal");
         shelf.add(vec![passage("long.md", 11, &lines.join("\n"))]);
-        let entry = shelf.get(1).map_or_else(|| passage("", 1, ""), |entry| entry.passage.clone());
+        let entry = shelf.get(1).map_or_else(|| passage("", 1, ""), |entry| (*entry.passage).clone());
         assert!(entry.text.len() <= MAX_PASSAGE_CHARS);
         let at = entry.text.lines().position(|line| line.contains("the lease is renewed"));
         assert_eq!(at.map(|at| at + entry.start_line as usize), Some(211));

@@ -53,7 +53,7 @@ pub(super) fn document(content: &str, fields: &[Field]) -> Option<Reading> {
         let last = value.as_object().and_then(|map| map.keys().rev().find_map(|key| Field::named(key)));
         faults.push(Fault { field: last, text: "The answer breaks off here.".to_owned() });
     }
-    let mut bent = schema::coerce(value, &schema::of_fields(fields), &mut |text| {
+    let mut bent = schema::coerce(value, &schema::made(fields), &mut |text| {
         let name = text.trim_start_matches('`').split(['`', '.', '[']).next().unwrap_or_default();
         faults.push(Fault { field: Field::named(name), text: format!("{text}.") });
     });
@@ -194,6 +194,10 @@ fn find_object(content: &str, fields: &[Field]) -> Option<(Value, bool)> {
     // that is whole.
     let mut best: (usize, Value, bool) = (0, Value::Null, false);
     for (start, _) in text.match_indices('{').take(16) {
+        if best.0 == fields.len() {
+            // Nothing can hold more.
+            break;
+        }
         let rest = &text[start..];
         let mut stream = serde_json::Deserializer::from_str(rest).into_iter::<Value>();
         let (value, cut) = match stream.next() {

@@ -2,7 +2,7 @@
 //! and escaped, so that it can neither open a heading, a list, HTML or a link, nor look like one of
 //! our citation markers.
 
-use std::{collections::HashSet, fmt::Write as _, sync::LazyLock};
+use std::{borrow::Cow, collections::HashSet, fmt::Write as _, sync::LazyLock};
 
 use regex::Regex;
 
@@ -10,7 +10,7 @@ use super::{
     clean,
     finish::{Citation, CitationFault, Note},
     spec::{Claim, Field, Kind, Severity, Spec, key},
-    words,
+    words::{self, Bag},
 };
 
 /// What is rendered.
@@ -57,7 +57,7 @@ pub(super) fn markdown(input: &Input<'_>) -> String {
 
 struct Page<'a> {
     out: String,
-    request: HashSet<String>,
+    request: Bag,
     unsupported: &'a HashSet<String>,
     offline: bool,
 }
@@ -448,12 +448,13 @@ fn code(text: &str) -> String {
 }
 
 /// No link can be made from escaped text, but nobody should have to know that to trust it.
-fn without_schemes(text: &str) -> String {
+fn without_schemes(text: &str) -> Cow<'_, str> {
     static SCHEME: LazyLock<Option<Regex>> =
         LazyLock::new(|| Regex::new(r"(?i)\b(javascript|vbscript)\s*:").ok());
     match &*SCHEME {
-        Some(scheme) if scheme.is_match(text) => scheme.replace_all(text, "$1 -").into_owned(),
-        _ => text.to_owned(),
+        // Most texts have no colon, and are not worth a search.
+        Some(scheme) if text.contains(':') => scheme.replace_all(text, "$1 -"),
+        _ => Cow::Borrowed(text),
     }
 }
 
@@ -481,7 +482,7 @@ fn defused(source: &str) -> String {
         let tag = c == '<' && chars.peek().is_some_and(|next| next.is_alphabetic() || "/!?".contains(*next));
         out.push(if tag { '‹' } else { c });
     }
-    without_schemes(&out)
+    without_schemes(&out).into_owned()
 }
 
 /// A fenced block that its content cannot close.

@@ -112,7 +112,7 @@ pub fn request(
         max_completion_tokens: MAX_COMPLETION_TOKENS,
         response_format: match format {
             ResponseFormatSetting::JsonSchema => {
-                ResponseFormat::JsonSchema { name: "opinion".to_owned(), schema }
+                ResponseFormat::JsonSchema { name: "opinion".to_owned(), schema: schema.into() }
             }
             ResponseFormatSetting::JsonObject => ResponseFormat::JsonObject,
             ResponseFormatSetting::Text => ResponseFormat::Text,

@@ -1,7 +1,7 @@
 //! The JSON schema of each kind, in the strict dialect of the OpenAI API: every property required,
 //! no other allowed. [`coerce`] bends whatever came back into that shape and says where it had to.
 
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use serde_json::{Map, Value, json};
 
@@ -10,17 +10,20 @@ use super::spec::{Field, Kind};
 /// The name sent with the schema.
 pub(super) const NAME: &str = "architecture_document";
 
-/// The schema of a whole document.
-pub fn of_kind(kind: Kind) -> Value {
-    // Every prompt has one.
-    static SCHEMAS: LazyLock<[(Kind, Value); 4]> =
-        LazyLock::new(|| Kind::ALL.map(|kind| (kind, of_fields(kind.fields()))));
-    let made = SCHEMAS.iter().find(|(of, _)| *of == kind);
-    made.map_or_else(|| of_fields(kind.fields()), |(_, schema)| schema.clone())
+/// The schema of a whole document. Every prompt has one, so all of them share it.
+pub fn of_kind(kind: Kind) -> Arc<Value> {
+    made(kind.fields())
 }
 
-/// The schema of some fields of a document, for a repair.
-pub(super) fn of_fields(fields: &[Field]) -> Value {
+/// The schema of some fields of a document: one that is there already, or made for a repair.
+pub(super) fn made(fields: &[Field]) -> Arc<Value> {
+    static SCHEMAS: LazyLock<[(Kind, Arc<Value>); 4]> =
+        LazyLock::new(|| Kind::ALL.map(|kind| (kind, Arc::new(of_fields(kind.fields())))));
+    let known = SCHEMAS.iter().find(|(kind, _)| kind.fields() == fields);
+    known.map_or_else(|| Arc::new(of_fields(fields)), |(_, schema)| Arc::clone(schema))
+}
+
+fn of_fields(fields: &[Field]) -> Value {
     object(fields.iter().map(|field| (field.name(), of_field(*field))))
 }
 

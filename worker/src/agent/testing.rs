@@ -185,8 +185,7 @@ pub(super) fn failed(draft: &mut Draft) -> Failure {
 }
 
 fn revive(draft: &mut Draft) {
-    let text = draft.checkpoint().to_string();
-    let revived = Draft::restore(serde_json::from_str(&text).unwrap()).unwrap();
+    let revived = Draft::restore(&draft.checkpoint()).unwrap();
     assert_eq!(revived, *draft);
     *draft = revived;
 }

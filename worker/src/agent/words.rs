@@ -1,6 +1,9 @@
 //! The words that carry meaning in a text, for comparing texts without a model.
 
-use std::collections::HashSet;
+use std::{
+    hash::{BuildHasher as _, RandomState},
+    sync::LazyLock,
+};
 
 /// Words too common to say anything, in English prose about software.
 const STOP_WORDS: &[&str] = &[
@@ -14,20 +17,72 @@ const STOP_WORDS: &[&str] = &[
     "you", "your",
 ];
 
+/// The content words of a text, each once. Held as hashes, keyed anew in each process: eight bytes a word,
+/// and nobody can write two words that are taken for each other.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Bag(Vec<u64>);
+
+impl Bag {
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// How many both have.
+    pub(super) fn shared_with(&self, other: &Self) -> usize {
+        let (mut ours, mut theirs) = (self.0.iter().peekable(), other.0.iter().peekable());
+        let mut shared = 0;
+        while let (Some(our), Some(their)) = (ours.peek(), theirs.peek()) {
+            match our.cmp(their) {
+                std::cmp::Ordering::Less => drop(ours.next()),
+                std::cmp::Ordering::Greater => drop(theirs.next()),
+                std::cmp::Ordering::Equal => {
+                    shared += 1;
+                    ours.next();
+                    theirs.next();
+                }
+            }
+        }
+        shared
+    }
+
+    /// Is this [word](list) one of them?
+    pub(super) fn contains(&self, word: &str) -> bool {
+        self.0.binary_search(&hash(word)).is_ok()
+    }
+}
+
+fn hash(word: &str) -> u64 {
+    static HASHER: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+    HASHER.hash_one(word)
+}
+
 /// The content words of a text: lower case, identifiers split at case and underscores, stemmed.
-pub(super) fn of(text: &str) -> HashSet<String> {
-    list(text).into_iter().collect()
+pub(super) fn of(text: &str) -> Bag {
+    let mut words = Vec::new();
+    each(text, |word| words.push(hash(word)));
+    words.sort_unstable();
+    words.dedup();
+    words.shrink_to_fit();
+    Bag(words)
 }
 
 /// As [`of`], in order and with repetitions.
 pub(super) fn list(text: &str) -> Vec<String> {
     let mut words = Vec::new();
+    each(text, |word| words.push(word.to_owned()));
+    words
+}
+
+fn each(text: &str, mut found: impl FnMut(&str)) {
     let mut word = String::new();
     let mut was_lower = false;
     for c in text.chars() {
         let boundary = !c.is_alphanumeric() || (c.is_uppercase() && was_lower);
         if boundary {
-            push(&mut words, &word);
+            if is_content(&word) {
+                found(stem(&word));
+            }
             word.clear();
         }
         if c.is_ascii_alphanumeric() {
@@ -37,15 +92,13 @@ pub(super) fn list(text: &str) -> Vec<String> {
         }
         was_lower = c.is_lowercase();
     }
-    push(&mut words, &word);
-    words
+    if is_content(&word) {
+        found(stem(&word));
+    }
 }
 
-fn push(words: &mut Vec<String>, word: &str) {
-    if word.len() < 3 || word.chars().count() < 3 || STOP_WORDS.binary_search(&word).is_ok() {
-        return;
-    }
-    words.push(stem(word).to_owned());
+fn is_content(word: &str) -> bool {
+    word.len() >= 3 && word.chars().nth(2).is_some() && STOP_WORDS.binary_search(&word).is_err()
 }
 
 /// Cuts the common English endings; crude, but the same on both sides of a comparison.
@@ -62,17 +115,16 @@ fn stem(word: &str) -> &str {
 }
 
 /// What share of `part`'s words occurs in `whole`, 0 to 1; 0 for no words.
-pub(super) fn share(part: &HashSet<String>, whole: &HashSet<String>) -> f64 {
-    if part.is_empty() {
+pub(super) fn share(part: &Bag, whole: &Bag) -> f64 {
+    if part.len() == 0 {
         return 0.0;
     }
-    part.intersection(whole).count() as f64 / part.len() as f64
+    part.shared_with(whole) as f64 / part.len() as f64
 }
 
 /// How much two texts have in common, 0 to 1 (Jaccard).
-pub(super) fn similarity(a: &HashSet<String>, b: &HashSet<String>) -> f64 {
-    let (a, b) = if a.len() <= b.len() { (a, b) } else { (b, a) };
-    let common = a.intersection(b).count();
+pub(super) fn similarity(a: &Bag, b: &Bag) -> f64 {
+    let common = a.shared_with(b);
     let all = a.len() + b.len() - common;
     if all == 0 { 0.0 } else { common as f64 / all as f64 }
 }
@@ -84,7 +136,17 @@ mod tests {
     #[test]
     fn identifiers_and_prose_meet() {
         let code = of("fn claim_run(&self, leaseUntil: Timestamp)");
-        assert!(of("a worker claims the lease").iter().filter(|word| code.contains(*word)).count() >= 2);
+        assert!(of("a worker claims the lease").shared_with(&code) >= 2);
+    }
+
+    #[test]
+    fn a_bag_has_the_words_of_the_list_each_once() {
+        let text = "Leases expire; a lease that expired is taken over, and the workerPool takes it.";
+        let (bag, list) = (of(text), list(text));
+        assert!(list.iter().all(|word| bag.contains(word)) && !bag.contains("gateway"));
+        assert_eq!(list, ["leas", "expir", "leas", "expir", "taken", "work", "pool", "tak"]);
+        assert_eq!(bag.len(), 6);
+        assert_eq!(of("a lease expires").shared_with(&bag), 2);
     }
 
     #[test]

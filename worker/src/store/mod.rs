@@ -41,6 +41,64 @@ pub async fn open(config: &Config) -> Result<Arc<dyn RunStore>, UpstreamError> {
     }
 }
 
+/// A JSON document as text: made once, by the run it belongs to, then stored and sent as it is. What is in
+/// it counts, not how it is written.
+#[derive(Clone, Debug)]
+pub struct Json(Arc<str>);
+
+impl Json {
+    /// The document that `value` is.
+    pub fn of<T: Serialize + ?Sized>(value: &T) -> Result<Self, serde_json::Error> {
+        Ok(Self(serde_json::to_string(value)?.into()))
+    }
+
+    /// As text.
+    pub fn text(&self) -> &str {
+        &self.0
+    }
+
+    /// As a value; null where it is no JSON, which only a store that somebody wrote into can hold.
+    pub fn value(&self) -> Value {
+        serde_json::from_str(&self.0).unwrap_or(Value::Null)
+    }
+}
+
+impl From<String> for Json {
+    fn from(text: String) -> Self {
+        Self(text.into())
+    }
+}
+
+impl From<Value> for Json {
+    fn from(value: Value) -> Self {
+        Self(value.to_string().into())
+    }
+}
+
+impl PartialEq for Json {
+    fn eq(&self, other: &Self) -> bool {
+        self.0 == other.0 || self.value() == other.value()
+    }
+}
+
+impl PartialEq<Value> for Json {
+    fn eq(&self, other: &Value) -> bool {
+        self.value() == *other
+    }
+}
+
+impl Serialize for Json {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.value().serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Json {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Value::deserialize(deserializer).map(Self::from)
+    }
+}
+
 /// Why a store call did not do what was asked.
 pub type StoreError = LedgerError;
 
@@ -134,7 +192,7 @@ pub struct Checkpoint {
     /// Hash of what went in, for the reader of a trace.
     pub input_hash: String,
     /// What came out, with all that is needed to go on from here without calling again.
-    pub output: Value,
+    pub output: Json,
     /// What it billed.
     pub usage: Usage,
 }
@@ -241,8 +299,8 @@ pub struct OutboxRow {
     pub task_id: TaskId,
     /// Short name of the topic.
     pub topic: String,
-    /// The answer as JSON.
-    pub message: Value,
+    /// The answer.
+    pub message: Json,
     /// Attributes.
     pub attributes: Vec<(String, String)>,
 }

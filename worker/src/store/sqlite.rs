@@ -27,9 +27,9 @@ use uuid::Uuid;
 
 use super::{
     Checkpoint, Claim, ClaimRequest, ClaimedRun, DayAccount, DeadLetter, DeadLetterDetail, DeadLetterFilter,
-    DeadLetterPurge, DeadLetterRecord, FinalStatus, Finish, FleetChange, FleetState, Lease, OUTBOX_HOLD,
-    OutboxRow, Published, Purged, Renewal, RunDetail, RunFilter, RunRecord, RunStatus, RunStore, Settlement,
-    StoreError, Wake,
+    DeadLetterPurge, DeadLetterRecord, FinalStatus, Finish, FleetChange, FleetState, Json, Lease,
+    OUTBOX_HOLD, OutboxRow, Published, Purged, Renewal, RunDetail, RunFilter, RunRecord, RunStatus, RunStore,
+    Settlement, StoreError, Wake,
 };
 
 mod operator;
@@ -121,8 +121,8 @@ impl RunStore for SqliteStore {
     }
 
     async fn finish_run(&self, lease: Lease, finish: &Finish) -> Result<Published, StoreError> {
-        let finish = finish.clone();
-        self.db.write(move |tx, now| finish_run(tx, now, &lease, &finish)).await?
+        let sealed = Sealed::of(finish)?;
+        self.db.write(move |tx, now| finish_run(tx, now, &lease, &sealed)).await?
     }
 
     async fn defer_run(
@@ -133,7 +133,7 @@ impl RunStore for SqliteStore {
         answer: &Answer,
         attributes: &[(String, String)],
     ) -> Result<Published, StoreError> {
-        let (topic, answer, attributes) = (topic.to_owned(), answer.clone(), attributes.to_vec());
+        let (topic, answer, attributes) = (topic.to_owned(), json(answer)?, attributes.to_vec());
         self.db
             .write(move |tx, now| {
                 let task_id = lease.task_id.to_string();
@@ -162,7 +162,7 @@ impl RunStore for SqliteStore {
                     attempt: Some(lease.attempt),
                     is_final: false,
                     topic: &topic,
-                    answer: &answer,
+                    message: &answer,
                     attributes: &attributes,
                     held: true,
                 };
@@ -272,7 +272,8 @@ impl RunStore for SqliteStore {
     }
 
     async fn cancel_run(&self, task_id: TaskId, topic: &str, answer: &Answer) -> Result<bool, StoreError> {
-        let (topic, answer) = (topic.to_owned(), answer.clone());
+        let (topic, message, attributes) = (topic.to_owned(), json(answer)?, answer.attributes());
+        let why = answer.content.as_str().map(str::to_owned);
         self.db
             .write(move |tx, now| {
                 let Some(run) = run_state(tx, task_id)? else {
@@ -291,17 +292,17 @@ impl RunStore for SqliteStore {
                     status: FinalStatus::Failed,
                     model: None,
                     error_code: Some("cancelled"),
-                    error_message: answer.content.as_str(),
+                    error_message: why.as_deref(),
                     finished_attempt: None,
                 };
-                end_run(tx, now, task_id, &end, &answer)?;
+                end_run(tx, now, task_id, &end, &message)?;
                 let new = NewOutbox {
                     task_id,
                     attempt: None,
                     is_final: true,
                     topic: &topic,
-                    answer: &answer,
-                    attributes: &answer.attributes(),
+                    message: &message,
+                    attributes: &attributes,
                     held: false,
                 };
                 put_outbox(tx, now, &new)?;
@@ -431,25 +432,8 @@ fn run_state(tx: &Transaction<'_>, task_id: TaskId) -> Result<Option<RunState>, 
 }
 
 fn claim_run(tx: &Transaction<'_>, now: Timestamp, request: &ClaimRequest) -> Result<Claim, StoreError> {
+    let Some(state) = run_state(tx, request.task_id)? else { return claim_new(tx, now, request) };
     let id = request.task_id.to_string();
-    let state = if let Some(state) = run_state(tx, request.task_id)? {
-        state
-    } else {
-        tx.prepare_cached(
-            "INSERT INTO runs (task_id, status, tenant, requester, created_at) VALUES (?1, 'queued', ?2, ?3, ?4)",
-        )?
-        .execute(params![id, request.tenant, request.requester, to_micros(now)])?;
-        tx.prepare_cached("INSERT OR IGNORE INTO architect_in (id, data, created_at) VALUES (?1, ?2, ?3)")?
-            .execute(params![id, request.message.to_string(), to_micros(now)])?;
-        RunState {
-            status: RunStatus::Queued,
-            attempt: 0,
-            lease_until: None,
-            claim_id: None,
-            finished_attempt: None,
-            cancel_requested: operator::take_early_cancel(tx, request.task_id)?,
-        }
-    };
     if state.is_final() {
         return Ok(Claim::Finished { unsent: unsent(tx, request.task_id)? });
     }
@@ -467,6 +451,53 @@ fn claim_run(tx: &Transaction<'_>, now: Timestamp, request: &ClaimRequest) -> Re
     }
     let run = take(tx, now, request.task_id, state, Some(request.claim_id), &request.worker, request.lease)?;
     Ok(Claim::Claimed(run))
+}
+
+/// Stores a run that nobody knew, and claims it. Nearly every run is claimed like this: it has no steps, has
+/// spent nothing, and no attempt of it left anything open.
+fn claim_new(tx: &Transaction<'_>, now: Timestamp, request: &ClaimRequest) -> Result<Claim, StoreError> {
+    let id = request.task_id.to_string();
+    let cancel_requested = operator::take_early_cancel(tx, request.task_id)?;
+    // What is only to be answered as cancelled need not wait for `resume`.
+    let paused = !cancel_requested && books::fleet_settings(tx)?.paused;
+    let lease_until = after(now, request.lease);
+    tx.prepare_cached(
+        "INSERT INTO runs (task_id, status, attempt, claim_id, lease_owner, lease_until, started_at, tenant,
+                           requester, created_at, cancel_requested)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+    )?
+    .execute(params![
+        id,
+        if paused { "queued" } else { "running" },
+        u32::from(!paused),
+        (!paused).then(|| request.claim_id.to_string()),
+        (!paused).then_some(&request.worker.0),
+        (!paused).then(|| to_micros(lease_until)),
+        (!paused).then(|| to_micros(now)),
+        request.tenant,
+        request.requester,
+        to_micros(now),
+        cancel_requested
+    ])?;
+    let stored = tx
+        .prepare_cached("INSERT OR IGNORE INTO architect_in (id, data, created_at) VALUES (?1, ?2, ?3)")?
+        .execute(params![id, request.message.to_string(), to_micros(now)])?;
+    if paused {
+        return Ok(Claim::Held);
+    }
+    // Somebody may have stored a request of this name before: then it is the one that counts.
+    let known = if stored == 0 { stored_message(tx, request.task_id)? } else { None };
+    let message = known.unwrap_or_else(|| request.message.clone());
+    Ok(Claim::Claimed(ClaimedRun {
+        lease: Lease { task_id: request.task_id, attempt: 1, lease_until },
+        parent: parent(tx, &message, request.tenant.as_deref())?,
+        message,
+        steps: Vec::new(),
+        spent: Tokens(0),
+        taken_over: false,
+        deferrals: 0,
+        cancel_requested,
+    }))
 }
 
 /// Gives the lease to `worker` as a new attempt. What a former attempt left open is booked as spent.
@@ -510,19 +541,7 @@ fn claimed(
         .query_row([task_id.to_string()], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
     let message = stored_message(tx, task_id)?
         .ok_or_else(|| unreadable(format!("run {task_id} is open and its request is not there")))?;
-    let parent_id = message.pointer("/metadata/parent_id").and_then(Value::as_str);
-    let parent = match parent_id.and_then(|id| id.parse::<TaskId>().ok()) {
-        Some(parent_id) => {
-            // Only a finished spec, and never another tenant's.
-            let readable: bool = tx
-                .prepare_cached(
-                    "SELECT EXISTS (SELECT 1 FROM runs WHERE task_id = ?1 AND status = 'done' AND tenant IS ?2)",
-                )?
-                .query_row(params![parent_id.to_string(), tenant], |row| row.get(0))?;
-            if readable { stored_answer(tx, parent_id)? } else { None }
-        }
-        None => None,
-    };
+    let parent = parent(tx, &message, tenant.as_deref())?;
     Ok(ClaimedRun {
         lease: Lease { task_id, attempt, lease_until },
         message,
@@ -533,6 +552,18 @@ fn claimed(
         deferrals,
         cancel_requested,
     })
+}
+
+/// The answer that a request refines: only a finished spec, and never another tenant's.
+fn parent(tx: &Transaction<'_>, message: &Value, tenant: Option<&str>) -> Result<Option<Value>, StoreError> {
+    let parent_id = message.pointer("/metadata/parent_id").and_then(Value::as_str);
+    let Some(parent_id) = parent_id.and_then(|id| id.parse::<TaskId>().ok()) else { return Ok(None) };
+    let readable: bool = tx
+        .prepare_cached(
+            "SELECT EXISTS (SELECT 1 FROM runs WHERE task_id = ?1 AND status = 'done' AND tenant IS ?2)",
+        )?
+        .query_row(params![parent_id.to_string(), tenant], |row| row.get(0))?;
+    if readable { stored_answer(tx, parent_id) } else { Ok(None) }
 }
 
 fn claim_due(
@@ -622,11 +653,51 @@ fn claim_due(
     Ok(runs)
 }
 
+/// A [`Finish`] as its rows hold it. Its caller serialises: all callers share the connection's thread.
+struct Sealed {
+    status: FinalStatus,
+    answer: Json,
+    topic: String,
+    attributes: Vec<(String, String)>,
+    model: Option<String>,
+    error_code: Option<String>,
+    error_message: Option<String>,
+    settlement: Option<Settlement>,
+    checkpoint: Option<Checkpoint>,
+}
+
+impl Sealed {
+    fn of(finish: &Finish) -> Result<Self, StoreError> {
+        let Finish {
+            status,
+            answer,
+            topic,
+            attributes,
+            model,
+            error_code,
+            error_message,
+            settlement,
+            checkpoint,
+        } = finish;
+        Ok(Self {
+            status: *status,
+            answer: json(answer)?,
+            topic: topic.clone(),
+            attributes: attributes.clone(),
+            model: model.clone(),
+            error_code: error_code.clone(),
+            error_message: error_message.clone(),
+            settlement: settlement.clone(),
+            checkpoint: checkpoint.clone(),
+        })
+    }
+}
+
 fn finish_run(
     tx: &Transaction<'_>,
     now: Timestamp,
     lease: &Lease,
-    finish: &Finish,
+    finish: &Sealed,
 ) -> Result<Result<Published, StoreError>, StoreError> {
     if let Some(settlement) = &finish.settlement {
         books::close(tx, now, settlement.reservation_id, settlement.closing)?;
@@ -656,7 +727,7 @@ fn finish_run(
         attempt: Some(lease.attempt),
         is_final: true,
         topic: &finish.topic,
-        answer: &finish.answer,
+        message: &finish.answer,
         attributes: &finish.attributes,
         held: true,
     };
@@ -679,7 +750,7 @@ fn end_run(
     now: Timestamp,
     task_id: TaskId,
     end: &End<'_>,
-    answer: &Answer,
+    answer: &Json,
 ) -> Result<(), StoreError> {
     // Before the run is final, because what is booked later does not change its row any more.
     books::assume_open(tx, now, task_id)?;
@@ -703,7 +774,7 @@ fn end_run(
         end.finished_attempt
     ])?;
     tx.prepare_cached("INSERT INTO architect_out (id, data, created_at) VALUES (?1, ?2, ?3)")?
-        .execute(params![task_id.to_string(), to_json(answer)?, to_micros(now)])?;
+        .execute(params![task_id.to_string(), answer.text(), to_micros(now)])?;
     Ok(())
 }
 
@@ -722,7 +793,7 @@ fn store_checkpoint(
         task_id.to_string(),
         checkpoint.step,
         checkpoint.input_hash,
-        checkpoint.output.to_string(),
+        checkpoint.output.text(),
         to_json(&checkpoint.usage)?,
         to_micros(now)
     ])?;
@@ -778,7 +849,7 @@ fn record_dead_letter(tx: &Transaction<'_>, now: Timestamp, letter: &DeadLetter)
             error_message: Some(&letter.detail),
             finished_attempt: None,
         };
-        end_run(tx, now, task_id, &end, answer)?;
+        end_run(tx, now, task_id, &end, &json(answer)?)?;
         result_of = result;
     }
     for (index, (topic, answer)) in letter.announce.iter().enumerate() {
@@ -787,7 +858,7 @@ fn record_dead_letter(tx: &Transaction<'_>, now: Timestamp, letter: &DeadLetter)
             attempt: None,
             is_final: result_of == Some(index),
             topic,
-            answer,
+            message: &json(answer)?,
             attributes: &answer.attributes(),
             held: false,
         };
@@ -838,7 +909,7 @@ struct NewOutbox<'a> {
     attempt: Option<u32>,
     is_final: bool,
     topic: &'a str,
-    answer: &'a Answer,
+    message: &'a Json,
     attributes: &'a [(String, String)],
     /// True when the caller is going to publish it at once.
     held: bool,
@@ -849,7 +920,7 @@ fn put_outbox(tx: &Transaction<'_>, now: Timestamp, new: &NewOutbox<'_>) -> Resu
         id: Uuid::now_v7(),
         task_id: new.task_id,
         topic: new.topic.to_owned(),
-        message: serde_json::to_value(new.answer).map_err(unreadable)?,
+        message: new.message.clone(),
         attributes: new.attributes.to_vec(),
     };
     tx.prepare_cached(
@@ -862,7 +933,7 @@ fn put_outbox(tx: &Transaction<'_>, now: Timestamp, new: &NewOutbox<'_>) -> Resu
         new.attempt,
         new.is_final,
         row.topic,
-        row.message.to_string(),
+        row.message.text(),
         to_json(&row.attributes)?,
         to_micros(now),
         new.held.then(|| to_micros(after(now, OUTBOX_HOLD)))
@@ -911,7 +982,7 @@ impl RawOutbox {
             id: self.id.parse().map_err(unreadable)?,
             task_id: self.task_id.parse().map_err(unreadable)?,
             topic: self.topic,
-            message: from_json(&self.message)?,
+            message: self.message.into(),
             attributes: from_json(&self.attributes)?,
         })
     }
@@ -1000,7 +1071,7 @@ fn steps(tx: &Transaction<'_>, task_id: TaskId) -> Result<Vec<Checkpoint>, Store
     let mut steps = Vec::new();
     for row in rows {
         let (step, input_hash, output, usage) = row?;
-        steps.push(Checkpoint { step, input_hash, output: from_json(&output)?, usage: from_json(&usage)? });
+        steps.push(Checkpoint { step, input_hash, output: output.into(), usage: from_json(&usage)? });
     }
     Ok(steps)
 }
@@ -1020,6 +1091,10 @@ fn fenced_as_value(result: Result<(), StoreError>) -> Result<Option<StoreError>,
         Err(fenced @ LedgerError::Fenced { .. }) => Ok(Some(fenced)),
         Err(other) => Err(other),
     }
+}
+
+fn json(answer: &Answer) -> Result<Json, StoreError> {
+    Json::of(answer).map_err(unreadable)
 }
 
 fn to_json<T: serde::Serialize>(value: &T) -> Result<String, StoreError> {

@@ -348,7 +348,7 @@ pub(crate) fn checkpoint(step: &str, text: &str) -> Checkpoint {
     Checkpoint {
         step: step.to_owned(),
         input_hash: "abc".to_owned(),
-        output: json!({"text": text}),
+        output: json!({"text": text}).into(),
         usage: Usage { prompt: Tokens(3), completion: Tokens(4) },
     }
 }

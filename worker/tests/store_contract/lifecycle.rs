@@ -96,7 +96,7 @@ async fn a_run_with_one_model_call_takes_three_calls(h: Harness) {
     assert_eq!(stored.run.model.as_deref(), Some("gpt-4.1"));
     assert_eq!((stored.run.lease_owner, stored.run.lease_until), (None, None));
     assert_eq!(stored.run.ended_at, Some(h.now()));
-    assert_eq!(stored.answer, Some(published.outbox.message));
+    assert_eq!(stored.answer, Some(published.outbox.message.value()));
     assert_eq!(stored.steps, vec![checkpoint("draft.0", "the spec")]);
     assert_eq!(h.results_of(task).await, (1, 1));
     let global = h.global().await;
@@ -576,8 +576,8 @@ async fn a_cancel_is_answered_like_any_other_end_of_the_run(h: Harness) {
     }
     let [row] = h.store.outbox_take(10, LEASE).await.unwrap().try_into().unwrap();
     assert_eq!((row.task_id, row.topic.as_str()), (waiting, "architect_out-acme"));
-    assert_eq!(row.message["metadata"]["ticket"], 7);
-    assert_eq!(row.message["metadata"]["error_code"], "cancelled");
+    assert_eq!(row.message.value()["metadata"]["ticket"], 7);
+    assert_eq!(row.message.value()["metadata"]["error_code"], "cancelled");
 }
 
 async fn any_text_is_stored(h: Harness) {

@@ -193,14 +193,14 @@ async fn goes_on(h: &Harness) {
 
     // The answer that was not sent is; that one, and no other.
     let [unsent] = h.store.outbox_take(10, LEASE).await.unwrap().try_into().unwrap();
-    assert_eq!((unsent.task_id, unsent.message["content"].as_str()), (id(FAILED), Some("No.")));
+    assert_eq!((unsent.task_id, unsent.message.value()["content"].as_str()), (id(FAILED), Some("No.")));
     h.store.outbox_mark_sent(&[unsent.id]).await.unwrap();
 
     // The dead worker's run goes on from its checkpoint; what it had open is booked as spent.
     assert_eq!(h.store.wake_run(id(DEFERRED)).await.unwrap(), Wake::Due);
     let [taken, deferred] = h.due(10).await.try_into().unwrap();
     assert_eq!((taken.lease.task_id, taken.lease.attempt, taken.taken_over), (id(ABANDONED), 2, true));
-    assert_eq!((taken.steps[0].output["text"].as_str(), taken.spent), (Some("half"), Tokens(67)));
+    assert_eq!((taken.steps[0].output.value()["text"].as_str(), taken.spent), (Some("half"), Tokens(67)));
     h.store.finish_run(taken.lease, &done(id(ABANDONED))).await.unwrap();
     assert_eq!((deferred.lease.task_id, deferred.deferrals), (id(DEFERRED), 1));
     assert_eq!(deferred.message["metadata"]["team"], "billing");

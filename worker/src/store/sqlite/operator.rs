@@ -98,14 +98,11 @@ pub(super) fn cancel_early(tx: &Transaction<'_>, now: Timestamp, task_id: TaskId
     Ok(())
 }
 
-/// Was the task, whose run is made right now, cancelled before? Its run remembers it from here on.
+/// Was the task, whose run is made right now, cancelled before? Its run must remember it from here on.
 pub(super) fn take_early_cancel(tx: &Transaction<'_>, task_id: TaskId) -> Result<bool, StoreError> {
-    let id = task_id.to_string();
-    if tx.prepare_cached("DELETE FROM early_cancels WHERE task_id = ?1")?.execute([&id])? == 0 {
-        return Ok(false);
-    }
-    tx.prepare_cached("UPDATE runs SET cancel_requested = 1 WHERE task_id = ?1")?.execute([&id])?;
-    Ok(true)
+    let known =
+        tx.prepare_cached("DELETE FROM early_cancels WHERE task_id = ?1")?.execute([task_id.to_string()])?;
+    Ok(known > 0)
 }
 
 /// A dead letter's columns; `raw` is base64, so its size is computed from its length and padding.
