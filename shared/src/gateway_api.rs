@@ -12,14 +12,18 @@ pub const DEGRADED_HEADER: &str = "x-atlas-degraded";
 #[serde(deny_unknown_fields)]
 pub struct QueryChatRequest {
     /// What to look for, in words.
+    #[schema(min_length = 1, max_length = 32768, pattern = r"\S")]
     pub query: String,
     /// How many passages at most, 1 to `MAX_TOP_K`; the gateway's default when missing.
+    #[schema(minimum = 1)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top_k: Option<usize>,
     /// Which collection; the gateway's default when missing.
+    #[schema(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(@[0-9]+)?$")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collection: Option<String>,
     /// Several collections, up to 16, searched as one. Not together with `collection`.
+    #[schema(min_items = 1, max_items = 16)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collections: Option<Vec<String>>,
     /// Which lists are searched; `hybrid` when missing.
@@ -27,6 +31,7 @@ pub struct QueryChatRequest {
     pub mode: Option<SearchMode>,
     /// Drop passages whose cosine is below this, 0 to 1. Ignored for passages without a cosine.
     /// The default depends on the embedding model.
+    #[schema(minimum = 0, maximum = 1)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub relevancy_threshold: Option<f32>,
     /// At most one passage a file.
@@ -37,10 +42,12 @@ pub struct QueryChatRequest {
     pub rerank: Option<bool>,
     /// Maximal marginal relevance: from 0 (relevance alone, the default) to 1 (passages that repeat
     /// what is there already come last).
+    #[schema(minimum = 0, maximum = 1)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub diversity: Option<f32>,
     /// Join passages with their neighbours in the file, up to this many tokens each; 0: never. The
     /// gateway's default (`PASSAGE_TOKENS`) when missing.
+    #[schema(maximum = 100_000)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub passage_tokens: Option<usize>,
     /// Only passages that match.
@@ -66,15 +73,19 @@ pub enum SearchMode {
 #[serde(deny_unknown_fields)]
 pub struct QueryFilter {
     /// A glob over `source`, such as `docs/**/*.md`.
+    #[schema(max_length = 1024)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
     /// A language, such as `rust`.
+    #[schema(max_length = 1024)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lang: Option<String>,
     /// A repository name, as it was indexed.
+    #[schema(max_length = 1024)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub repo: Option<String>,
     /// A tenant: its passages, and those that belong to nobody. Without it: only the latter.
+    #[schema(max_length = 1024)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tenant: Option<String>,
 }
@@ -133,6 +144,7 @@ impl Passage {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Document {
     /// Path of the file inside its repository, or any stable name.
+    #[schema(min_length = 1, pattern = r"\S")]
     pub source: String,
     /// The whole text, UTF-8.
     pub text: String,
@@ -208,9 +220,11 @@ pub struct JobStatus {
 #[serde(deny_unknown_fields)]
 pub struct PutDocuments {
     /// Which collection; the gateway's default when missing. Created when it does not exist.
+    #[schema(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(@[0-9]+)?$")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collection: Option<String>,
     /// What to index, bounded by `MAX_BODY_BYTES`.
+    #[schema(min_items = 1)]
     pub documents: Vec<Document>,
 }
 
@@ -254,6 +268,7 @@ pub struct PutDocumentsResult {
 #[serde(deny_unknown_fields)]
 pub struct DeleteDocuments {
     /// Which collection; the gateway's default when missing.
+    #[schema(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(@[0-9]+)?$")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collection: Option<String>,
     /// Repository the sources belong to, when they were indexed with one.
@@ -263,6 +278,7 @@ pub struct DeleteDocuments {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tenant: Option<String>,
     /// Sources to delete.
+    #[schema(min_items = 1)]
     pub sources: Vec<String>,
 }
 
@@ -355,6 +371,7 @@ pub struct IndexRepository {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
     /// Which collection; the gateway's default when missing.
+    #[schema(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(@[0-9]+)?$")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collection: Option<String>,
 }
