@@ -58,7 +58,7 @@ const WAL_SEGMENT_BYTES: usize = 4 * 1024 * 1024;
 
 /// About so many chunks are in one segment of the engine before it is rebuilt for reading. The tests of this crate
 /// rebuild all the time.
-const SEGMENT_CHUNKS: usize = if cfg!(test) { 4 } else { 4 * 1024 };
+const SEGMENT_CHUNKS: usize = if cfg!(test) { 4 } else { 16 * 1024 };
 
 /// Segments of a collection, before the engine merges small ones.
 const SEGMENTS: usize = 32;
