@@ -197,8 +197,8 @@ struct Open {
 /// What a kind of node can be, by its number: names are compared once a file and not once a node.
 #[derive(Clone, Copy, Default)]
 struct Kind {
-    /// [`definition`] may name one.
-    may_define: bool,
+    /// Of what nodes of this kind may define.
+    label: Option<Label>,
     /// See [`is_decoration`].
     decorates: bool,
 }
@@ -221,7 +221,7 @@ impl<'a, 't> Reading<'a, 't> {
     fn new(lines: &'a Lines<'t>, grammar: &Language) -> Self {
         let kinds = (0..u16::try_from(grammar.node_kind_count()).unwrap_or(u16::MAX)).map(|id| {
             let kind = grammar.node_kind_for_id(id).unwrap_or_default();
-            Kind { may_define: may_define(kind), decorates: is_decoration(kind) }
+            Kind { label: label(kind), decorates: is_decoration(kind) }
         });
         let mut structure = Structure::flat(lines.len());
         for line in 0..lines.len() {
@@ -272,7 +272,7 @@ impl<'a, 't> Reading<'a, 't> {
         let line = start.row;
         // A kind that is not in the table is no definition either: an error.
         let kind = self.kinds.get(usize::from(node.kind_id())).copied().unwrap_or_default();
-        let name = if kind.may_define { definition(node, self.lines.text()) } else { None };
+        let name = kind.label.and_then(|label| definition(label, node, self.lines.text()));
         let begins_line = self.last_line != Some(line)
             && line < self.lines.len()
             && self
@@ -366,119 +366,88 @@ fn is_decoration(kind: &str) -> bool {
         )
 }
 
-/// True of the kinds that [`definition`] knows.
-fn may_define(kind: &str) -> bool {
-    const KINDS: &[&str] = &[
-        "abstract_class_declaration",
-        "annotation_type_declaration",
-        "class",
-        "class_declaration",
-        "class_definition",
-        "class_specifier",
-        "compact_constructor_declaration",
-        "constructor_declaration",
-        "delegate_declaration",
-        "enum_declaration",
-        "enum_definition",
-        "enum_item",
-        "enum_specifier",
-        "file_scoped_namespace_declaration",
-        "function_declaration",
-        "function_definition",
-        "function_item",
-        "function_signature_item",
-        "generator_function_declaration",
-        "given_definition",
-        "impl_item",
-        "interface_declaration",
-        "internal_module",
-        "macro_definition",
-        "method",
-        "method_declaration",
-        "method_definition",
-        "mod_item",
-        "module",
-        "namespace_declaration",
-        "namespace_definition",
-        "object_declaration",
-        "object_definition",
-        "property_declaration",
-        "record_declaration",
-        "singleton_method",
-        "struct_declaration",
-        "struct_item",
-        "struct_specifier",
-        "trait_declaration",
-        "trait_definition",
-        "trait_item",
-        "type_alias_declaration",
-        "type_definition",
-        "type_item",
-        "type_spec",
-        "union_item",
-        "union_specifier",
-        "variable_declarator",
-    ];
-    KINDS.binary_search(&kind).is_ok()
+/// How a definition is called where it is shown: the `fn` of `fn finish`.
+#[derive(Clone, Copy)]
+enum Label {
+    Always(&'static str),
+    /// Where one kind of node stands for several things, or not always for a definition.
+    ByNode(fn(Node<'_>) -> Option<&'static str>),
+    /// `impl Store for Memory`.
+    Implementation,
 }
 
-/// What a node defines, such as `fn finish`.
-fn definition(node: Node<'_>, text: &str) -> Option<String> {
-    let label = match node.kind() {
-        // Rust.
-        "function_item" | "function_signature_item" => "fn",
-        "struct_item" | "struct_specifier" | "struct_declaration" => "struct",
-        "enum_item" | "enum_specifier" | "enum_declaration" | "enum_definition" => "enum",
-        "union_item" | "union_specifier" => "union",
-        "trait_item" | "trait_definition" | "trait_declaration" => "trait",
-        "mod_item" => "mod",
-        "macro_definition" => "macro",
-        "type_item" | "type_spec" | "type_alias_declaration" | "type_definition" => "type",
-        "impl_item" => return implementation(node, text),
+/// The label of what nodes of this kind define; `None` of the kinds that define nothing.
+fn label(kind: &str) -> Option<Label> {
+    use Label::{Always, ByNode, Implementation};
+    Some(match kind {
+        "function_item" | "function_signature_item" => Always("fn"),
+        "struct_item" | "struct_declaration" => Always("struct"),
+        "struct_specifier" => ByNode(|node| has(node, "body").then_some("struct")),
+        "enum_item" | "enum_declaration" | "enum_definition" => Always("enum"),
+        "enum_specifier" => ByNode(|node| has(node, "body").then_some("enum")),
+        "union_item" => Always("union"),
+        "union_specifier" => ByNode(|node| has(node, "body").then_some("union")),
+        "trait_item" | "trait_definition" | "trait_declaration" => Always("trait"),
+        "mod_item" => Always("mod"),
+        "macro_definition" => Always("macro"),
+        "type_item" | "type_spec" | "type_alias_declaration" | "type_definition" => Always("type"),
+        "impl_item" => Implementation,
         // Go has methods of this kind, Java and C# too.
-        "method_declaration" if node.child_by_field_name("receiver").is_some() => "func",
-        "method_declaration" | "method_definition" | "compact_constructor_declaration" => "method",
-        "constructor_declaration" => "constructor",
-        "function_declaration" => match node.child(0).map(|word| word.kind()) {
-            Some("func") => "func",
-            Some("def") => "def",
-            Some("fun" | "modifiers") => "fun",
-            _ => "function",
-        },
-        "generator_function_declaration" => "function",
-        "function_definition" => match node.child(0).map(|word| word.kind()) {
-            // `async def` too; Scala puts modifiers first.
-            Some("def" | "async" | "modifiers") => "def",
-            _ => "function",
-        },
-        "method" | "singleton_method" => "def",
-        "class_definition"
-        | "class_declaration"
-        | "class_specifier"
-        | "abstract_class_declaration"
-        | "class" => "class",
-        "module" => "module",
-        "interface_declaration" => "interface",
-        "annotation_type_declaration" => "@interface",
-        "record_declaration" => "record",
-        "object_definition" | "object_declaration" => "object",
-        "given_definition" => "given",
+        "method_declaration" => ByNode(|node| Some(if has(node, "receiver") { "func" } else { "method" })),
+        "method_definition" | "compact_constructor_declaration" => Always("method"),
+        "constructor_declaration" => Always("constructor"),
+        "function_declaration" => ByNode(|node| {
+            Some(match node.child(0).map(|word| word.kind()) {
+                Some("func") => "func",
+                Some("def") => "def",
+                Some("fun" | "modifiers") => "fun",
+                _ => "function",
+            })
+        }),
+        "generator_function_declaration" => Always("function"),
+        "function_definition" => ByNode(|node| {
+            Some(match node.child(0).map(|word| word.kind()) {
+                // `async def` too; Scala puts modifiers first.
+                Some("def" | "async" | "modifiers") => "def",
+                _ => "function",
+            })
+        }),
+        "method" | "singleton_method" => Always("def"),
+        "class_definition" | "class_declaration" | "abstract_class_declaration" | "class" => Always("class"),
+        "class_specifier" => ByNode(|node| has(node, "body").then_some("class")),
+        "module" => Always("module"),
+        "interface_declaration" => Always("interface"),
+        "annotation_type_declaration" => Always("@interface"),
+        "record_declaration" => Always("record"),
+        "object_definition" | "object_declaration" => Always("object"),
+        "given_definition" => Always("given"),
         "namespace_definition"
         | "namespace_declaration"
         | "file_scoped_namespace_declaration"
-        | "internal_module" => "namespace",
-        "property_declaration" if node.child_by_field_name("accessors").is_some() => "property",
-        "delegate_declaration" => "delegate",
-        "variable_declarator" => match node.child_by_field_name("value").map(|value| value.kind()) {
-            Some("arrow_function" | "function_expression" | "class" | "generator_function") => "const",
-            _ => return None,
-        },
+        | "internal_module" => Always("namespace"),
+        "property_declaration" => ByNode(|node| has(node, "accessors").then_some("property")),
+        "delegate_declaration" => Always("delegate"),
+        "variable_declarator" => ByNode(|node| {
+            let value = node.child_by_field_name("value")?.kind();
+            matches!(value, "arrow_function" | "function_expression" | "class" | "generator_function")
+                .then_some("const")
+        }),
         _ => return None,
+    })
+}
+
+/// Whether a node has this field. A type of C that has no `body` is only named (`struct point p;`).
+fn has(node: Node<'_>, field: &str) -> bool {
+    node.child_by_field_name(field).is_some()
+}
+
+/// What a node defines, such as `fn finish`.
+fn definition(label: Label, node: Node<'_>, text: &str) -> Option<String> {
+    let label = match label {
+        Label::Always(label) => label,
+        Label::ByNode(label) => label(node)?,
+        Label::Implementation => return implementation(node, text),
     };
-    // Types that are only named (`struct point p;`) are not defined.
-    if node.kind().ends_with("_specifier") && node.child_by_field_name("body").is_none() {
-        return None;
-    }
     Some(format!("{label} {}", name(node, text)?))
 }
 
