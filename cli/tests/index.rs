@@ -14,6 +14,7 @@ use atlas_shared::gateway_api::{
     DeleteDocuments, DeleteDocumentsResult, Document, DocumentList, DocumentOutcome, DocumentResult,
     IndexedDocument, PutDocuments, PutDocumentsResult, content_hash,
 };
+use atlas_test_support::git;
 use axum::{Json, Router, extract::State, http::StatusCode, response::IntoResponse as _, routing::get};
 use support::Sandbox;
 use tokio::sync::{Notify, Semaphore};
@@ -224,19 +225,6 @@ fn a_gateway_that_does_not_answer_is_said_clearly() {
     assert!(ran.stderr.contains("why:") && ran.stderr.contains("fix:"), "{}", ran.stderr);
 }
 
-/// Runs git in a folder, with a name and without the machine's settings.
-fn git(folder: &std::path::Path, arguments: &[&str]) {
-    let status = std::process::Command::new("git")
-        .args(["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=main", "-C"])
-        .arg(folder)
-        .args(arguments)
-        .stdout(std::process::Stdio::null())
-        .stderr(std::process::Stdio::null())
-        .status()
-        .unwrap();
-    assert!(status.success(), "git {arguments:?}");
-}
-
 #[test]
 fn a_git_url_is_cloned_and_indexed_at_its_commit() {
     let origin = tempfile::tempdir().unwrap();
@@ -245,7 +233,7 @@ fn a_git_url_is_cloned_and_indexed_at_its_commit() {
     std::fs::write(shop.join("docs/door.md"), "# Door\n").unwrap();
     git(&shop, &["init", "--quiet"]);
     git(&shop, &["add", "."]);
-    git(&shop, &["commit", "--quiet", "--no-gpg-sign", "-m", "first"]);
+    git(&shop, &["commit", "--quiet", "-m", "first"]);
     let (gateway, url, _runtime) = FakeGateway::default().listen();
     let sandbox = Sandbox::new(&[]).with_env("RAG_URL", &url);
     let address = format!("file://{}", shop.display());

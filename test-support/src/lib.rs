@@ -9,6 +9,8 @@
 use std::{
     io::{self, Write as _},
     net::{Ipv4Addr, TcpListener},
+    path::Path,
+    process::Command,
 };
 
 pub mod chaos;
@@ -43,6 +45,26 @@ pub fn skip_everywhere(test: &str, service: &str, reason: &str) {
         && let Ok(mut file) = std::fs::OpenOptions::new().create(true).append(true).open(path)
     {
         let _ = file.write_all(line.as_bytes());
+    }
+}
+
+/// Runs git in a folder, with a name to commit under and quietly.
+///
+/// # Panics
+///
+/// Where git is missing or refuses: the test cannot go on.
+#[expect(clippy::panic, reason = "a test's own set-up")]
+pub fn git(folder: &Path, arguments: &[&str]) {
+    let ran = Command::new("git")
+        .args(["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=main"])
+        .args(["-c", "commit.gpgSign=false", "-C"])
+        .arg(folder)
+        .args(arguments)
+        .output();
+    match ran {
+        Ok(output) if output.status.success() => {}
+        Ok(output) => panic!("git {arguments:?}: {}", String::from_utf8_lossy(&output.stderr)),
+        Err(error) => panic!("git {arguments:?}: {error}"),
     }
 }
 

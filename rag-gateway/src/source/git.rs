@@ -211,30 +211,12 @@ impl Checkout {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
-    use std::{fs, path::Path};
+    use std::fs;
+
+    use atlas_test_support::git;
 
     use super::*;
     use crate::source::repo::Repository;
-
-    fn git(folder: &Path, arguments: &[&str]) {
-        let status = std::process::Command::new("git")
-            .args([
-                "-c",
-                "user.name=t",
-                "-c",
-                "user.email=t@example.org",
-                "-c",
-                "init.defaultBranch=main",
-                "-C",
-            ])
-            .arg(folder)
-            .args(arguments)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status()
-            .unwrap();
-        assert!(status.success(), "{arguments:?}");
-    }
 
     #[test]
     fn urls_are_told_from_paths_and_never_show_credentials() {
@@ -262,10 +244,10 @@ mod tests {
         git(origin.path(), &["init", "--quiet"]);
         fs::write(origin.path().join("a.md"), "main").unwrap();
         git(origin.path(), &["add", "."]);
-        git(origin.path(), &["commit", "--quiet", "--no-gpg-sign", "-m", "first"]);
+        git(origin.path(), &["commit", "--quiet", "-m", "first"]);
         git(origin.path(), &["checkout", "--quiet", "-b", "next"]);
         fs::write(origin.path().join("a.md"), "next").unwrap();
-        git(origin.path(), &["commit", "--quiet", "--no-gpg-sign", "-am", "second"]);
+        git(origin.path(), &["commit", "--quiet", "-am", "second"]);
 
         let url = RepoUrl::parse(&format!("file://{}#next", origin.path().display())).unwrap();
         let checkout = Checkout::of(&url, Duration::from_secs(60)).await.unwrap();

@@ -70,26 +70,9 @@ mod tests {
 
     use std::fs;
 
-    use super::*;
+    use atlas_test_support::git;
 
-    fn run_git(root: &Path, args: &[&str]) {
-        let status = Command::new("git")
-            .args([
-                "-c",
-                "user.name=t",
-                "-c",
-                "user.email=t@example.org",
-                "-c",
-                "init.defaultBranch=main",
-                "-C",
-            ])
-            .arg(root)
-            .args(args)
-            .stdout(Stdio::null())
-            .status()
-            .unwrap();
-        assert!(status.success());
-    }
+    use super::*;
 
     #[test]
     fn a_plain_folder_is_its_own_root() {
@@ -110,9 +93,9 @@ mod tests {
         fs::create_dir(root.join("docs")).unwrap();
         fs::write(root.join("docs/a.md"), "a").unwrap();
         fs::write(root.join("docs/b.md"), "b").unwrap();
-        run_git(root, &["init", "--quiet"]);
-        run_git(root, &["add", "."]);
-        run_git(root, &["commit", "--quiet", "--no-gpg-sign", "-m", "first"]);
+        git(root, &["init", "--quiet"]);
+        git(root, &["add", "."]);
+        git(root, &["commit", "--quiet", "-m", "first"]);
         fs::write(root.join("docs/b.md"), "changed").unwrap();
         fs::write(root.join("new file.md"), "new").unwrap();
 
