@@ -150,7 +150,7 @@ async fn no_reservation_is_smaller_than_the_bill() {
             let mut request = ChatRequest { model: model.to_owned(), ..request() };
             request.messages.push(ChatMessage::User { content: content.to_owned() });
             request.tools = vec![tool.clone()];
-            let bound = chat.prompt_tokens_upper_bound(&request);
+            let bound = chat.prompt_tokens_upper_bound(&request.model, &request);
             let usage = chat.complete(&request).await.unwrap().usage.unwrap();
             assert!(usage.prompt <= bound, "{model}: billed {} of {bound}", usage.prompt);
             assert!(usage.completion.0 <= u64::from(request.max_completion_tokens));
@@ -189,7 +189,7 @@ async fn tools_are_called_and_their_results_understood() {
         tool_call_id: call.id,
         content: "[3] docs/lease.md:1-2\nA lease lasts a minute.".to_owned(),
     });
-    let bound = chat(&sim).prompt_tokens_upper_bound(&request);
+    let bound = chat(&sim).prompt_tokens_upper_bound(&request.model, &request);
     let answer = chat(&sim).complete(&request).await.unwrap();
     assert_eq!(answer.finish_reason, FinishReason::Stop);
     assert!(answer.usage.unwrap().prompt <= bound);
@@ -381,14 +381,14 @@ async fn a_model_that_bills_more_than_reserved_gets_a_wider_bound() {
     sim.script(json!([{"fault": "overbill"}])).unwrap();
     let chat = chat(&sim);
     let request = request();
-    let bound = chat.prompt_tokens_upper_bound(&request);
+    let bound = chat.prompt_tokens_upper_bound(&request.model, &request);
     let billed = chat.complete(&request).await.unwrap().usage.unwrap();
     assert!(billed.prompt > bound, "{billed:?} {bound}");
     // As if the answer had been as long as it might be.
     let cap = u32::try_from(billed.completion.0).unwrap();
     let request = ChatRequest { max_completion_tokens: cap, ..request };
     chat.note_overrun(&request, bound + Tokens(u64::from(cap)), billed);
-    assert!(chat.prompt_tokens_upper_bound(&request) >= billed.prompt);
+    assert!(chat.prompt_tokens_upper_bound(&request.model, &request) >= billed.prompt);
 }
 
 #[tokio::test]

@@ -1,9 +1,13 @@
 //! The model ports: chat and embeddings, in the terms of the OpenAI API.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::{
     UpstreamError,
@@ -48,7 +52,7 @@ pub struct ToolSpec {
     /// What it does, for the model.
     pub description: String,
     /// JSON schema of the arguments.
-    pub parameters: serde_json::Value,
+    pub parameters: Value,
 }
 
 /// A tool call the model made.
@@ -75,8 +79,48 @@ pub enum ResponseFormat {
         /// Schema name.
         name: String,
         /// The schema: one for many requests.
-        schema: Arc<serde_json::Value>,
+        schema: JsonSchema,
     },
+}
+
+/// A JSON schema that many requests share. Its text is made once, because each request needs it several times.
+#[derive(Clone, Debug)]
+pub struct JsonSchema(Arc<(Value, OnceLock<String>)>);
+
+impl JsonSchema {
+    /// The schema itself.
+    pub fn value(&self) -> &Value {
+        &self.0.0
+    }
+
+    /// As JSON text.
+    pub fn text(&self) -> &str {
+        self.0.1.get_or_init(|| self.0.0.to_string())
+    }
+}
+
+impl From<Value> for JsonSchema {
+    fn from(schema: Value) -> Self {
+        Self(Arc::new((schema, OnceLock::new())))
+    }
+}
+
+impl PartialEq for JsonSchema {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0) || self.value() == other.value()
+    }
+}
+
+impl Serialize for JsonSchema {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.value().serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for JsonSchema {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Value::deserialize(deserializer).map(Self::from)
+    }
 }
 
 /// One call of `/v1/chat/completions`.
@@ -185,9 +229,10 @@ pub trait ChatModel: Send + Sync {
         Ok(answer)
     }
 
-    /// An upper bound of the prompt tokens this request can bill: the whole serialised request
-    /// counted with the model's tokenizer plus a margin, or its bytes where the tokenizer is unknown.
-    fn prompt_tokens_upper_bound(&self, request: &ChatRequest) -> Tokens;
+    /// An upper bound of the prompt tokens this request can bill when it is sent to `model`, whichever
+    /// it names itself: the whole serialised request counted with the model's tokenizer plus a margin, or
+    /// its bytes where the tokenizer is unknown.
+    fn prompt_tokens_upper_bound(&self, model: &str, request: &ChatRequest) -> Tokens;
 
     /// The answer to `request` billed more than was reserved: raises its model's margin for a while.
     fn note_overrun(&self, request: &ChatRequest, reserved: Tokens, billed: Usage);

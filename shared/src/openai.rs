@@ -226,8 +226,8 @@ impl ChatModel for OpenAiChat {
         Ok(answer)
     }
 
-    fn prompt_tokens_upper_bound(&self, request: &ChatRequest) -> Tokens {
-        self.margins.prompt_tokens(request)
+    fn prompt_tokens_upper_bound(&self, model: &str, request: &ChatRequest) -> Tokens {
+        self.margins.prompt_tokens(model, request)
     }
 
     fn note_overrun(&self, request: &ChatRequest, reserved: Tokens, billed: Usage) {

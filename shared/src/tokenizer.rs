@@ -136,27 +136,44 @@ impl Counts {
     }
 }
 
+/// Where the next segment begins.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// Outside of any fence, or at one.
+    Outside,
+    /// Behind the code that opens a fence: the line that names what is in it.
+    Name,
+    /// What is in it.
+    Inside,
+}
+
 /// The text in pieces that are likely to come again: paragraphs, the codes of fences, which are the same
-/// in all of one prompt, and what stands behind a code, which is the same in many prompts.
+/// in all of one prompt, and what is in a fence, which is the same in many prompts.
 fn segments(text: &str) -> impl Iterator<Item = &str> {
     let mut rest = text;
+    let mut place = Place::Outside;
     std::iter::from_fn(move || {
         if rest.is_empty() {
             return None;
         }
         let mut end = 0;
         let mut lines = rest.split_inclusive('\n').peekable();
+        let here = std::mem::replace(&mut place, Place::Outside);
         while let Some(line) = lines.next() {
             if end == 0
                 && let Some(code) = code_of_a_fence(line)
             {
                 end = code;
+                place = Place::Name;
                 break;
             }
             end += line.len();
             let Some(next) = lines.peek() else { break };
-            let wanted = line.trim_ascii().is_empty() || is_fence(line) || is_fence(next);
-            if wanted && starts_a_token(next) {
+            let ends = line.trim_ascii().is_empty() && here != Place::Inside;
+            if (ends || is_fence(line) || is_fence(next)) && starts_a_token(next) {
+                if here == Place::Name && !is_fence(next) {
+                    place = Place::Inside;
+                }
                 break;
             }
         }
@@ -167,7 +184,7 @@ fn segments(text: &str) -> impl Iterator<Item = &str> {
 }
 
 fn is_fence(line: &str) -> bool {
-    line.contains("<<<") || line.contains(">>>")
+    line.starts_with("<<<") || line.trim_ascii_end().ends_with(">>>")
 }
 
 /// Where the code of a line `<<<CODE what it is` ends: before the blank. Every encoding ends a token
@@ -253,16 +270,18 @@ mod tests {
 
     #[test]
     fn paragraphs_and_fences_are_segments() {
-        let text = "<<<x [1] a.md:1-2\n\nOne.\nStill one.\n\n  indented\n\nTwo.\nx>>>\n<<<x [2]\n\nThree.";
+        let text = "<<<x [1] a.md:1-2\n\nOne.\nStill one.\n\n  indented\n\nTwo.\nx>>>\nOne.\n\nTwo.\n<<<x [2]\n\n\
+                    Three.\n\nFour.";
         let expected = [
             "<<<x",
             " [1] a.md:1-2\n\n",
-            "One.\nStill one.\n\n  indented\n\n",
-            "Two.\n",
+            "One.\nStill one.\n\n  indented\n\nTwo.\n",
             "x>>>\n",
+            "One.\n\n",
+            "Two.\n",
             "<<<x",
             " [2]\n\n",
-            "Three.",
+            "Three.\n\nFour.",
         ];
         assert_eq!(segments(text).collect::<Vec<_>>(), expected);
     }

@@ -222,7 +222,7 @@ impl ModelCalls {
         let bound = match requests.peek(model) {
             Some(request) => {
                 let cap = Tokens(u64::from(request.max_completion_tokens));
-                self.model.prompt_tokens_upper_bound(request) + cap
+                self.model.prompt_tokens_upper_bound(model, request) + cap
             }
             None => return ModelEnd::Next(unmade()),
         };

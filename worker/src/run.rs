@@ -29,7 +29,7 @@ use atlas_shared::{
     gateway_api::{Passage, QueryChatRequest, QueryFilter},
     ledger::{Closing, Denial, DeniedBy, LedgerError},
     message::{Answer, AnswerStatus, AnswerType, Task},
-    model::{ChatRequest, Listener},
+    model::{ChatRequest, Listener, ResponseFormat},
     resilience,
     trace_context::TraceParent,
 };
@@ -395,11 +395,7 @@ impl Run<'_> {
         }
         let mut others = counted.split_off(1);
         let count = |request: &ChatRequest, models: &[String]| {
-            let bound = |model: &String| {
-                calls
-                    .model
-                    .prompt_tokens_upper_bound(&ChatRequest { model: model.clone(), ..request.clone() })
-            };
+            let bound = |model: &String| calls.model.prompt_tokens_upper_bound(model, request);
             models.iter().map(bound).max().unwrap_or_default()
         };
         if draft.is_repairing() {
@@ -914,8 +910,12 @@ fn watch(
 
 fn hash(request: &ChatRequest) -> String {
     // Plain data: it serialises; an empty hash would only be less useful to a reader.
-    let bytes = serde_json::to_vec(request).unwrap_or_default();
-    atlas_shared::gateway_api::content_hash(&String::from_utf8_lossy(&bytes))
+    let said = (&request.messages, &request.tools, request.max_completion_tokens);
+    let mut text = serde_json::to_string(&said).unwrap_or_default();
+    if let ResponseFormat::JsonSchema { schema, .. } = &request.response_format {
+        text.push_str(schema.text());
+    }
+    atlas_shared::gateway_api::content_hash(&text)
 }
 
 fn millis(duration: Duration) -> u64 {

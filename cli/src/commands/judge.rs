@@ -192,8 +192,8 @@ impl Court {
             .map_err(|error| CliError::failure("the judge's prompt does not render").because(error))?;
         let request =
             ChatRequest { model: name.clone(), request_id: "judge.1.opinion".to_owned(), ..request };
-        let bound =
-            self.model.prompt_tokens_upper_bound(&request) + Tokens(u64::from(request.max_completion_tokens));
+        let bound = self.model.prompt_tokens_upper_bound(&request.model, &request)
+            + Tokens(u64::from(request.max_completion_tokens));
         let reserve = ReserveRequest {
             id: TaskId::random().0,
             task_id: None,

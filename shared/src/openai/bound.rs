@@ -57,8 +57,8 @@ struct Margin {
 }
 
 impl Margins {
-    pub(super) fn prompt_tokens(&self, request: &ChatRequest) -> Tokens {
-        Tokens(with_margin(counted(request), self.margin(&request.model)))
+    pub(super) fn prompt_tokens(&self, model: &str, request: &ChatRequest) -> Tokens {
+        Tokens(with_margin(counted(model, request), self.margin(model)))
     }
 
     /// A call billed more than was reserved: its prompt's bound and its cap. What the prompt billed says by
@@ -109,8 +109,8 @@ fn with_margin(counted: u64, permille: u64) -> u64 {
 }
 
 /// The request without its margin.
-fn counted(request: &ChatRequest) -> u64 {
-    let count = |text: &str| tokenizer::count(&request.model, text).tokens;
+fn counted(model: &str, request: &ChatRequest) -> u64 {
+    let count = |text: &str| tokenizer::count(model, text).tokens;
     let call =
         |ToolCall { id, name, arguments }: &ToolCall| PER_PART + count(id) + count(name) + count(arguments);
     let messages: u64 = request
@@ -132,9 +132,7 @@ fn counted(request: &ChatRequest) -> u64 {
     let format = match &request.response_format {
         ResponseFormat::Text => 0,
         ResponseFormat::JsonObject => PER_PART,
-        ResponseFormat::JsonSchema { name, schema } => {
-            2 * PER_PART + count(name) + count(&schema.to_string())
-        }
+        ResponseFormat::JsonSchema { name, schema } => 2 * PER_PART + count(name) + count(schema.text()),
     };
     let tools: u64 = request
         .tools
@@ -143,7 +141,7 @@ fn counted(request: &ChatRequest) -> u64 {
             PER_PART + count(&tool.name) + count(&tool.description) + count(&tool.parameters.to_string())
         })
         .sum();
-    let around = if tokenizer::is_known(&request.model) { PER_REQUEST } else { PER_REQUEST_UNKNOWN };
+    let around = if tokenizer::is_known(model) { PER_REQUEST } else { PER_REQUEST_UNKNOWN };
     around + messages + format + tools
 }
 
@@ -178,10 +176,10 @@ mod tests {
     #[test]
     fn a_bound_is_tight_for_known_models_and_bytes_for_others() {
         let text = "the quick brown fox ".repeat(500);
-        let known = Margins::default().prompt_tokens(&request("gpt-4.1", &text)).0;
+        let known = Margins::default().prompt_tokens("gpt-4.1", &request("gpt-4.1", &text)).0;
         let exact = tokenizer::count("gpt-4.1", &text).tokens;
         assert!(known > exact && known < exact * 11 / 10, "{known} for {exact} tokens");
-        let unknown = Margins::default().prompt_tokens(&request("llama-3", &text)).0;
+        let unknown = Margins::default().prompt_tokens("llama-3", &request("llama-3", &text)).0;
         assert!(unknown > text.len() as u64);
     }
 
@@ -196,18 +194,32 @@ mod tests {
     fn a_surprise_does_not_come_twice() {
         let margins = Margins::default();
         let request = request("gpt-4.1", &"word ".repeat(1000));
-        let before = margins.prompt_tokens(&request);
+        let before = margins.prompt_tokens(&request.model, &request);
         note(&margins, &request, before, before.0, 10);
-        assert_eq!(margins.prompt_tokens(&request), before, "exactly the reservation is no overrun");
+        assert_eq!(
+            margins.prompt_tokens(&request.model, &request),
+            before,
+            "exactly the reservation is no overrun"
+        );
         let billed = before.0 * 3 / 2;
         note(&margins, &request, before, billed, 10);
-        let after = margins.prompt_tokens(&request);
+        let after = margins.prompt_tokens(&request.model, &request);
         assert!(after.0 >= billed, "{after}");
         note(&margins, &request, after, after.0 + 1, 10);
-        assert!(margins.prompt_tokens(&request) >= after + Tokens(1), "a surprise never lowers it");
+        assert!(
+            margins.prompt_tokens(&request.model, &request) >= after + Tokens(1),
+            "a surprise never lowers it"
+        );
         note(&margins, &request, Tokens(0), u64::MAX / 2, 10);
-        assert!(margins.prompt_tokens(&request).0 <= before.0 * 10, "nor does it grow without bound");
-        assert_eq!(Margins::default().prompt_tokens(&request), before, "and is nobody else's");
+        assert!(
+            margins.prompt_tokens(&request.model, &request).0 <= before.0 * 10,
+            "nor does it grow without bound"
+        );
+        assert_eq!(
+            Margins::default().prompt_tokens(&request.model, &request),
+            before,
+            "and is nobody else's"
+        );
     }
 
     /// A server that ignored a cap once billed ten reservations. If prompts then counted ten times, none
@@ -216,11 +228,11 @@ mod tests {
     fn an_answer_that_ignores_its_cap_leaves_room_for_later_prompts() {
         let margins = Margins::default();
         let request = request("gpt-4.1", &"word ".repeat(1000));
-        let before = margins.prompt_tokens(&request);
+        let before = margins.prompt_tokens(&request.model, &request);
         for _ in 0..5 {
-            note(&margins, &request, margins.prompt_tokens(&request), before.0, 100_000);
+            note(&margins, &request, margins.prompt_tokens(&request.model, &request), before.0, 100_000);
         }
-        let after = margins.prompt_tokens(&request);
+        let after = margins.prompt_tokens(&request.model, &request);
         assert!(after > before && after.0 <= before.0 * 2, "{before} {after}");
     }
 
@@ -228,19 +240,19 @@ mod tests {
     async fn a_margin_shrinks_again_when_nothing_more_surprises() {
         let margins = Margins::default();
         let request = request("gpt-4.1", &"word ".repeat(1000));
-        let before = margins.prompt_tokens(&request);
+        let before = margins.prompt_tokens(&request.model, &request);
         note(&margins, &request, before, before.0 * 9, 10);
-        let mut last = margins.prompt_tokens(&request);
+        let mut last = margins.prompt_tokens(&request.model, &request);
         assert!(last.0 >= before.0 * 9);
         while last > before {
             tokio::time::advance(HALVED_AFTER).await;
-            let now = margins.prompt_tokens(&request);
+            let now = margins.prompt_tokens(&request.model, &request);
             assert!(now < last, "{now} {last}");
             last = now;
         }
         assert_eq!(last, before);
         tokio::time::advance(HALVED_AFTER * 1000).await;
-        assert_eq!(margins.prompt_tokens(&request), before);
+        assert_eq!(margins.prompt_tokens(&request.model, &request), before);
     }
 
     #[test]
@@ -255,7 +267,7 @@ mod tests {
         fn the_bound_grows_with_the_request(text in "\\PC{0,100}", more in "\\PC{1,50}") {
             for model in ["gpt-4.1", "llama-3"] {
                 let bound = |messages: Vec<ChatMessage>| {
-                    Margins::default().prompt_tokens(&ChatRequest { messages, ..request(model, "") }).0
+                    Margins::default().prompt_tokens(model, &ChatRequest { messages, ..request(model, "") }).0
                 };
                 let one = ChatMessage::User { content: text.clone() };
                 let two = ChatMessage::System { content: more.clone() };

@@ -6,7 +6,6 @@ use async_openai::types::chat::{
     ChatCompletionRequestUserMessage, ChatCompletionTool, ChatCompletionTools, CreateChatCompletionRequest,
     FunctionCall, FunctionObject, ResponseFormat as ApiResponseFormat, ResponseFormatJsonSchema,
 };
-use serde_json::Value;
 use url::Url;
 
 use crate::{
@@ -95,15 +94,17 @@ pub(super) fn request_body(request: &ChatRequest, base_url: &Url) -> CreateChatC
                 json_schema: ResponseFormatJsonSchema {
                     name: name.clone(),
                     description: None,
-                    schema: Value::clone(schema),
+                    schema: schema.value().clone(),
                     strict: Some(true),
                 },
             })
         }
         // The model cannot enforce a schema: say it in words, or it would be lost.
         (ResponseFormat::JsonSchema { schema, .. }, format) => {
-            messages
-                .push(system(&format!("Answer with one JSON object that fits this JSON schema:\n{schema}")));
+            messages.push(system(&format!(
+                "Answer with one JSON object that fits this JSON schema:\n{}",
+                schema.text()
+            )));
             (format == ResponseFormatSetting::JsonObject).then_some(ApiResponseFormat::JsonObject)
         }
     };

@@ -357,7 +357,7 @@ impl Draft {
         let bytes = |text: &str| text.len() as u64;
         let cut = |text: &str| bytes(text).min(self.subject.max_chars as u64);
         let schema = match &request.response_format {
-            ResponseFormat::JsonSchema { schema, .. } => bytes(&schema.to_string()),
+            ResponseFormat::JsonSchema { schema, .. } => bytes(schema.text()),
             ResponseFormat::Text | ResponseFormat::JsonObject => 0,
         };
         let tools = request.tools.iter().map(|tool| bytes(&tool.parameters.to_string())).sum::<u64>();
@@ -484,8 +484,9 @@ impl Draft {
             Stage::Mending { fields, .. } => schema::made(fields),
             _ => schema::of_kind(self.kind),
         };
-        let mut messages =
-            vec![ChatMessage::System { content: prompt::system(self.kind, in_prompt.then_some(&*schema))? }];
+        let mut messages = vec![ChatMessage::System {
+            content: prompt::system(self.kind, in_prompt.then_some(schema.text()))?,
+        }];
         let words = self.completion_cap / 2;
         match &self.stage {
             Stage::Mending { fields, faults, shown, .. } => messages
@@ -1000,7 +1001,7 @@ mod tests {
         input.options.response_format = ResponseFormatSetting::JsonObject;
         let request = call(&mut Draft::new(input)).request;
         assert_eq!(request.response_format, ResponseFormat::JsonObject);
-        assert!(transcript(&request).contains(&schema::of_kind(Kind::Spec).to_string()));
+        assert!(transcript(&request).contains(schema::of_kind(Kind::Spec).text()));
     }
 
     #[test]
@@ -1137,7 +1138,7 @@ mod tests {
             transcript(&repair.request).split("======== user").last().unwrap()
         );
         let ResponseFormat::JsonSchema { schema, .. } = &repair.request.response_format else { panic!() };
-        assert_eq!(schema["required"], json!(["diagrams"]));
+        assert_eq!(schema.value()["required"], json!(["diagrams"]));
 
         let mut mended = draft.clone();
         mended.answered(&says(json!({"diagrams": [{"title": "P", "mermaid": "flowchart LR\n  a --> b"}]})));

@@ -9,7 +9,7 @@
 //!     match draft.next() {
 //!         Next::Call(call) => {
 //!             // Fit it into what may still be spent; `model` and `request_id` are the caller's.
-//!             match draft.squeeze(available, |request| chat.prompt_tokens_upper_bound(request)) {
+//!             match draft.squeeze(available, |request| chat.prompt_tokens_upper_bound(model, request)) {
 //!                 Ok(fitted) => { /* the request as it fits: reserve prompt + cap, send */
 //!                     // A refusal is for the next model of the chain, as long as there is one.
 //!                     if !(another_is_left && draft.refused(model, &answer)) { draft.answered(&answer); }

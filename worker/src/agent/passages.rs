@@ -149,7 +149,7 @@ impl Shelf {
             let trimmed = passage.text.len() < length || length > MAX_PASSAGE_CHARS;
             let Some(Tidy { passage, text_hash, bags }) = tidy(passage, &about) else { continue };
             let known = self.entries.iter().position(|entry| {
-                contains(&entry.passage, &passage) || words::similarity(&entry.bags().text, &bags.text) > SAME
+                contains(&entry.passage, &passage) || words::are_alike(&entry.bags().text, &bags.text, SAME)
             });
             let n = match known {
                 Some(at) => {

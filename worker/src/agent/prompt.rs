@@ -61,7 +61,7 @@ static VERSION: LazyLock<String> = LazyLock::new(|| {
     }
     // What goes with the prompt says as much about the answer as its words.
     for kind in Kind::ALL {
-        hash.update(schema::of_kind(kind).to_string());
+        hash.update(schema::of_kind(kind).text());
         hash.update([0]);
     }
     hash.update(search_tool().parameters.to_string());
@@ -200,8 +200,7 @@ pub(super) fn squeezed(parent: &str, max: usize) -> Cow<'_, str> {
 }
 
 /// The system message.
-pub(super) fn system(kind: Kind, schema: Option<&Value>) -> Result<String, minijinja::Error> {
-    let schema = schema.map(ToString::to_string);
+pub(super) fn system(kind: Kind, schema: Option<&str>) -> Result<String, minijinja::Error> {
     render("system.j2", context! { kind => kind.as_str(), schema => schema })
 }
 

@@ -53,7 +53,7 @@ pub(super) fn document(content: &str, fields: &[Field]) -> Option<Reading> {
         let last = value.as_object().and_then(|map| map.keys().rev().find_map(|key| Field::named(key)));
         faults.push(Fault { field: last, text: "The answer breaks off here.".to_owned() });
     }
-    let mut bent = schema::coerce(value, &schema::made(fields), &mut |text| {
+    let mut bent = schema::coerce(value, schema::made(fields).value(), &mut |text| {
         let name = text.trim_start_matches('`').split(['`', '.', '[']).next().unwrap_or_default();
         faults.push(Fault { field: Field::named(name), text: format!("{text}.") });
     });

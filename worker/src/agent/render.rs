@@ -598,7 +598,7 @@ mod tests {
                 _ => json!(2),
             }
         }
-        fill(&schema::of_kind(Kind::Spec), text)
+        fill(schema::of_kind(Kind::Spec).value(), text)
     }
 
     const HOSTILE: &[&str] = &[

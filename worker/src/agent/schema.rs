@@ -1,8 +1,9 @@
 //! The JSON schema of each kind, in the strict dialect of the OpenAI API: every property required,
 //! no other allowed. [`coerce`] bends whatever came back into that shape and says where it had to.
 
-use std::sync::{Arc, LazyLock};
+use std::sync::LazyLock;
 
+use atlas_shared::model::JsonSchema;
 use serde_json::{Map, Value, json};
 
 use super::spec::{Field, Kind};
@@ -11,16 +12,16 @@ use super::spec::{Field, Kind};
 pub(super) const NAME: &str = "architecture_document";
 
 /// The schema of a whole document. Every prompt has one, so all of them share it.
-pub fn of_kind(kind: Kind) -> Arc<Value> {
+pub fn of_kind(kind: Kind) -> JsonSchema {
     made(kind.fields())
 }
 
 /// The schema of some fields of a document: one that is there already, or made for a repair.
-pub(super) fn made(fields: &[Field]) -> Arc<Value> {
-    static SCHEMAS: LazyLock<[(Kind, Arc<Value>); 4]> =
-        LazyLock::new(|| Kind::ALL.map(|kind| (kind, Arc::new(of_fields(kind.fields())))));
+pub(super) fn made(fields: &[Field]) -> JsonSchema {
+    static SCHEMAS: LazyLock<[(Kind, JsonSchema); 4]> =
+        LazyLock::new(|| Kind::ALL.map(|kind| (kind, of_fields(kind.fields()).into())));
     let known = SCHEMAS.iter().find(|(kind, _)| kind.fields() == fields);
-    known.map_or_else(|| Arc::new(of_fields(fields)), |(_, schema)| Arc::clone(schema))
+    known.map_or_else(|| of_fields(fields).into(), |(_, schema)| schema.clone())
 }
 
 fn of_fields(fields: &[Field]) -> Value {
@@ -292,7 +293,7 @@ mod tests {
     #[test]
     fn every_schema_is_strict() {
         for kind in Kind::ALL {
-            assert_strict(&of_kind(kind), kind.as_str());
+            assert_strict(of_kind(kind).value(), kind.as_str());
         }
     }
 
@@ -315,7 +316,7 @@ mod tests {
     #[test]
     fn the_schema_and_the_rust_types_name_the_same_properties() {
         for kind in Kind::ALL {
-            let instance = full(&of_kind(kind));
+            let instance = full(of_kind(kind).value());
             let spec: Spec = serde_json::from_value(instance.clone()).unwrap();
             assert_eq!(serde_json::to_value(&spec).unwrap(), reorder(&instance, kind), "{}", kind.as_str());
         }
@@ -380,7 +381,7 @@ mod tests {
         #[test]
         fn whatever_comes_fits_the_types_after_bending(value in any_json()) {
             for kind in Kind::ALL {
-                let bent = coerce(value.clone(), &of_kind(kind), &mut |_| {});
+                let bent = coerce(value.clone(), of_kind(kind).value(), &mut |_| {});
                 prop_assert!(serde_json::from_value::<Spec>(bent).is_ok());
             }
         }

@@ -122,11 +122,29 @@ pub(super) fn share(part: &Bag, whole: &Bag) -> f64 {
     part.shared_with(whole) as f64 / part.len() as f64
 }
 
-/// How much two texts have in common, 0 to 1 (Jaccard).
-pub(super) fn similarity(a: &Bag, b: &Bag) -> f64 {
-    let common = a.shared_with(b);
-    let all = a.len() + b.len() - common;
-    if all == 0 { 0.0 } else { common as f64 / all as f64 }
+/// Have two texts more than `threshold` in common, 0 to 1 (Jaccard)? Two that have not are told apart by
+/// their first words that differ, mostly.
+pub(super) fn are_alike(a: &Bag, b: &Bag, threshold: f64) -> bool {
+    let (a, b) = (&a.0, &b.0);
+    let alike = |common: usize| {
+        let all = a.len() + b.len() - common;
+        all > 0 && common as f64 / all as f64 > threshold
+    };
+    // The more they share the more alike they are, so what neither may miss is known beforehand.
+    let Some(least) = (0..=a.len().min(b.len())).rev().take_while(|common| alike(*common)).last() else {
+        return false;
+    };
+    let (may_miss, may_add) = (a.len() - least, b.len() - least);
+    let (mut at, mut other, mut common) = (0, 0, 0);
+    while let (Some(ours), Some(theirs)) = (a.get(at), b.get(other)) {
+        at += usize::from(ours <= theirs);
+        other += usize::from(theirs <= ours);
+        common += usize::from(ours == theirs);
+        if at - common > may_miss || other - common > may_add {
+            return false;
+        }
+    }
+    common >= least
 }
 
 #[cfg(test)]
@@ -152,6 +170,23 @@ mod tests {
     #[test]
     fn the_stop_words_are_sorted_for_the_search() {
         assert!(STOP_WORDS.is_sorted());
+    }
+
+    #[test]
+    fn alike_is_what_jaccard_says() {
+        let bag = |words: std::ops::Range<u64>| Bag(words.collect());
+        for (a, b) in
+            [(0..0, 0..0), (0..1, 0..0), (0..9, 0..9), (0..9, 1..10), (0..100, 8..100), (0..40, 2..43)]
+        {
+            let (a, b) = (bag(a), bag(b));
+            let common = a.shared_with(&b);
+            let all = a.len() + b.len() - common;
+            for threshold in [0.0, 0.5, 0.8, 0.85, 0.92, 0.99, 1.0] {
+                let jaccard = if all == 0 { 0.0 } else { common as f64 / all as f64 };
+                assert_eq!(are_alike(&a, &b, threshold), jaccard > threshold, "{common} of {all}");
+                assert_eq!(are_alike(&b, &a, threshold), jaccard > threshold, "{common} of {all}");
+            }
+        }
     }
 
     #[test]
