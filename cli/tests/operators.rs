@@ -13,7 +13,7 @@ use atlas_shared::{
     sqlite::Database,
 };
 use atlas_worker::store::{
-    Claim, ClaimRequest, ClaimedRun, DeadLetter, FinalStatus, Finish, RunStore as _, SqliteStore,
+    Claim, ClaimRequest, ClaimedRun, DeadLetter, FinalStatus, Finish, Json, RunStore as _, SqliteStore,
 };
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::{Map, Value, json};
@@ -55,7 +55,7 @@ async fn ended(store: &SqliteStore, status: FinalStatus, code: Option<&str>) -> 
     let task = TaskId::random();
     let finish = Finish {
         status,
-        answer: answer(task, "no"),
+        answer: Json::of(&answer(task, "no")).unwrap(),
         topic: "architect_out".to_owned(),
         attributes: Vec::new(),
         model: None,

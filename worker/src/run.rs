@@ -46,7 +46,7 @@ use crate::{
     live::{Live, Rest, Speaker},
     resilient,
     stop::{Stop, StopReason},
-    store::{Checkpoint, ClaimedRun, FinalStatus, Finish, Lease, Published, Settlement},
+    store::{Checkpoint, ClaimedRun, FinalStatus, Finish, Json, Lease, Published, Settlement},
 };
 
 /// Shortest and longest wait before a run that failed transiently is tried again.
@@ -633,7 +633,8 @@ impl Run<'_> {
             status: FinalStatus::Failed,
             attributes: attributes(&answer, self.trace),
             topic: self.task.options.reply_to.clone().unwrap_or_else(|| self.context.topic_out.clone()),
-            answer,
+            // Plain data: it serialises.
+            answer: Json::of(&answer).unwrap_or_else(|_| Value::Null.into()),
             model: None,
             error_code: None,
             error_message: None,

@@ -211,8 +211,9 @@ pub struct Settlement {
 pub struct Finish {
     /// Done or failed.
     pub status: FinalStatus,
-    /// The answer: a row in `architect_out`, and a row in the outbox, in this transaction.
-    pub answer: Answer,
+    /// The [`Answer`]: a row in `architect_out`, and a row in the outbox, in this transaction. Written down by
+    /// whoever finishes, once: calls of the embedded store share one thread.
+    pub answer: Json,
     /// Topic of the answer, short name.
     pub topic: String,
     /// Attributes of the message (`traceparent` included).

@@ -121,8 +121,8 @@ impl RunStore for SqliteStore {
     }
 
     async fn finish_run(&self, lease: Lease, finish: &Finish) -> Result<Published, StoreError> {
-        let sealed = Sealed::of(finish)?;
-        self.db.write(move |tx, now| finish_run(tx, now, &lease, &sealed)).await?
+        let finish = finish.clone();
+        self.db.write(move |tx, now| finish_run(tx, now, &lease, &finish)).await?
     }
 
     async fn defer_run(
@@ -653,51 +653,11 @@ fn claim_due(
     Ok(runs)
 }
 
-/// A [`Finish`] as its rows hold it. Its caller serialises: all callers share the connection's thread.
-struct Sealed {
-    status: FinalStatus,
-    answer: Json,
-    topic: String,
-    attributes: Vec<(String, String)>,
-    model: Option<String>,
-    error_code: Option<String>,
-    error_message: Option<String>,
-    settlement: Option<Settlement>,
-    checkpoint: Option<Checkpoint>,
-}
-
-impl Sealed {
-    fn of(finish: &Finish) -> Result<Self, StoreError> {
-        let Finish {
-            status,
-            answer,
-            topic,
-            attributes,
-            model,
-            error_code,
-            error_message,
-            settlement,
-            checkpoint,
-        } = finish;
-        Ok(Self {
-            status: *status,
-            answer: json(answer)?,
-            topic: topic.clone(),
-            attributes: attributes.clone(),
-            model: model.clone(),
-            error_code: error_code.clone(),
-            error_message: error_message.clone(),
-            settlement: settlement.clone(),
-            checkpoint: checkpoint.clone(),
-        })
-    }
-}
-
 fn finish_run(
     tx: &Transaction<'_>,
     now: Timestamp,
     lease: &Lease,
-    finish: &Sealed,
+    finish: &Finish,
 ) -> Result<Result<Published, StoreError>, StoreError> {
     if let Some(settlement) = &finish.settlement {
         books::close(tx, now, settlement.reservation_id, settlement.closing)?;

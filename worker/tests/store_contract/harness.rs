@@ -18,7 +18,7 @@ use atlas_shared::{
 };
 use atlas_test_support::{skip, supabase::Supabase};
 use atlas_worker::store::{
-    Checkpoint, Claim, ClaimRequest, ClaimedRun, FinalStatus, Finish, Lease, OUTBOX_HOLD, RunDetail,
+    Checkpoint, Claim, ClaimRequest, ClaimedRun, FinalStatus, Finish, Json, Lease, OUTBOX_HOLD, RunDetail,
     RunStore, Settlement, SqliteStore, SupabaseStore,
 };
 use jiff::Timestamp;
@@ -362,10 +362,15 @@ pub(crate) fn answer(task: TaskId, msg_type: AnswerType, text: &str) -> Answer {
     Answer::bare(task, msg_type, status, text, Map::new())
 }
 
+/// An [`answer`] as a run is finished with it.
+pub(crate) fn result(task: TaskId, msg_type: AnswerType, text: &str) -> Json {
+    Json::of(&answer(task, msg_type, text)).unwrap()
+}
+
 pub(crate) fn done(task: TaskId) -> Finish {
     Finish {
         status: FinalStatus::Done,
-        answer: answer(task, AnswerType::Spec, "# A queue"),
+        answer: result(task, AnswerType::Spec, "# A queue"),
         topic: "architect_out".to_owned(),
         attributes: vec![("task_id".to_owned(), task.to_string())],
         model: Some("gpt-4.1".to_owned()),

@@ -12,7 +12,7 @@ use serde_json::json;
 use uuid::Uuid;
 
 use crate::harness::{
-    AMPLE, Harness, LEASE, answer, ask, assert_fenced, billed, checkpoint, done, message, request,
+    AMPLE, Harness, LEASE, answer, ask, assert_fenced, billed, checkpoint, done, message, request, result,
     settlement, stale_copy,
 };
 
@@ -334,7 +334,7 @@ async fn a_finished_run_never_changes(h: Harness) {
     let cancelled = answer(task, AnswerType::Error, "cancelled");
     assert!(!h.store.cancel_run(task, "architect_out", &cancelled).await.unwrap());
     let mut other = done(task);
-    other.answer = answer(task, AnswerType::Spec, "# Something else");
+    other.answer = result(task, AnswerType::Spec, "# Something else");
     h.store.finish_run(lease, &other).await.unwrap();
 
     let after = h.run(task).await;
@@ -592,7 +592,7 @@ async fn any_text_is_stored(h: Harness) {
     assert!(content == odd || content == odd.replace('\0', "\u{fffd}"), "{content:?}");
 
     let mut finish = done(task);
-    finish.answer = answer(task, AnswerType::Spec, odd);
+    finish.answer = result(task, AnswerType::Spec, odd);
     let closing = Closing::Released;
     let reservation = h.reserve(&ask(&run.lease, 1)).await;
     finish.settlement = Some(settlement(&reservation, closing));

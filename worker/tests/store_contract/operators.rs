@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::harness::{
-    AMPLE, Harness, LEASE, answer, ask, ask_for_index, billed, checkpoint, done, request, settlement,
+    AMPLE, Harness, LEASE, answer, ask, ask_for_index, billed, checkpoint, done, request, result, settlement,
 };
 
 crate::contract! {
@@ -54,7 +54,7 @@ fn of_tenant(task: TaskId, tenant: &str) -> ClaimRequest {
 fn failed(task: TaskId, code: &str) -> Finish {
     Finish {
         status: FinalStatus::Failed,
-        answer: answer(task, AnswerType::Error, "no"),
+        answer: result(task, AnswerType::Error, "no"),
         error_code: Some(code.to_owned()),
         error_message: Some("no".to_owned()),
         ..done(task)
