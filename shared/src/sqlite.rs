@@ -39,7 +39,7 @@ pub const FILE_NAME: &str = "atlas.db";
 const SCHEMA: &str = include_str!("sqlite/schema.sql");
 
 /// `PRAGMA user_version` of [`SCHEMA`]. A file with a higher one was written by a newer Atlas.
-const SCHEMA_VERSION: i64 = 3;
+const SCHEMA_VERSION: i64 = 4;
 
 /// What [`SCHEMA`] cannot add to a table of version 1, because the table is there.
 const FROM_VERSION_1: &str = "ALTER TABLE dead_letters ADD COLUMN replayed_as TEXT";
@@ -365,10 +365,11 @@ fn prepare(connection: &mut Connection) -> rusqlite::Result<i64> {
     connection.set_prepared_statement_cache_capacity(128);
     // Answers with the mode in force, so it is read as a query.
     connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get::<_, String>(0))?;
-    // 16 MiB of pages: the default of 2 MiB reads the tables of a busy day again and again.
+    // 16 MiB of pages: the default of 2 MiB reads the tables of a busy day again and again. What savepoints keep
+    // to go back to, a page each, stays in memory: a batch has more of them than SQLite would hold there.
     connection.execute_batch(
         "PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON; PRAGMA journal_size_limit = 67108864;
-         PRAGMA cache_size = -16384;",
+         PRAGMA cache_size = -16384; PRAGMA temp_store = MEMORY;",
     )?;
     connection.pragma_update(None, "wal_autocheckpoint", CHECKPOINT_PAGES)?;
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;

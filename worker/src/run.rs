@@ -18,7 +18,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, LazyLock,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -52,6 +52,10 @@ use crate::{
 /// Shortest and longest wait before a run that failed transiently is tried again.
 const RETRY_FIRST: Duration = Duration::from_secs(10);
 const RETRY_LONGEST: Duration = Duration::from_mins(10);
+
+/// What the last step of a run brought is in its answer, which is stored in the same transaction: nobody goes on
+/// from there.
+static ENDED: LazyLock<Json> = LazyLock::new(|| json!({"ended": true}).into());
 
 /// How one attempt of a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -269,7 +273,8 @@ impl Run<'_> {
                 Next::Finished(finished) => return self.finish(*finished, unsettled).await,
                 Next::Failed(failure) => return self.fail(&failure.code, &failure.message, unsettled).await,
                 next @ (Next::Call(_) | Next::Search(_)) => {
-                    if let Some(unsettled) = unsettled {
+                    if let Some(mut unsettled) = unsettled {
+                        unsettled.checkpoint.output = draft.checkpoint().into();
                         if let Err(error) = self.settle(&unsettled).await {
                             return self.lost(&error);
                         }
@@ -548,12 +553,8 @@ impl Run<'_> {
             draft.answered(&answer);
         }
         self.model = Some(model);
-        let checkpoint = Checkpoint {
-            step: step.to_owned(),
-            input_hash: sent.hash,
-            output: draft.checkpoint().into(),
-            usage,
-        };
+        let checkpoint =
+            Checkpoint { step: step.to_owned(), input_hash: sent.hash, output: ENDED.clone(), usage };
         Unsettled { settlement, checkpoint }
     }
 

@@ -101,6 +101,7 @@ CREATE TABLE IF NOT EXISTS outbox (
     attempt    INTEGER,
     final      INTEGER NOT NULL DEFAULT 0,
     topic      TEXT NOT NULL,
+    -- '' in a final row since version 4: the answer is in architect_out.
     message    TEXT NOT NULL,
     attributes TEXT NOT NULL,
     created_at INTEGER NOT NULL,

@@ -191,7 +191,8 @@ pub struct Checkpoint {
     pub step: String,
     /// Hash of what went in, for the reader of a trace.
     pub input_hash: String,
-    /// What came out, with all that is needed to go on from here without calling again.
+    /// What came out, with all that is needed to go on from here without calling again. In the last step of a
+    /// finished run only a mark: the answer says what came out.
     pub output: Json,
     /// What it billed.
     pub usage: Usage,

@@ -195,11 +195,11 @@ impl RunStore for SqliteStore {
     async fn outbox_take(&self, limit: usize, hold: Duration) -> Result<Vec<OutboxRow>, StoreError> {
         self.db
             .write(move |tx, now| {
-                let mut statement = tx.prepare_cached(
-                    "SELECT id, task_id, topic, message, attributes FROM outbox
-                      WHERE sent_at IS NULL AND coalesce(held_until, 0) <= ?1
-                      ORDER BY seq LIMIT ?2",
-                )?;
+                let mut statement = tx.prepare_cached(&format!(
+                    "SELECT {OUTBOX_COLUMNS} FROM outbox
+                          WHERE sent_at IS NULL AND coalesce(held_until, 0) <= ?1
+                          ORDER BY seq LIMIT ?2"
+                ))?;
                 let rows = statement
                     .query_map(params![to_micros(now), sql_limit(limit)], raw_outbox)?
                     .collect::<rusqlite::Result<Vec<_>>>()?;
@@ -893,7 +893,8 @@ fn put_outbox(tx: &Transaction<'_>, now: Timestamp, new: &NewOutbox<'_>) -> Resu
         new.attempt,
         new.is_final,
         row.topic,
-        row.message.text(),
+        // The answer that ends a run is in `architect_out`, where it stays: once is enough.
+        if new.is_final { "" } else { row.message.text() },
         to_json(&row.attributes)?,
         to_micros(now),
         new.held.then(|| to_micros(after(now, OUTBOX_HOLD)))
@@ -907,16 +908,20 @@ fn outbox_of(
     task_id: TaskId,
     attempt: Option<u32>,
 ) -> Result<Option<OutboxRow>, StoreError> {
-    tx.prepare_cached(
-        "SELECT id, task_id, topic, message, attributes FROM outbox
+    tx.prepare_cached(&format!(
+        "SELECT {OUTBOX_COLUMNS} FROM outbox
           WHERE task_id = ?1 AND CASE WHEN ?2 IS NULL THEN final ELSE attempt = ?2 END
-          ORDER BY seq DESC LIMIT 1",
-    )?
+          ORDER BY seq DESC LIMIT 1"
+    ))?
     .query_row(params![task_id.to_string(), attempt], raw_outbox)
     .optional()?
     .map(RawOutbox::read)
     .transpose()
 }
+
+/// What [`raw_outbox`] reads.
+const OUTBOX_COLUMNS: &str = "id, task_id, topic, \
+     coalesce(nullif(message, ''), (SELECT data FROM architect_out WHERE id = outbox.task_id)), attributes";
 
 struct RawOutbox {
     id: String,

@@ -7,7 +7,9 @@ use atlas_shared::{
     ledger::Closing,
     message::{AnswerType, Task},
 };
-use atlas_worker::store::{self, Cancelled, Claim, ClaimRequest, FinalStatus, FleetChange, RunStatus};
+use atlas_worker::store::{
+    self, Cancelled, Claim, ClaimRequest, FinalStatus, FleetChange, OUTBOX_HOLD, RunStatus,
+};
 use serde_json::json;
 use uuid::Uuid;
 
@@ -102,6 +104,9 @@ async fn a_run_with_one_model_call_takes_three_calls(h: Harness) {
     let global = h.global().await;
     assert_eq!((global.reserved, global.used), (0, 400));
     h.assert_books_agree().await;
+    // Should its writer die now, a sweeper sends the very same.
+    h.advance(OUTBOX_HOLD).await;
+    assert_eq!(h.store.outbox_take(10, LEASE).await.unwrap(), [published.outbox]);
 }
 
 async fn a_claim_that_is_retried_gets_the_same_attempt(h: Harness) {

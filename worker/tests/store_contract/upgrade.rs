@@ -14,10 +14,11 @@ use uuid::Uuid;
 use crate::harness::{AMPLE, Harness, LEASE, answer, done};
 
 /// The schemas, oldest first; the last one is this release's.
-const VERSIONS: [&str; 3] = [
+const VERSIONS: [&str; 4] = [
     include_str!("sqlite_versions/1.sql"),
     include_str!("sqlite_versions/2.sql"),
     include_str!("sqlite_versions/3.sql"),
+    include_str!("sqlite_versions/4.sql"),
 ];
 
 const DONE: &str = "00000000-0000-4000-8000-000000000001";

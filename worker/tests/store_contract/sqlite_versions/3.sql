@@ -1,4 +1,4 @@
--- The file as Atlas makes it with PRAGMA user_version = 3; kept to test upgrades from it.
+-- The file as Atlas made it with PRAGMA user_version = 3; kept to test upgrades from it.
 
 -- The store's tables in the embedded file. The same tables and names as in migrations/ (the truth),
 -- with SQLite's types: times are microseconds since the epoch, days are 'YYYY-MM-DD' in UTC, JSON and
