@@ -27,6 +27,7 @@ use atlas_shared::{
 use uuid::Uuid;
 
 use crate::{
+    busy::Busy,
     crash::crash_point,
     gate::{Gate, Reason},
     metrics::Metrics,
@@ -54,6 +55,8 @@ pub(crate) struct ModelCalls {
     pub(crate) metrics: Arc<Metrics>,
     /// Closed while the circuit is open, so that no more runs are started.
     pub(crate) gate: Gate,
+    /// Told that a run waits for a model.
+    pub(crate) busy: Busy,
 }
 
 /// How often a run that waits for an open circuit looks again.
@@ -373,6 +376,7 @@ impl ModelCalls {
 
     /// One attempt, streamed where somebody listens.
     async fn ask(&self, caller: &Caller<'_>, request: ChatRequest) -> Result<ChatAnswer, ModelError> {
+        let _away = self.busy.away();
         let Some(listener) = caller.listener else { return self.model.complete_and_forget(request).await };
         listener.begins();
         self.model.stream(&request, listener).await

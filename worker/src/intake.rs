@@ -68,7 +68,9 @@ pub(crate) async fn run(
             () = stop.cancelled() => break,
             permit = async {
                 context.gate.open().await;
-                context.limiter.acquire().await
+                let permit = context.limiter.acquire().await;
+                context.busy.room().await;
+                permit
             } => permit,
         };
         let delivery = tokio::select! {
@@ -80,7 +82,11 @@ pub(crate) async fn run(
         let context = Arc::clone(&context);
         let source = source.clone();
         let kill = kill.clone();
-        tasks.spawn(async move { handle(&context, &source, delivery, permit, &kill).await });
+        let at_work = context.busy.begin();
+        tasks.spawn(async move {
+            handle(&context, &source, delivery, permit, &kill).await;
+            drop(at_work);
+        });
     }
 }
 
@@ -179,6 +185,8 @@ async fn chat(
             }
         }
     };
+    // It is stored, and many runs wait long.
+    drop(request);
     match claim {
         Claim::Claimed(claimed) => {
             crash_point!("claimed");

@@ -12,6 +12,7 @@ pub mod agent;
 pub mod queue;
 pub mod store;
 
+mod busy;
 mod call;
 mod context;
 mod control;

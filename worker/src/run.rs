@@ -346,12 +346,14 @@ impl Run<'_> {
             ..QueryChatRequest::default()
         };
         let gateway = self.context.gateway.traced(self.trace.child());
+        let away = self.context.busy.away();
         let result = tokio::select! {
             result = resilience::retry(&self.context.retry, &self.context.gateway_breaker, || {
                 gateway.query_chat(&request)
             }) => result,
             reason = self.stop.stopped() => return Err(Interrupted::Stop(reason)),
         };
+        drop(away);
         self.observe("retrieve", began.elapsed());
         self.waited += began.elapsed();
         match result {

@@ -20,6 +20,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    busy::Busy,
     call::ModelCalls,
     context::{Context, MAX_AT_THE_DESK, MAX_PROGRESS},
     crash::crash_point,
@@ -131,6 +132,7 @@ impl Worker {
         let retry = RetryPolicy::new(&config.resilience);
         let limiter = Limiter::new(config.worker.max_in_flight);
         let gate = Gate::new(Arc::clone(&metrics));
+        let busy = Busy::new();
         let breaker = |dependency| {
             Arc::new(CircuitBreaker::new(dependency, &config.resilience).with_metrics(&upstream_metrics))
         };
@@ -161,6 +163,7 @@ impl Worker {
                     limits: config.limits,
                     metrics: Arc::clone(&metrics),
                     gate: gate.clone(),
+                    busy: busy.clone(),
                 })
             }
             None => {
@@ -190,6 +193,7 @@ impl Worker {
             limiter,
             gate,
             sweep_now: Notify::new(),
+            busy,
             desk: Arc::new(Semaphore::new(MAX_AT_THE_DESK)),
             metrics,
             run_limit: AtomicU64::new(config.limits.run.0),

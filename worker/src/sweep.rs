@@ -137,7 +137,12 @@ async fn take_due(
         tracing::info!(task_id = %run.lease.task_id, attempt = run.lease.attempt, taken_over = run.taken_over, "run taken up");
         let context = Arc::clone(context);
         let kill = kill.clone();
-        tasks.spawn(async move { run::execute(&context, run, TraceParent::generate(), permit, &kill).await });
+        let at_work = context.busy.begin();
+        tasks.spawn(async move {
+            let ending = run::execute(&context, run, TraceParent::generate(), permit, &kill).await;
+            drop(at_work);
+            ending
+        });
     }
     Ok(())
 }
