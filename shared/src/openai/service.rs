@@ -17,7 +17,6 @@ use std::{
 };
 
 use async_openai::{error::OpenAIError, middleware::HttpRequestFactory};
-use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde_json::Value;
 
@@ -82,14 +81,12 @@ impl OneAttempt {
             ),
             billed: Billed::Nothing,
         })?;
-        // The factory keeps the body in a buffer that grew by doubling. Many calls wait at once: each shall
-        // hold what it sent, and no more.
-        if let Some(body) = request.body_mut()
-            && let Some(bytes) = body.as_bytes()
-        {
-            *body = Bytes::copy_from_slice(bytes).into();
-        }
         drop(factory);
+        // Many calls wait at once. A body that cannot be sent again, which it never is, is let go of as soon as
+        // it is sent; its length is said all the same.
+        if let Some(body) = request.body_mut() {
+            *body = reqwest::Body::wrap(std::mem::take(body));
+        }
         let response = self.send(request).await?;
         let (status, headers) = (response.status(), response.headers().clone());
         let body =
