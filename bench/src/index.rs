@@ -13,10 +13,8 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;
 
-use crate::machine;
+use crate::{machine, process};
 
-/// Clock ticks a second of `/proc/<pid>/stat` on Linux (`USER_HZ`, fixed by its ABI).
-const TICKS_PER_SECOND: f64 = 100.0;
 /// Pipelines of `index_baseline.py`, and what they are called here.
 const PIPELINES: [(&str, &str); 4] = [
     ("characters", "Python: LangChain by characters, rank_bm25"),
@@ -213,20 +211,12 @@ fn run(mut command: Command, stdin: Option<&str>) -> anyhow::Result<Run> {
     let (mut cpu, mut memory) = (0.0, 0.0);
     // An ended process keeps its times until it is waited for.
     loop {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", child.id()))?;
-        let fields: Vec<&str> = stat.rsplit_once(')').context("stat")?.1.split_whitespace().collect();
-        // State, and fields 14 and 15 of the whole line: proc(5).
-        let ticks =
-            |field: usize| fields.get(field).and_then(|text| text.parse::<f64>().ok()).unwrap_or_default();
-        cpu = f64::max(cpu, (ticks(11) + ticks(12)) / TICKS_PER_SECOND);
-        if fields.first() == Some(&"Z") {
+        let stat = process::stat(child.id())?;
+        cpu = f64::max(cpu, stat.cpu_seconds);
+        if stat.has_ended {
             break;
         }
-        let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
-        let peak = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse().ok());
-        memory = f64::max(memory, peak.unwrap_or(0.0) / 1024.0);
+        memory = f64::max(memory, process::peak_resident_mib(child.id()).unwrap_or(0.0));
         thread::sleep(LOOK);
     }
     let wall = began.elapsed();

@@ -67,30 +67,17 @@ impl Process {
 
     /// User and system time so far, in seconds.
     pub(crate) fn cpu_seconds(&self) -> anyhow::Result<f64> {
-        let stat = fs::read_to_string(self.file("stat")?)?;
-        // The name in parentheses may contain spaces; fields are counted after it (proc(5)).
-        let fields: Vec<&str> = stat.rsplit_once(')').context("stat")?.1.split_whitespace().collect();
-        let ticks =
-            |field: usize| fields.get(field).and_then(|text| text.parse::<f64>().ok()).unwrap_or_default();
-        // Fields 14 and 15 of the whole line.
-        Ok((ticks(11) + ticks(12)) / TICKS_PER_SECOND)
+        Ok(stat(self.pid()?)?.cpu_seconds)
     }
 
     /// Resident memory at its highest, in MiB.
     pub(crate) fn peak_resident_mib(&self) -> anyhow::Result<f64> {
-        self.memory_mib("VmHWM:")
+        peak_resident_mib(self.pid()?)
     }
 
     /// Resident memory now, in MiB.
     pub(crate) fn resident_mib(&self) -> anyhow::Result<f64> {
-        self.memory_mib("VmRSS:")
-    }
-
-    fn memory_mib(&self, field: &'static str) -> anyhow::Result<f64> {
-        let status = fs::read_to_string(self.file("status")?)?;
-        let line = status.lines().find(|line| line.starts_with(field)).context(field)?;
-        let kib: f64 = line.split_whitespace().nth(1).context(field)?.parse()?;
-        Ok(kib / 1024.0)
+        memory_mib(self.pid()?, "VmRSS:")
     }
 
     /// Ends it as a supervisor would, and waits until it has.
@@ -109,9 +96,56 @@ impl Process {
         lines.get(lines.len().saturating_sub(20)..).unwrap_or_default().join("\n")
     }
 
-    fn file(&self, name: &str) -> anyhow::Result<String> {
-        let pid =
-            self.child.id().with_context(|| format!("{} has ended:\n{}", self.name, self.log_tail()))?;
-        Ok(format!("/proc/{pid}/{name}"))
+    fn pid(&self) -> anyhow::Result<u32> {
+        self.child.id().with_context(|| format!("{} has ended:\n{}", self.name, self.log_tail()))
+    }
+}
+
+/// What `/proc/<pid>/stat` says of a process.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Stat {
+    /// It has ended, and is not waited for yet.
+    pub(crate) has_ended: bool,
+    /// User and system time so far, in seconds; an ended process keeps it until it is waited for.
+    pub(crate) cpu_seconds: f64,
+}
+
+pub(crate) fn stat(pid: u32) -> anyhow::Result<Stat> {
+    parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat"))?)
+}
+
+fn parse_stat(line: &str) -> anyhow::Result<Stat> {
+    // The name in parentheses may contain spaces and parentheses; fields are counted after it (proc(5)).
+    let fields: Vec<&str> = line.rsplit_once(')').context("stat")?.1.split_whitespace().collect();
+    let field = |number: usize| fields.get(number - 3).copied().context("stat");
+    let ticks = field(14)?.parse::<f64>()? + field(15)?.parse::<f64>()?;
+    Ok(Stat { has_ended: field(3)? == "Z", cpu_seconds: ticks / TICKS_PER_SECOND })
+}
+
+/// Resident memory at its highest, in MiB. An ended process has none.
+pub(crate) fn peak_resident_mib(pid: u32) -> anyhow::Result<f64> {
+    memory_mib(pid, "VmHWM:")
+}
+
+fn memory_mib(pid: u32, field: &'static str) -> anyhow::Result<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find(|line| line.starts_with(field)).context(field)?;
+    let kib: f64 = line.split_whitespace().nth(1).context(field)?.parse()?;
+    Ok(kib / 1024.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_are_counted_after_the_name() -> anyhow::Result<()> {
+        let line = "42 (a ) name) Z 1 42 42 0 -1 4194560 0 0 0 0 150 25 0 0 20 0 1 0";
+        let Stat { has_ended, cpu_seconds } = parse_stat(line)?;
+        assert!(has_ended && (cpu_seconds - 1.75).abs() < 1e-9);
+        assert!(parse_stat("42 (name) R 1").is_err());
+        let own = std::process::id();
+        assert!(!stat(own)?.has_ended && peak_resident_mib(own)? > 0.0);
+        Ok(())
     }
 }

@@ -115,33 +115,13 @@ async fn measure_size(arguments: &Arguments, chunks: u64) -> anyhow::Result<()> 
 
     let mut shares = Vec::new();
     for kind in kinds.filter(|kind| *kind != Kind::CacheHit) {
-        shares.push((kind, bed.compared(&url, kind, chunks).await?));
+        shares.push((kind, bed.compared(&url, &gateway, kind, chunks).await?));
     }
     let searched = gateway.resident_mib()?;
     gateway.stop().await?;
     println!("| Measure | Value |\n|---|---|");
     for (kind, compared) in shares {
-        let mut direct = engine::times(&bed.dir.path().join("gateway"), &compared.queries)?;
-        let mut served = compared.times;
-        let (engine, gateway) = (seconds(&mut direct, 0.5), seconds(&mut served, 0.5));
-        let own = gateway - engine - compared.embedding;
-        println!("| {}, one client: engine called directly, p50 | {:.2} ms |", kind.name(), engine * 1000.0);
-        let embedding = if compared.embedding > 0.0 {
-            format!(", {:.2} ms of it the embeddings API", compared.embedding * 1000.0)
-        } else {
-            String::new()
-        };
-        println!(
-            "| {}, one client: through the gateway over HTTP, p50 | {:.2} ms{embedding} |",
-            kind.name(),
-            gateway * 1000.0
-        );
-        println!(
-            "| {}: the gateway's share | {:.2} ms, {:.2} × the engine |",
-            kind.name(),
-            own * 1000.0,
-            (gateway - compared.embedding) / engine
-        );
+        print_share(&bed, kind, compared)?;
     }
     println!("| Filling it, embeddings by the simulator included | {:.0} s |", filling.as_secs_f64());
     println!("| Resident memory: opened / after these searches | {loaded:.0} / {searched:.0} MiB |");
@@ -154,9 +134,38 @@ async fn measure_size(arguments: &Arguments, chunks: u64) -> anyhow::Result<()> 
     Ok(())
 }
 
+/// What one client's queries take, and the engine without a gateway for the same.
+fn print_share(bed: &Bed, kind: Kind, compared: Compared) -> anyhow::Result<()> {
+    let dir = bed.dir.path().join("gateway");
+    let Compared { mut times, cpu, embedding, queries } = compared;
+    let gateway = seconds(&mut times, 0.5);
+    let ms = |seconds: f64| format!("{:.2} ms", seconds * 1000.0);
+    let name = format!("{}, one client", kind.name());
+    let embedding_part =
+        if embedding > 0.0 { format!(", {} of it the embeddings API", ms(embedding)) } else { String::new() };
+    println!("| {name}: through the gateway over HTTP, p50 | {}{embedding_part} |", ms(gateway));
+    let mut cpu_times = vec![format!("through the gateway {}", ms(cpu))];
+    for (filtered, how) in [(false, "without a filter"), (true, "with the tenants' filter")] {
+        let engine::Times { mut each, cpu } = engine::times(&dir, &queries, filtered)?;
+        let engine = seconds(&mut each, 0.5);
+        let own = gateway - embedding - engine;
+        println!(
+            "| {name}: the engine called directly {how}, p50; the gateway's share of it | {}; {}, {:.2} × |",
+            ms(engine),
+            ms(own),
+            (gateway - embedding) / engine
+        );
+        cpu_times.push(format!("the engine {how} {}", ms(cpu)));
+    }
+    println!("| {name}: CPU time of a query | {} |", cpu_times.join("; "));
+    Ok(())
+}
+
 /// One client's times, and what the engine needs to do the same.
 struct Compared {
     times: Vec<Duration>,
+    /// CPU time of the gateway's process a query, in seconds: embedding it is in it.
+    cpu: f64,
     /// Mean time of the embeddings API in it, in seconds.
     embedding: f64,
     queries: Vec<(String, Option<Vec<f32>>)>,
@@ -269,15 +278,23 @@ impl Bed {
         Ok(took)
     }
 
-    async fn compared(&self, url: &str, kind: Kind, chunks: u64) -> anyhow::Result<Compared> {
+    async fn compared(
+        &self,
+        url: &str,
+        gateway: &Process,
+        kind: Kind,
+        chunks: u64,
+    ) -> anyhow::Result<Compared> {
         let metrics = format!("{url}/metrics");
         let before = Scrape::of(&metrics).await;
         let mut times = Vec::new();
         let mut queries = Vec::new();
+        let cpu = gateway.cpu_seconds()?;
         for number in HOT..HOT + COMPARED {
             times.push(self.query(url, kind, number, chunks).await?);
             queries.push((corpus::query(number, chunks), None));
         }
+        let cpu = (gateway.cpu_seconds()? - cpu) / COMPARED as f64;
         let after = Scrape::of(&metrics).await;
         let mut embedding = 0.0;
         if kind == Kind::Hybrid {
@@ -288,7 +305,7 @@ impl Bed {
                 *vector = Some(self.embed(text).await?);
             }
         }
-        Ok(Compared { times, embedding, queries })
+        Ok(Compared { times, cpu, embedding, queries })
     }
 
     async fn embed(&self, text: &str) -> anyhow::Result<Vec<f32>> {
