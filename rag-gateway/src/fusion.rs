@@ -3,11 +3,11 @@
 //! The engines' own fusion orders ties at random and loses the cosine, so it is done here: equal
 //! queries get equal answers.
 
-use std::{cmp::Ordering, collections::HashMap};
+use std::{cmp::Ordering, collections::HashMap, mem, sync::Arc};
 
 use uuid::Uuid;
 
-use crate::index::{Hit, Lists};
+use crate::index::{ChunkRecord, Hit, Lists};
 
 /// The constant of the paper.
 const K: f64 = 60.0;
@@ -19,7 +19,7 @@ pub(crate) struct Fused {
     /// Which of the searched collections it is in.
     pub(crate) collection: usize,
     pub(crate) score: f64,
-    /// Cosine, where the dense list had it.
+    /// Cosine, where the dense list had it or the adapter gave it.
     pub(crate) cosine: Option<f32>,
 }
 
@@ -44,11 +44,14 @@ impl Default for Weights {
 pub(crate) fn fuse(found: Vec<Lists>, weights: Weights) -> Vec<Fused> {
     let mut dense: Vec<(usize, Hit)> = Vec::new();
     let mut lexical: Vec<Vec<(usize, Hit)>> = Vec::with_capacity(found.len());
+    let mut cosines: Vec<HashMap<Uuid, f32>> = Vec::with_capacity(found.len());
     for (collection, mut lists) in found.into_iter().enumerate() {
-        let newest = newest_revisions(&lists);
-        let current = |hit: &Hit| newest.get(&hit.record.doc).is_none_or(|rev| hit.record.rev == *rev);
-        lists.dense.retain(current);
-        lists.lexical.retain(current);
+        cosines.push(mem::take(&mut lists.cosines));
+        for old in old_revisions(&lists) {
+            let is_current = |hit: &Hit| !Arc::ptr_eq(&hit.record, &old);
+            lists.dense.retain(is_current);
+            lists.lexical.retain(is_current);
+        }
         dense.extend(lists.dense.into_iter().map(|hit| (collection, hit)));
         lexical.push(lists.lexical.into_iter().map(|hit| (collection, hit)).collect());
     }
@@ -72,6 +75,9 @@ pub(crate) fn fuse(found: Vec<Lists>, weights: Weights) -> Vec<Fused> {
         add(list, weights.lexical, false);
     }
     let mut fused: Vec<Fused> = fused.into_values().collect();
+    for fused in fused.iter_mut().filter(|fused| fused.cosine.is_none()) {
+        fused.cosine = cosines[fused.collection].get(&fused.hit.id).map(|cosine| cosine.clamp(0.0, 1.0));
+    }
     fused.sort_by(|a, b| {
         b.score
             .total_cmp(&a.score)
@@ -80,13 +86,16 @@ pub(crate) fn fuse(found: Vec<Lists>, weights: Weights) -> Vec<Fused> {
     fused
 }
 
-fn newest_revisions(lists: &Lists) -> HashMap<String, i64> {
-    let mut newest: HashMap<String, i64> = HashMap::new();
-    for hit in lists.dense.iter().chain(&lists.lexical) {
-        let rev = newest.entry(hit.record.doc.clone()).or_insert(hit.record.rev);
+/// Records of documents of which a newer revision was found too.
+fn old_revisions(lists: &Lists) -> Vec<Arc<ChunkRecord>> {
+    let hits = || lists.dense.iter().chain(&lists.lexical);
+    let mut newest: HashMap<&str, i64> = HashMap::new();
+    for hit in hits() {
+        let rev = newest.entry(&hit.record.doc).or_insert(hit.record.rev);
         *rev = hit.record.rev.max(*rev);
     }
-    newest
+    let is_old = |hit: &&Hit| newest.get(hit.record.doc.as_str()).is_some_and(|rev| hit.record.rev < *rev);
+    hits().filter(is_old).map(|hit| Arc::clone(&hit.record)).collect()
 }
 
 fn by_place(a: &(usize, Hit), b: &(usize, Hit)) -> Ordering {
@@ -104,7 +113,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::index::ChunkRecord;
 
     fn hit(source: &str, score: f32) -> Hit {
         let record = ChunkRecord {
@@ -113,27 +121,36 @@ mod tests {
             rev: 1,
             ..ChunkRecord::default()
         };
-        Hit { id: Uuid::new_v5(&Uuid::NAMESPACE_URL, source.as_bytes()), score, record }
+        Hit { id: Uuid::new_v5(&Uuid::NAMESPACE_URL, source.as_bytes()), score, record: Arc::new(record) }
+    }
+
+    fn lists(dense: Vec<Hit>, lexical: Vec<Hit>) -> Lists {
+        Lists { dense, lexical, cosines: HashMap::new() }
     }
 
     fn order(lists: Lists) -> Vec<String> {
-        fuse(vec![lists], Weights::default()).into_iter().map(|fused| fused.hit.record.source).collect()
+        fuse(vec![lists], Weights::default())
+            .into_iter()
+            .map(|fused| fused.hit.record.source.clone())
+            .collect()
     }
 
     #[test]
     fn what_both_lists_like_comes_first() {
-        let lists =
-            Lists { dense: vec![hit("a", 0.9), hit("b", 0.8)], lexical: vec![hit("c", 9.0), hit("b", 8.0)] };
+        let lists = lists(vec![hit("a", 0.9), hit("b", 0.8)], vec![hit("c", 9.0), hit("b", 8.0)]);
         assert_eq!(order(lists), ["b", "a", "c"], "equal scores are ordered by source");
     }
 
     #[test]
     fn the_cosine_survives_and_stays_within_bounds() {
-        let lists = Lists { dense: vec![hit("a", 1.000_1), hit("b", -0.2)], lexical: vec![hit("c", 5.0)] };
+        let lexical = vec![hit("c", 5.0), hit("d", 4.0), hit("e", 3.0)];
+        let cosines = [(lexical[1].id, 0.4), (lexical[2].id, 1.2)].into();
+        let lists = Lists { cosines, ..lists(vec![hit("a", 1.000_1), hit("b", -0.2)], lexical) };
         let cosines: HashMap<String, Option<f32>> = fuse(vec![lists], Weights::default())
             .into_iter()
-            .map(|fused| (fused.hit.record.source, fused.cosine))
+            .map(|fused| (fused.hit.record.source.clone(), fused.cosine))
             .collect();
+        assert_eq!((cosines["d"], cosines["e"]), (Some(0.4), Some(1.0)));
         assert_eq!(cosines["a"], Some(1.0));
         assert_eq!(cosines["b"], Some(0.0));
         assert_eq!(cosines["c"], None);
@@ -144,8 +161,8 @@ mod tests {
         let mut old = hit("a", 9.0);
         old.id = Uuid::from_u128(1);
         let mut new = hit("a", 5.0);
-        new.record.rev = 2;
-        let lists = Lists { dense: Vec::new(), lexical: vec![old, new.clone()] };
+        Arc::make_mut(&mut new.record).rev = 2;
+        let lists = lists(Vec::new(), vec![old, new.clone()]);
         let fused = fuse(vec![lists], Weights::default());
         assert_eq!(fused.len(), 1);
         assert_eq!(fused[0].hit.id, new.id);
@@ -154,12 +171,12 @@ mod tests {
     #[test]
     fn collections_are_fused_by_cosine_and_by_their_own_lexical_ranks() {
         let found = vec![
-            Lists { dense: vec![hit("a", 0.5)], lexical: vec![hit("a", 100.0), hit("same", 90.0)] },
-            Lists { dense: vec![hit("b", 0.9)], lexical: vec![hit("same", 1.0)] },
+            lists(vec![hit("a", 0.5)], vec![hit("a", 100.0), hit("same", 90.0)]),
+            lists(vec![hit("b", 0.9)], vec![hit("same", 1.0)]),
         ];
         let fused: Vec<(String, usize)> = fuse(found, Weights::default())
             .into_iter()
-            .map(|fused| (fused.hit.record.source, fused.collection))
+            .map(|fused| (fused.hit.record.source.clone(), fused.collection))
             .collect();
         let expected = [("a", 0), ("b", 1), ("same", 1), ("same", 0)];
         assert_eq!(fused, expected.map(|(source, collection)| (source.to_owned(), collection)));
@@ -175,8 +192,8 @@ mod tests {
                 scores.iter().enumerate().map(|(at, score)| hit(&format!("{at:02}"), f32::from(*score))).collect();
             let mut turned = list.clone();
             turned.rotate_left(turn.min(list.len()));
-            let lists = |lexical: Vec<Hit>| Lists { dense: list.clone(), lexical };
-            prop_assert_eq!(order(lists(list.clone())), order(lists(turned)));
+            let with = |lexical: Vec<Hit>| lists(list.clone(), lexical);
+            prop_assert_eq!(order(with(list.clone())), order(with(turned)));
         }
     }
 }

@@ -65,7 +65,7 @@ fn lexical(query: &str) -> Search {
 
 async fn sources(index: &dyn VectorIndex, collection: &str, search: Search) -> Vec<String> {
     let lists = index.search(collection, search).await.unwrap();
-    lists.lexical.into_iter().map(|hit| hit.record.source).collect()
+    lists.lexical.into_iter().map(|hit| hit.record.source.clone()).collect()
 }
 
 async fn run(index: &dyn VectorIndex) {

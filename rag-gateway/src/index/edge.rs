@@ -7,17 +7,23 @@
 //! - Its `flush` panics when it meets a concurrent update, so **one thread a collection** owns all
 //!   updates and flushes. It takes all that is waiting, applies it, flushes once and answers all.
 //! - Readers are free: they run on the blocking pool, beside the writer.
+//! - A search reads the payload of every candidate of every segment, and parses it: so it is asked for ids, and what
+//!   [`records`] does not remember is read after it.
+//! - A filter costs more than what it leaves out is worth where it leaves out nothing: see [`Collection::search`].
 //! - New points go to a segment whose posting lists are changed in place, and each change of one touches all that
 //!   is in it: time that grows with its square. So a segment that has [`SEGMENT_CHUNKS`] is **rebuilt**, by the
 //!   writer, into one that is only read (and mapped, not loaded, when the index is opened), and writing begins anew.
 //! - One process at a time can open a folder.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fs, io, mem,
     panic::{self, AssertUnwindSafe},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::Instant,
 };
@@ -25,13 +31,13 @@ use std::{
 use async_trait::async_trait;
 use atlas_shared::{Dependency, UpstreamError};
 use qdrant_edge::{
-    CountRequest, CreateIndex, Distance, EdgeConfig, EdgeOptimizersConfig, EdgeShard, EdgeSparseVectorParams,
-    EdgeVectorParams, FieldIndexOperations, Filter, HnswIndexConfig, IntegerIndexParams, KeywordIndexParams,
-    Modifier, NamedQuery, PayloadFieldSchema, PayloadSchemaParams, PayloadSelector, PayloadSelectorExclude,
-    PointId, PointInsertOperations, PointOperations, PointStruct, PointStructPersisted,
-    PointVectorsPersisted, QueryEnum, ScoredPoint, ScrollRequest, SearchRequest, SparseVector,
-    UpdateOperation, UpdateVectorsOp, Vector, VectorInternal, VectorOperations, VectorPersisted,
-    VectorStructPersisted, Vectors, WalOptions, WithPayloadInterface, WithVector,
+    Condition, CountRequest, CreateIndex, Distance, EdgeConfig, EdgeOptimizersConfig, EdgeShard,
+    EdgeSparseVectorParams, EdgeVectorParams, FieldIndexOperations, Filter, HasIdCondition, HnswIndexConfig,
+    IntegerIndexParams, KeywordIndexParams, Modifier, NamedQuery, PayloadFieldSchema, PayloadSchemaParams,
+    PayloadSelector, PayloadSelectorExclude, PointId, PointInsertOperations, PointOperations, PointStruct,
+    PointStructPersisted, PointVectorsPersisted, QueryEnum, ScoredPoint, ScrollRequest, SearchRequest,
+    SparseVector, UpdateOperation, UpdateVectorsOp, Vector, VectorInternal, VectorOperations,
+    VectorPersisted, VectorStructPersisted, Vectors, WalOptions, WithPayloadInterface, WithVector,
     bm25_embed::{EdgeBm25, EdgeBm25Config},
 };
 use serde_json::{Value, json};
@@ -43,6 +49,10 @@ use super::{
     Lists, NewChunk, Page, SPARSE, Search, Selection, VectorIndex, Version, Weighing, failed, names, payload,
     record, version::LocalVersions,
 };
+
+mod records;
+
+use records::{CollectionRecords, Records};
 
 /// Our file beside the engine's.
 const META_FILE: &str = "atlas.json";
@@ -81,6 +91,9 @@ const UPSERT_CHUNKS: usize = 256;
 /// Chunks that are weighed anew at a time.
 const REWEIGH_PAGE: usize = 512;
 
+/// Searches before what they find is read in the same breath: one is nearly always enough.
+const TWO_STEP_SEARCHES: usize = 2;
+
 /// All collections of one folder.
 pub(super) struct EdgeIndex {
     dir: PathBuf,
@@ -92,6 +105,7 @@ pub(super) struct EdgeIndex {
     changing: Arc<tokio::sync::Mutex<()>>,
     /// One process at a time has the folder open, so they need not be on disk.
     versions: LocalVersions,
+    records: Records,
 }
 
 /// Collections with their generations.
@@ -109,6 +123,19 @@ struct Collection {
     bm25: EdgeBm25,
     /// Weighs chunks. The writer's.
     weigher: Mutex<Weigher>,
+    /// What was read lately.
+    records: CollectionRecords,
+    /// Chunks of tenants may be in it: set before the first one is written, and never unset.
+    has_tenants: AtomicBool,
+}
+
+/// What the engine found, with nothing of what it is.
+#[derive(Default)]
+struct Found {
+    dense: Vec<ScoredPoint>,
+    lexical: Vec<ScoredPoint>,
+    /// Of what only the lexical list has.
+    cosines: HashMap<Uuid, f32>,
 }
 
 /// Work for the writer thread.
@@ -130,12 +157,13 @@ impl EdgeIndex {
         blocking(move || {
             fs::create_dir_all(&dir).map_err(|error| cannot_use(&dir, &error))?;
             let mut collections = BTreeMap::new();
+            let records = Records::default();
             for entry in fs::read_dir(&dir).map_err(|error| cannot_use(&dir, &error))? {
                 let path = entry.map_err(|error| cannot_use(&dir, &error))?.path();
                 // A folder without our file is a collection whose creation was cut short.
                 let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
                 if path.join(META_FILE).is_file() {
-                    collections.insert(name.to_owned(), Collection::load(&path)?);
+                    collections.insert(name.to_owned(), Collection::load(&path, &records)?);
                 }
             }
             let mut aliases = load_aliases(&dir)?;
@@ -147,6 +175,7 @@ impl EdgeIndex {
                 aliases: Arc::new(RwLock::new(aliases)),
                 changing: Arc::default(),
                 versions: LocalVersions::new(),
+                records,
             })
         })
         .await
@@ -203,9 +232,10 @@ impl VectorIndex for EdgeIndex {
         };
         let (dir, name, meta) = (self.dir.clone(), name.to_owned(), meta.clone());
         let (collections, aliases) = (Arc::clone(&self.collections), Arc::clone(&self.aliases));
+        let records = self.records.clone();
         blocking(move || {
             let _changing = changing;
-            let collection = Collection::create(&dir.join(&generation), meta)?;
+            let collection = Collection::create(&dir.join(&generation), meta, &records)?;
             let meta = collection.meta();
             collections
                 .write()
@@ -404,7 +434,7 @@ impl Drop for Collection {
 }
 
 impl Collection {
-    fn create(dir: &Path, meta: CollectionMeta) -> Result<Arc<Self>, UpstreamError> {
+    fn create(dir: &Path, meta: CollectionMeta, records: &Records) -> Result<Arc<Self>, UpstreamError> {
         if dir.exists() {
             // Left behind by a creation or a deletion that was cut short: there is no `atlas.json` in it.
             fs::remove_dir_all(dir).map_err(|error| cannot_use(dir, &error))?;
@@ -426,10 +456,10 @@ impl Collection {
         }
         shard.flush();
         save_meta(dir, &meta)?;
-        Self::start(dir, shard, meta)
+        Self::start(dir, shard, meta, records)
     }
 
-    fn load(dir: &Path) -> Result<Arc<Self>, UpstreamError> {
+    fn load(dir: &Path, records: &Records) -> Result<Arc<Self>, UpstreamError> {
         let text = fs::read_to_string(dir.join(META_FILE)).map_err(|error| cannot_use(dir, &error))?;
         let meta: CollectionMeta = serde_json::from_str(&text)
             .map_err(|error| failed(&format!("{} is damaged", dir.join(META_FILE).display()), error))?;
@@ -441,10 +471,16 @@ impl Collection {
         let shard = EdgeShard::load(dir, Some(config(&meta))).map_err(|error| {
             failed(&format!("open collection in {} (is another gateway using it?)", dir.display()), error)
         })?;
-        Self::start(dir, shard, meta)
+        Self::start(dir, shard, meta, records)
     }
 
-    fn start(dir: &Path, shard: EdgeShard, meta: CollectionMeta) -> Result<Arc<Self>, UpstreamError> {
+    fn start(
+        dir: &Path,
+        shard: EdgeShard,
+        meta: CollectionMeta,
+        records: &Records,
+    ) -> Result<Arc<Self>, UpstreamError> {
+        let has_tenants = has_tenants(&shard)?;
         let (sender, receiver) = mpsc::channel(WRITE_QUEUE);
         let collection = Arc::new(Self {
             dir: dir.to_owned(),
@@ -454,6 +490,8 @@ impl Collection {
             writes: Mutex::new(Some(sender)),
             writer: Mutex::new(None),
             bm25: query_bm25()?,
+            records: records.of_collection(),
+            has_tenants: AtomicBool::new(has_tenants),
         });
         let writer = thread::Builder::new()
             .name("atlas-index".to_owned())
@@ -571,6 +609,9 @@ impl Collection {
     }
 
     fn upsert(&self, chunks: Vec<NewChunk>) -> Result<(), UpstreamError> {
+        if chunks.iter().any(|chunk| !chunk.record.tenant.is_empty()) {
+            self.has_tenants.store(true, Ordering::Release);
+        }
         // One thread weighs, this one writes what was weighed.
         thread::scope(|scope| {
             let (weighed, points) = std::sync::mpsc::sync_channel(2);
@@ -637,45 +678,106 @@ impl Collection {
         self.shard.update(operation).map_err(|error| failed("write", error))
     }
 
-    fn search(&self, search: Search) -> Result<Lists, UpstreamError> {
-        let filter = match &search.selection {
-            all if *all == Selection::default() => None,
-            selection => Some(filter(selection)?),
-        };
-        let mut lists = Lists::default();
-        if let Some(dense) = search.dense
-            && self.meta().embedding_size.is_some()
+    /// Chunks that belong to nobody are seen by all who ask for them. So where nothing belongs to anybody, the
+    /// engine is not asked to leave out what is others'. Should such a chunk be found all the same, because its
+    /// writing began meanwhile, the engine is asked to.
+    fn search(&self, mut search: Search) -> Result<Lists, UpstreamError> {
+        if let Some(visible) = &search.selection.tenants
+            && visible.iter().any(String::is_empty)
+            && !self.has_tenants.load(Ordering::Acquire)
         {
-            lists.dense = self.nearest(VectorInternal::Dense(dense), DENSE, filter.clone(), search.limit)?;
-        }
-        if let Some(text) = search.lexical {
-            let sparse = self.bm25.embed_query(&text);
-            // A query of stop words only has no terms, and finds nothing.
-            if !sparse.indices.is_empty() {
-                lists.lexical = self.nearest(VectorInternal::Sparse(sparse), SPARSE, filter, search.limit)?;
+            let all = Selection { tenants: None, ..search.selection.clone() };
+            let lists = self.lists(&search, &all)?;
+            let mut hits = lists.dense.iter().chain(&lists.lexical);
+            if hits.all(|hit| visible.contains(&hit.record.tenant)) {
+                return Ok(lists);
             }
         }
-        Ok(lists)
+        let selection = mem::take(&mut search.selection);
+        self.lists(&search, &selection)
+    }
+
+    /// Searches for ids, then reads what is not remembered. What was found and is gone when it is read was replaced
+    /// meanwhile: then what took its place is searched for, at last in one step.
+    fn lists(&self, search: &Search, selection: &Selection) -> Result<Lists, UpstreamError> {
+        let filter = (*selection != Selection::default()).then(|| filter(selection)).transpose()?;
+        for _ in 0..TWO_STEP_SEARCHES {
+            let found = self.found(search, filter.as_ref(), false)?;
+            if let Some(lists) = self.read(found)? {
+                return Ok(lists);
+            }
+        }
+        let Found { dense, lexical, cosines } = self.found(search, filter.as_ref(), true)?;
+        let hits = |points: Vec<ScoredPoint>| points.into_iter().map(hit).collect::<Result<_, _>>();
+        Ok(Lists { dense: hits(dense)?, lexical: hits(lexical)?, cosines })
+    }
+
+    /// What the engine finds: up to three calls of it.
+    fn found(
+        &self,
+        search: &Search,
+        filter: Option<&Filter>,
+        with_payload: bool,
+    ) -> Result<Found, UpstreamError> {
+        let mut found = Found::default();
+        let points = |query, using| self.points(query, using, filter.cloned(), search.limit, with_payload);
+        let dense = search.dense.as_ref().filter(|_| self.has_embeddings());
+        if let Some(dense) = dense {
+            found.dense = points(VectorInternal::Dense(dense.clone()), DENSE)?;
+        }
+        if let Some(text) = &search.lexical {
+            let sparse = self.bm25.embed_query(text);
+            // A query of stop words only has no terms, and finds nothing.
+            if !sparse.indices.is_empty() {
+                found.lexical = points(VectorInternal::Sparse(sparse), SPARSE)?;
+            }
+        }
+        if let Some(dense) = dense {
+            let near: HashSet<PointId> = found.dense.iter().map(|point| point.id).collect();
+            let others = found.lexical.iter().map(|point| point.id).filter(|id| !near.contains(id));
+            found.cosines = self.cosines(dense.clone(), others.map(uuid).collect())?;
+        }
+        Ok(found)
+    }
+
+    /// The chunks that were found, read where they are not remembered. `None`: some of them are gone.
+    fn read(&self, found: Found) -> Result<Option<Lists>, UpstreamError> {
+        let Found { dense, lexical, cosines } = found;
+        let points = || dense.iter().chain(&lexical);
+        let known = self.records.get(points().map(|point| (uuid(point.id), point.version)));
+        let mut unknown: HashMap<PointId, u64> = HashMap::new();
+        for (point, _) in points().zip(&known).filter(|(_, record)| record.is_none()) {
+            unknown.insert(point.id, point.version);
+        }
+        let ids: Vec<PointId> = unknown.keys().copied().collect();
+        let read: HashMap<PointId, Arc<ChunkRecord>> =
+            self.retrieve(&ids)?.into_iter().map(|(id, record)| (id, Arc::new(record))).collect();
+        self.records.insert(read.iter().map(|(id, record)| (uuid(*id), unknown[id], Arc::clone(record))));
+        let mut known = known.into_iter();
+        let mut hits = |points: Vec<ScoredPoint>| -> Option<Vec<Hit>> {
+            let hit = |(point, known): (ScoredPoint, Option<Arc<ChunkRecord>>)| {
+                let record = known.or_else(|| read.get(&point.id).cloned())?;
+                Some(Hit { id: uuid(point.id), score: point.score, record })
+            };
+            points.into_iter().zip(known.by_ref()).map(hit).collect()
+        };
+        let Some(dense) = hits(dense) else { return Ok(None) };
+        Ok(hits(lexical).map(|lexical| Lists { dense, lexical, cosines }))
+    }
+
+    fn has_embeddings(&self) -> bool {
+        self.meta.read().unwrap_or_else(PoisonError::into_inner).embedding_size.is_some()
     }
 
     fn cosines(&self, vector: Vec<f32>, ids: Vec<Uuid>) -> Result<HashMap<Uuid, f32>, UpstreamError> {
-        if self.meta().embedding_size.is_none() || ids.is_empty() {
+        if !self.has_embeddings() || ids.is_empty() {
             return Ok(HashMap::new());
         }
         let limit = ids.len();
-        let filter = filter(&Selection { ids: Some(ids), ..Selection::default() })?;
+        let ids: HasIdCondition = ids.into_iter().map(PointId::Uuid).collect();
+        let filter = Filter::new_must(Condition::HasId(ids));
         let points = self.points(VectorInternal::Dense(vector), DENSE, Some(filter), limit, false)?;
         Ok(points.into_iter().map(|point| (uuid(point.id), point.score)).collect())
-    }
-
-    fn nearest(
-        &self,
-        query: VectorInternal,
-        using: &str,
-        filter: Option<Filter>,
-        limit: usize,
-    ) -> Result<Vec<Hit>, UpstreamError> {
-        self.points(query, using, filter, limit, true)?.into_iter().map(hit).collect()
     }
 
     fn points(
@@ -700,6 +802,35 @@ impl Collection {
             .map_err(|error| failed("search", error))
     }
 
+    /// Reads these chunks without a search for them, as far as they are there and seen by these tenants.
+    fn chunks(&self, ids: &[Uuid], tenants: Option<&[String]>) -> Result<Page, UpstreamError> {
+        let mut ids: Vec<PointId> = ids.iter().copied().map(PointId::Uuid).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        let mut records: Vec<_> =
+            self.retrieve(&ids)?.into_iter().map(|(id, record)| (uuid(id), record)).collect();
+        records.retain(|(_, record)| tenants.is_none_or(|tenants| tenants.contains(&record.tenant)));
+        Ok(Page { records, next: None })
+    }
+
+    /// Reads these chunks, as far as they are there, in their order.
+    fn retrieve(&self, ids: &[PointId]) -> Result<Vec<(PointId, ChunkRecord)>, UpstreamError> {
+        if ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        let points = self
+            .shard
+            .retrieve(ids, Some(WithPayloadInterface::Bool(true)), None)
+            .map_err(|error| failed("read", error))?;
+        points
+            .into_iter()
+            .map(|point| {
+                let payload = point.payload.map(|payload| payload.0).unwrap_or_default();
+                Ok((point.id, record(Value::Object(payload))?))
+            })
+            .collect()
+    }
+
     fn scroll(
         &self,
         selection: &Selection,
@@ -707,6 +838,12 @@ impl Collection {
         limit: usize,
         with_text: bool,
     ) -> Result<Page, UpstreamError> {
+        let by_id = Selection { ids: None, tenants: None, ..selection.clone() } == Selection::default();
+        if let (Some(ids), true, true, None) = (&selection.ids, by_id, with_text, from)
+            && ids.len() <= limit
+        {
+            return self.chunks(ids, selection.tenants.as_deref());
+        }
         let with_payload = if with_text {
             WithPayloadInterface::Bool(true)
         } else {
@@ -879,8 +1016,11 @@ fn filter(selection: &Selection) -> Result<Filter, UpstreamError> {
         must.push(json!({"has_id": ids}));
     }
     for (field, values) in [("doc", docs), ("tenant", tenants)] {
-        if let Some(values) = values {
-            must.push(json!({"key": field, "match": {"any": values}}));
+        match values.as_deref() {
+            // The engine collects what matches any of several values in a set of its own.
+            Some([value]) => must.push(json!({"key": field, "match": {"value": value}})),
+            Some(values) => must.push(json!({"key": field, "match": {"any": values}})),
+            None => {}
         }
     }
     for (field, value) in [("lang", lang), ("repo", repo)] {
@@ -899,7 +1039,17 @@ fn filter(selection: &Selection) -> Result<Filter, UpstreamError> {
 
 fn hit(point: ScoredPoint) -> Result<Hit, UpstreamError> {
     let payload = point.payload.map(|payload| payload.0).unwrap_or_default();
-    Ok(Hit { id: uuid(point.id), score: point.score, record: record(Value::Object(payload))? })
+    Ok(Hit { id: uuid(point.id), score: point.score, record: Arc::new(record(Value::Object(payload))?) })
+}
+
+/// Is there a chunk that is not everybody's?
+fn has_tenants(shard: &EdgeShard) -> Result<bool, UpstreamError> {
+    let filter = serde_json::from_value(json!({"must_not": [{"key": "tenant", "match": {"value": ""}}]}))
+        .map_err(|error| failed("filter", error))?;
+    let count = shard
+        .count(CountRequest { filter: Some(filter), exact: true })
+        .map_err(|error| failed("count", error))?;
+    Ok(count > 0)
 }
 
 fn uuid(id: PointId) -> Uuid {
@@ -1009,6 +1159,87 @@ mod tests {
             ..ChunkRecord::default()
         };
         NewChunk { id: Uuid::from_u128(n), record, dense: None }
+    }
+
+    #[tokio::test]
+    async fn no_tenant_finds_anothers_chunk_that_was_not_expected() {
+        let dir = tempfile::tempdir().unwrap();
+        let index = EdgeIndex::open(dir.path()).await.unwrap();
+        index.ensure("c", &meta(Weighing::unrecorded(), 10.0)).await.unwrap();
+        let of = |n: u128, tenant: &str| {
+            let NewChunk { id, mut record, dense } = new_chunk(n);
+            record.tenant = tenant.to_owned();
+            NewChunk { id, record, dense }
+        };
+        let visible_to = |tenants: &[&str]| {
+            let tenants = Some(tenants.iter().map(|tenant| (*tenant).to_owned()).collect());
+            Selection { tenants, ..Selection::default() }
+        };
+        let found = async |index: &EdgeIndex, tenants: &[&str]| -> Vec<u128> {
+            let lexical = Some("common words".to_owned());
+            let search = Search { dense: None, lexical, selection: visible_to(tenants), limit: 2 };
+            let mut ids: Vec<u128> =
+                index.search("c", search).await.unwrap().lexical.iter().map(|hit| hit.id.as_u128()).collect();
+            ids.sort_unstable();
+            ids
+        };
+        let tenants = |index: &EdgeIndex| index.existing("c").unwrap().has_tenants.load(Ordering::Acquire);
+        index.upsert("c", vec![of(1, ""), of(2, "")], None).await.unwrap();
+        assert!(!tenants(&index));
+        assert_eq!(found(&index, &[""]).await, [1, 2]);
+        assert_eq!(found(&index, &["acme"]).await, [0_u128; 0]);
+
+        index.upsert("c", vec![of(0, "acme"), of(3, "acme"), of(4, "other")], None).await.unwrap();
+        assert!(tenants(&index));
+        for known in [true, false] {
+            // As a search that began before the first tenant's chunk was written.
+            index.existing("c").unwrap().has_tenants.store(known, Ordering::Release);
+            assert_eq!(found(&index, &[""]).await, [1, 2]);
+            assert_eq!(found(&index, &["acme"]).await, [0, 3]);
+            let ids = Some((0..5).map(Uuid::from_u128).collect());
+            let all = Selection { ids, ..visible_to(&["", "acme"]) };
+            let page = index.scroll("c", &all, None, 5, true).await.unwrap();
+            let ids: Vec<u128> = page.records.iter().map(|(id, _)| id.as_u128()).collect();
+            assert_eq!((ids, page.next), (vec![0, 1, 2, 3], None));
+        }
+        index.close().await;
+        drop(index);
+        let index = EdgeIndex::open(dir.path()).await.unwrap();
+        assert!(tenants(&index), "also after a restart");
+        index.delete("c", visible_to(&["acme", "other"])).await.unwrap();
+        index.close().await;
+        drop(index);
+        let index = EdgeIndex::open(dir.path()).await.unwrap();
+        assert!(!tenants(&index), "the last of their chunks are gone");
+        index.close().await;
+    }
+
+    #[tokio::test]
+    async fn what_is_remembered_is_never_older_than_what_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let index = EdgeIndex::open(dir.path()).await.unwrap();
+        index.ensure("c", &meta(Weighing::unrecorded(), 10.0)).await.unwrap();
+        let search = || Search {
+            dense: None,
+            lexical: Some("common".to_owned()),
+            selection: Selection::default(),
+            limit: 50,
+        };
+        // Often enough that segments are rebuilt meanwhile.
+        for rev in 1..=12 {
+            let chunks = (0..5).map(|n| {
+                let NewChunk { id, mut record, dense } = new_chunk(n);
+                record.rev = rev;
+                NewChunk { id, record, dense }
+            });
+            index.upsert("c", chunks.collect(), None).await.unwrap();
+            for _ in 0..2 {
+                let hits = index.search("c", search()).await.unwrap().lexical;
+                let revs: Vec<i64> = hits.iter().map(|hit| hit.record.rev).collect();
+                assert_eq!(revs, [rev; 5]);
+            }
+        }
+        index.close().await;
     }
 
     #[tokio::test]

@@ -162,7 +162,8 @@ pub(crate) struct Hit {
     pub(crate) id: Uuid,
     /// Cosine in the dense list, BM25 in the lexical one.
     pub(crate) score: f32,
-    pub(crate) record: ChunkRecord,
+    /// Shared with whatever remembers it.
+    pub(crate) record: Arc<ChunkRecord>,
 }
 
 /// Best first, ties in any order.
@@ -170,6 +171,8 @@ pub(crate) struct Hit {
 pub(crate) struct Lists {
     pub(crate) dense: Vec<Hit>,
     pub(crate) lexical: Vec<Hit>,
+    /// Cosines of what only the lexical list has, where the adapter has them without another call.
+    pub(crate) cosines: HashMap<Uuid, f32>,
 }
 
 /// One page of a scroll, by id.

@@ -8,6 +8,7 @@
 
 use std::{
     collections::HashMap,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -390,7 +391,8 @@ impl VectorIndex for QdrantIndex {
         let Some(answer) = self.found(answer)? else { return Ok(Lists::default()) };
         let mut lists = answer.result.into_iter().map(|list| list.result.into_iter().map(hit).collect());
         let dense = if has_dense { lists.next().unwrap_or_else(|| Ok(Vec::new()))? } else { Vec::new() };
-        Ok(Lists { dense, lexical: lists.next().unwrap_or_else(|| Ok(Vec::new()))? })
+        let lexical = lists.next().unwrap_or_else(|| Ok(Vec::new()))?;
+        Ok(Lists { dense, lexical, cosines: HashMap::new() })
     }
 
     async fn cosines(
@@ -704,7 +706,7 @@ fn weighed(record: &ChunkRecord, meta: &CollectionMeta) -> Document {
 }
 
 fn hit(point: ScoredPoint) -> Result<Hit, UpstreamError> {
-    Ok(Hit { id: uuid(point.id)?, score: point.score, record: record(json(point.payload))? })
+    Ok(Hit { id: uuid(point.id)?, score: point.score, record: Arc::new(record(json(point.payload))?) })
 }
 
 fn json(payload: HashMap<String, Value>) -> serde_json::Value {

@@ -83,7 +83,7 @@ mod tests {
         .map(|(source, text, score)| {
             let record =
                 ChunkRecord { source: source.to_owned(), text: text.to_owned(), ..ChunkRecord::default() };
-            let hit = Hit { id: uuid::Uuid::nil(), score: 0.0, record };
+            let hit = Hit { id: uuid::Uuid::nil(), score: 0.0, record: record.into() };
             Fused { hit, collection: 0, score, cosine: None }
         })
         .collect()
@@ -92,7 +92,7 @@ mod tests {
     fn order(diversity: f32, wanted: usize) -> Vec<String> {
         let mut fused = candidates();
         diversify(&mut fused, diversity, wanted);
-        fused.into_iter().map(|fused| fused.hit.record.source).collect()
+        fused.into_iter().map(|fused| fused.hit.record.source.clone()).collect()
     }
 
     #[test]

@@ -3,7 +3,10 @@
 //! Joined passages are exactly the lines they name, as single chunks are: what stands between two
 //! chunks was kept when they were cut, and where it was not they are not joined.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use atlas_shared::gateway_api::Passage;
 use uuid::Uuid;
@@ -16,10 +19,11 @@ use crate::{fusion::Fused, index::ChunkRecord, indexing::chunk_id_at};
 pub(super) struct Draft {
     collection: usize,
     /// The chunk that was ranked best: what the passage is named and scored by.
-    best: ChunkRecord,
+    best: Arc<ChunkRecord>,
     score: f64,
     cosine: Option<f32>,
-    text: String,
+    /// What was joined; `None`: the best chunk's text.
+    joined: Option<String>,
     start: u32,
     end: u32,
     /// An upper bound; zero: not known, so nothing is joined.
@@ -34,20 +38,24 @@ pub(super) struct Draft {
 impl Draft {
     fn new(fused: Fused) -> Self {
         let Fused { hit, collection, score, cosine } = fused;
-        let mut best = hit.record;
+        let best = hit.record;
         Self {
             collection,
             score,
             cosine,
-            text: std::mem::take(&mut best.text),
+            joined: None,
             start: best.start,
             end: best.end,
             tokens: best.tokens as usize,
             first: best.n,
             last: best.n,
-            glue: best.glue.take(),
+            glue: best.glue.clone(),
             best,
         }
+    }
+
+    fn text(&self) -> &str {
+        self.joined.as_deref().unwrap_or(&self.best.text)
     }
 
     pub(super) fn collection(&self) -> usize {
@@ -76,19 +84,19 @@ impl Draft {
             return false;
         }
         if other.n == self.last + 1 {
-            let Some(text) = joined(&self.text, self.end, other.glue.as_deref(), &other.text, other.start)
+            let Some(text) = joined(self.text(), self.end, other.glue.as_deref(), &other.text, other.start)
             else {
                 return false;
             };
-            self.text = text;
+            self.joined = Some(text);
             self.end = self.end.max(other.end);
             self.last = other.n;
         } else if other.n + 1 == self.first {
-            let Some(text) = joined(&other.text, other.end, self.glue.as_deref(), &self.text, self.start)
+            let Some(text) = joined(&other.text, other.end, self.glue.as_deref(), self.text(), self.start)
             else {
                 return false;
             };
-            self.text = text;
+            self.joined = Some(text);
             self.start = other.start;
             self.first = other.n;
             self.glue.clone_from(&other.glue);
@@ -102,19 +110,19 @@ impl Draft {
     pub(super) fn passage(self, collection: &str) -> Passage {
         #[expect(clippy::cast_possible_truncation, reason = "only the order of scores means something")]
         let score = self.score as f32;
-        let ChunkRecord { source, heading, lang, repo, commit, .. } = self.best;
+        let ChunkRecord { text, source, heading, lang, repo, commit, .. } = &*self.best;
         Passage {
-            text: self.text,
+            text: self.joined.unwrap_or_else(|| text.clone()),
             similarity: self.cosine,
-            source,
+            source: source.clone(),
             start_line: self.start,
             end_line: self.end,
-            heading,
+            heading: heading.clone(),
             score,
             collection: collection.to_owned(),
-            lang,
-            repo: Some(repo).filter(|repo| !repo.is_empty()),
-            commit,
+            lang: lang.clone(),
+            repo: Some(repo.clone()).filter(|repo| !repo.is_empty()),
+            commit: commit.clone(),
         }
     }
 }
@@ -221,7 +229,7 @@ mod tests {
     }
 
     fn draft(record: ChunkRecord) -> Draft {
-        let hit = Hit { id: Uuid::nil(), score: 1.0, record };
+        let hit = Hit { id: Uuid::nil(), score: 1.0, record: Arc::new(record) };
         Draft::new(Fused { hit, collection: 0, score: 1.0, cosine: None })
     }
 
@@ -242,7 +250,7 @@ mod tests {
         for record in &chunks[1..] {
             assert!(whole.take(0, record, 1000), "{record:?}");
         }
-        assert_eq!(whole.text, lines(text, whole.start, whole.end));
+        assert_eq!(whole.text(), lines(text, whole.start, whole.end));
         assert_eq!((whole.start, whole.end), (1, 8));
     }
 
@@ -299,7 +307,7 @@ mod tests {
                 whole.take(0, record, 100_000);
                 // Chunks may be pieces of one line; what was joined is always whole lines.
                 if whole.first != whole.last {
-                    prop_assert_eq!(&whole.text, &lines(&text, whole.start, whole.end));
+                    prop_assert_eq!(whole.text(), &lines(&text, whole.start, whole.end));
                 }
             }
         }
