@@ -308,6 +308,12 @@ impl GatewayAccess {
         })
     }
 
+    /// False where it is known to embed nothing: it is in this process, and has no embedding model.
+    pub(crate) fn may_embed(&self) -> bool {
+        let has_model = self.config.openai.as_ref().is_some_and(|openai| openai.embedding_model.is_some());
+        self.stack.is_none() || has_model
+    }
+
     /// Stops what was started for it.
     pub(crate) async fn close(self) {
         if let Some(stack) = self.stack {

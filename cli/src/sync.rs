@@ -24,8 +24,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::error::{CliError, Result};
 
-/// Requests at once: one is worked on while the next is read and sent.
-const SENDERS: usize = 2;
+/// Requests at once: one is written while another is chunked and the next one is read and sent.
+const SENDERS: usize = 3;
 /// A request that took longer than this makes the next ones smaller.
 const SLOW: Duration = Duration::from_secs(8);
 /// A request that took less than this lets the next ones grow.
@@ -48,6 +48,8 @@ pub(crate) struct Target {
     pub(crate) commit: Option<String>,
     /// Sources that are not as that commit has them.
     pub(crate) uncommitted: BTreeSet<String>,
+    /// False where the gateway is known to embed nothing.
+    pub(crate) may_embed: bool,
 }
 
 impl Target {
@@ -131,8 +133,16 @@ struct BatchSize {
 }
 
 impl BatchSize {
-    const START: Self = Self { documents: 16, bytes: 256 * 1024 };
+    /// Where each document may have to be embedded, at a speed that is not known yet.
+    const CAREFUL: Self = Self { documents: 16, bytes: 256 * 1024 };
+    /// Where nothing is embedded. A new collection is weighed by the average length of its first chunks, and weighing
+    /// it anew later costs as much as writing it, so the first ones are many.
+    const LEXICAL: Self = Self { documents: 128, bytes: 1024 * 1024 };
     const LARGEST: Self = Self { documents: 512, bytes: 4 * 1024 * 1024 };
+
+    fn first(may_embed: bool) -> Self {
+        if may_embed { Self::CAREFUL } else { Self::LEXICAL }
+    }
 
     fn grown(self) -> Self {
         Self {
@@ -238,7 +248,7 @@ pub(crate) async fn run(
     let shared = Shared {
         state: Mutex::new(State {
             queue: plan.changed.into(),
-            size: BatchSize::START,
+            size: BatchSize::first(target.may_embed),
             outcome: Outcome::default(),
             fatal: None,
         }),
@@ -459,7 +469,7 @@ mod tests {
     #[test]
     fn a_failed_batch_is_halved_until_the_bad_document_is_alone() {
         let permanent = UpstreamError::permanent(Dependency::Gateway, "bad", "no");
-        let mut state = state(["a", "b", "c", "d"].map(|name| file(name, "", 1)), BatchSize::START);
+        let mut state = state(["a", "b", "c", "d"].map(|name| file(name, "", 1)), BatchSize::CAREFUL);
         let batch = state.take();
         assert_eq!(next_step(&permanent, batch.len(), 1), Next::Retry(Duration::ZERO));
         state.retry_smaller(batch);

@@ -178,7 +178,7 @@ impl Indexer {
             all.tokens += tokens;
             all.results.extend(results);
         }
-        if change.has_begun() {
+        if change.has_begun() && self.has_drifted(collection).await?.is_some() {
             let _writing = lock.lock().await;
             self.keep_weights(collection).await?;
         }
@@ -401,27 +401,39 @@ impl Indexer {
     }
 
     /// Weighs the collection anew when it has grown or shrunk by half and its chunks are now longer or
-    /// shorter than those it was weighed with.
+    /// shorter than those it was weighed with. Whoever calls this holds the collection's lock.
     async fn keep_weights(&self, collection: &str) -> Result<(), GatewayError> {
-        let Some(state) = self.index.info(collection).await? else { return Ok(()) };
+        // Whoever held the lock before may have done it.
+        if let Some((chunks, mean)) = self.has_drifted(collection).await? {
+            tracing::info!(collection, chunks, avg_len = mean, "weighing the collection anew");
+            self.index.reweigh(collection, mean).await?;
+            self.weights_hold(collection, chunks);
+        }
+        Ok(())
+    }
+
+    /// The chunks of a collection and their average length, where it must be weighed anew. Asked without its lock:
+    /// the next documents are written meanwhile.
+    async fn has_drifted(&self, collection: &str) -> Result<Option<(u64, f64)>, GatewayError> {
+        let Some(state) = self.index.info(collection).await? else { return Ok(None) };
         let last = self.weighed_at.lock().unwrap_or_else(PoisonError::into_inner).get(collection).copied();
         if last.is_some_and(|last| state.chunks < last + last / 2 && state.chunks > last / 2)
             || state.chunks == 0
         {
-            return Ok(());
+            return Ok(None);
         }
         let sample = self.index.scroll(collection, &Selection::default(), None, SAMPLE, false).await?;
         if let Some(mean) = mean_terms(sample.records.iter().map(|(_, record)| record))
             && (mean / state.meta.avg_len - 1.0).abs() > TOLERATED_DRIFT
         {
-            tracing::info!(collection, chunks = state.chunks, avg_len = mean, "weighing the collection anew");
-            self.index.reweigh(collection, mean).await?;
+            return Ok(Some((state.chunks, mean)));
         }
-        self.weighed_at
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(collection.to_owned(), state.chunks);
-        Ok(())
+        self.weights_hold(collection, state.chunks);
+        Ok(None)
+    }
+
+    fn weights_hold(&self, collection: &str, chunks: u64) {
+        self.weighed_at.lock().unwrap_or_else(PoisonError::into_inner).insert(collection.to_owned(), chunks);
     }
 
     async fn stored(

@@ -428,6 +428,7 @@ impl Job {
             repo: self.repo.clone(),
             commit: self.repository.commit.clone(),
             uncommitted: self.repository.uncommitted.clone(),
+            may_embed: access.may_embed(),
         };
         let reporter = Reporter::new(ui, plan.changed.len());
         let started = Instant::now();
