@@ -16,7 +16,20 @@ pub(super) fn text(raw: &str) -> String {
 
 /// Cleans a text and puts it on one line.
 pub(super) fn line(raw: &str) -> String {
-    text(raw).split_whitespace().collect::<Vec<_>>().join(" ")
+    let text = text(raw);
+    if is_one_line(&text) { text } else { text.split_whitespace().collect::<Vec<_>>().join(" ") }
+}
+
+/// Says yes only where nothing is to be done to make it one: most texts of a document are.
+fn is_one_line(text: &str) -> bool {
+    let mut last = b' ';
+    for byte in text.bytes() {
+        if !matches!(byte, b' '..=b'~') || (byte == b' ' && last == b' ') {
+            return false;
+        }
+        last = byte;
+    }
+    text.is_empty() || last != b' '
 }
 
 /// At most `max` characters; a cut is visible.
@@ -162,18 +175,24 @@ pub(super) fn redact(text: &str) -> Cow<'_, str> {
 fn may_hold_a_secret(text: &str) -> bool {
     /// The shortest run of any pattern: `xoxb-` and ten signs.
     const SHORTEST: usize = 15;
-    if !text.is_ascii() || text.contains("-----BEGIN") || text.contains("://") {
+    if !text.is_ascii() {
         return true;
     }
     let bytes = text.as_bytes();
     let (mut run, mut longest, mut quoted) = (0, 0, false);
-    for byte in bytes {
+    for (at, byte) in bytes.iter().enumerate() {
         if byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/' | b'_' | b'=' | b'.' | b'~' | b'-') {
             run += 1;
+            if *byte == b'-' && bytes[at..].starts_with(b"-----BEGIN") {
+                return true;
+            }
         } else {
             longest = longest.max(run);
             run = 0;
             quoted |= matches!(byte, b'"' | b'\'');
+            if *byte == b':' && bytes[at..].starts_with(b"://") {
+                return true;
+            }
         }
     }
     let named = |letters: &[u8]| letters.eq_ignore_ascii_case(b"pas") || letters.eq_ignore_ascii_case(b"pwd");

@@ -98,7 +98,21 @@ fn each(text: &str, mut found: impl FnMut(&str)) {
 }
 
 fn is_content(word: &str) -> bool {
-    word.len() >= 3 && word.chars().nth(2).is_some() && STOP_WORDS.binary_search(&word).is_err()
+    word.len() >= 3 && word.chars().nth(2).is_some() && !is_stop_word(word)
+}
+
+fn is_stop_word(word: &str) -> bool {
+    /// Where the words of each initial begin and end in [`STOP_WORDS`].
+    static OF_INITIAL: LazyLock<[(usize, usize); 26]> = LazyLock::new(|| {
+        std::array::from_fn(|letter| {
+            let before =
+                |last: usize| STOP_WORDS.partition_point(|stop| usize::from(stop.as_bytes()[0]) < last);
+            (before(usize::from(b'a') + letter), before(usize::from(b'a') + letter + 1))
+        })
+    });
+    let Some(initial) = word.bytes().next().filter(u8::is_ascii_lowercase) else { return false };
+    let (start, end) = OF_INITIAL[usize::from(initial - b'a')];
+    STOP_WORDS[start..end].iter().any(|stop| stop.len() == word.len() && *stop == word)
 }
 
 /// Cuts the common English endings; crude, but the same on both sides of a comparison.
@@ -170,6 +184,10 @@ mod tests {
     #[test]
     fn the_stop_words_are_sorted_for_the_search() {
         assert!(STOP_WORDS.is_sorted());
+        assert!(STOP_WORDS.iter().all(|stop| is_stop_word(stop)));
+        for word in ["a", "aboutt", "abou", "yourself", "zebra", "queue", "the_", "éa", ""] {
+            assert!(!is_stop_word(word), "{word}");
+        }
     }
 
     #[test]
