@@ -131,7 +131,8 @@ async fn handle(
         Ok(Inbound::Chat(task)) => {
             context.metrics.messages.with_label_values(&["chat"]).inc();
             let requester = attribute(&attributes, "requester").map(|name| name.replace('\0', ""));
-            chat(context, task, requester, trace, permit, kill).await
+            // A run waits long: it holds what it needs, not the room that other stages would.
+            Box::pin(chat(context, task, requester, trace, permit, kill)).await
         }
         Ok(Inbound::Control(control)) => {
             context.metrics.messages.with_label_values(&["control"]).inc();
@@ -190,7 +191,7 @@ async fn chat(
     match claim {
         Claim::Claimed(claimed) => {
             crash_point!("claimed");
-            match run::execute(context, claimed, trace, permit, kill).await {
+            match Box::pin(run::execute(context, claimed, trace, permit, kill)).await {
                 // The lease was given back with the store's knowledge; the nack only makes it quicker.
                 Ending::Drained => Verdict::Nack,
                 // Also when the store was lost on the way: the run is in it since the claim, its lease

@@ -137,7 +137,7 @@ pub(crate) async fn execute(
         )
         .await
     } else {
-        run.live(steps, parent, deferrals, &mut permit).await
+        Box::pin(run.live(steps, parent, deferrals, &mut permit)).await
     };
 
     let elapsed = began.elapsed();
@@ -201,7 +201,8 @@ struct Unsettled {
 }
 
 impl Run<'_> {
-    /// Retrieve, then generate until the agent is done or something ends the attempt.
+    /// Retrieve, then generate until the agent is done or something ends the attempt. Stages are boxed: a run that
+    /// waits for a model shall not hold the room of all the others.
     async fn live(
         &mut self,
         steps: Vec<Checkpoint>,
@@ -219,7 +220,7 @@ impl Run<'_> {
             }
             None => {
                 self.progress("retrieving", 5, "Searching the team's documents.");
-                let (passages, degraded) = match self.look_up(parent.as_ref()).await {
+                let (passages, degraded) = match Box::pin(self.look_up(parent.as_ref())).await {
                     Ok(found) => found,
                     Err(Interrupted::Stop(reason)) => return self.stopped(reason, deferrals).await,
                     Err(Interrupted::Upstream(error)) => return self.try_later(&error, deferrals).await,
@@ -250,7 +251,7 @@ impl Run<'_> {
                 return self.stopped(reason, deferrals).await;
             }
             if let Some(step) = draft.pending_call() {
-                match self.generate(&mut draft, &step, permit).await {
+                match Box::pin(self.generate(&mut draft, &step, permit)).await {
                     Ok(answered) => unsettled = answered,
                     Err(CallEnd::Denied(denial)) => return self.defer(denial).await,
                     Err(CallEnd::Failed { error, .. }) if error.is_transient() => {
@@ -270,12 +271,14 @@ impl Run<'_> {
                 }
             }
             match draft.next() {
-                Next::Finished(finished) => return self.finish(*finished, unsettled).await,
-                Next::Failed(failure) => return self.fail(&failure.code, &failure.message, unsettled).await,
+                Next::Finished(finished) => return Box::pin(self.finish(*finished, unsettled)).await,
+                Next::Failed(failure) => {
+                    return Box::pin(self.fail(&failure.code, &failure.message, unsettled)).await;
+                }
                 next @ (Next::Call(_) | Next::Search(_)) => {
                     if let Some(mut unsettled) = unsettled {
                         unsettled.checkpoint.output = draft.checkpoint().into();
-                        if let Err(error) = self.settle(&unsettled).await {
+                        if let Err(error) = Box::pin(self.settle(&unsettled)).await {
                             return self.lost(&error);
                         }
                         crash_point!("settled");
@@ -284,7 +287,7 @@ impl Run<'_> {
                     let Next::Search(search) = next else { continue };
                     let (percent, number) = (draft.percent(), draft.searches() + 1);
                     self.searches(percent, number, &search.query);
-                    match self.retrieve(&Lookup { query: search.query.clone(), path: None }).await {
+                    match Box::pin(self.retrieve(&Lookup { query: search.query.clone(), path: None })).await {
                         Ok((_, Some(_))) | Err(Interrupted::Upstream(_)) => draft.search_failed(),
                         Ok((passages, None)) => draft.found(passages),
                         Err(Interrupted::Stop(reason)) => return self.stopped(reason, deferrals).await,
