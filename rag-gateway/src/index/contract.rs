@@ -16,7 +16,7 @@ pub(super) fn meta(size: Option<usize>) -> CollectionMeta {
         embedding_model: size.map(|_| "test-model".to_owned()),
         embedding_size: size,
         avg_len: 12.0,
-        weighing: Weighing { k1: 2.0, b: 0.75, heading: 2 },
+        weighing: Weighing { k1: 2.0, b: 0.75, heading: 2, pairs: true },
     }
 }
 
@@ -60,7 +60,8 @@ async fn put(index: &dyn VectorIndex, collection: &str, chunks: impl IntoIterato
 }
 
 fn lexical(query: &str) -> Search {
-    Search { dense: None, lexical: Some(lexical_text(query)), selection: Selection::default(), limit: 10 }
+    let lexical = Some(meta(None).weighing.lexical_text(query));
+    Search { dense: None, lexical, selection: Selection::default(), limit: 10 }
 }
 
 async fn sources(index: &dyn VectorIndex, collection: &str, search: Search) -> Vec<String> {
@@ -114,6 +115,7 @@ async fn words_identifiers_and_their_parts_are_found(index: &dyn VectorIndex) {
             chunk("budget.md", "The daily budget is enforced in the store, by reservations."),
             chunk("index.rs", "struct VectorIndexAdapter; const RAG_GATEWAY_TIMEOUT_MS: u64 = 5;"),
             chunk("queue.md", "Messages are pulled, acked and nacked. Nothing is dropped."),
+            chunk("jp.md", "請求書の番号は連番です。"),
         ],
     )
     .await;
@@ -121,6 +123,9 @@ async fn words_identifiers_and_their_parts_are_found(index: &dyn VectorIndex) {
     assert_eq!(sources(index, &name, lexical("VectorIndexAdapter")).await, ["index.rs"]);
     assert_eq!(sources(index, &name, lexical("vector adapter")).await, ["index.rs"]);
     assert_eq!(sources(index, &name, lexical("gateway timeout")).await, ["index.rs"]);
+    for words in ["請求書", "番号", "連番 number", "番号と請求"] {
+        assert_eq!(sources(index, &name, lexical(words)).await, ["jp.md"], "{words}");
+    }
     assert_eq!(
         sources(index, &name, lexical("the of and")).await,
         Vec::<String>::new(),

@@ -3,6 +3,13 @@
 //! The engines split on everything that is not a letter or a digit, lower-case and stem English. They
 //! leave `VectorIndex` in one piece; here its parts are added, on both sides, so that the name and
 //! the words find each other.
+//!
+//! They also leave a whole sentence in one piece where a script puts no spaces between words. Runs of such
+//! characters become overlapping pairs here, on both sides: `請求書` is weighed and sought as `請求 求書`, and a
+//! character alone stays one. Lucene's [`CJKAnalyzer`] does the same for Han, kana and Hangul; Thai, Lao, Myanmar and
+//! Khmer are served by the same rule. Nothing changes for texts without such characters.
+//!
+//! [`CJKAnalyzer`]: https://lucene.apache.org/core/9_12_0/analysis/common/org/apache/lucene/analysis/cjk/package-summary.html
 
 use std::{collections::HashSet, sync::LazyLock};
 
@@ -19,25 +26,77 @@ pub(crate) struct Weighing {
     pub(crate) b: f64,
     /// How often the heading is in what is weighed.
     pub(crate) heading: u32,
+    /// Runs of characters without spaces are weighed and sought as pairs. Not in collections from before that was
+    /// done: their chunks and the words of a query would not find each other. A rebuild does it.
+    #[serde(default)]
+    pub(crate) pairs: bool,
 }
 
 impl Weighing {
     /// That of collections without a record of it: the engines' defaults.
     pub(crate) fn unrecorded() -> Self {
-        Self { k1: 1.2, b: 0.75, heading: 1 }
+        Self { k1: 1.2, b: 0.75, heading: 1, pairs: false }
     }
 
     /// What BM25 sees of a chunk: where it stands, its heading as often as it counts, its text.
     pub(crate) fn text(self, record: &ChunkRecord) -> String {
         let text = record.contextual_text();
-        let (Some(heading), 2..) = (&record.heading, self.heading) else { return lexical_text(&text) };
+        let (Some(heading), 2..) = (&record.heading, self.heading) else { return self.lexical_text(&text) };
         let mut weighed = String::with_capacity(text.len() + (heading.len() + 1) * self.heading as usize);
         for _ in 1..self.heading {
             weighed.push_str(heading);
             weighed.push('\n');
         }
         weighed.push_str(&text);
-        lexical_text(&weighed)
+        self.lexical_text(&weighed)
+    }
+
+    /// What BM25 sees of a text or a query: its words, and at the end the parts of its compound identifiers.
+    pub(crate) fn lexical_text(self, text: &str) -> String {
+        let mut out = if self.pairs && !text.is_ascii() && text.chars().any(is_unspaced) {
+            text.split_inclusive(|character: char| !character.is_alphanumeric()).fold(
+                String::with_capacity(3 * text.len()),
+                |mut out, word| {
+                    for (at, part) in Pairs(word).enumerate() {
+                        if at > 0 {
+                            out.push(' ');
+                        }
+                        out.push_str(part);
+                    }
+                    out
+                },
+            )
+        } else {
+            text.to_owned()
+        };
+        let mut seen = HashSet::new();
+        for word in self.split(text) {
+            if let Some(humps) = compound(word)
+                && seen.insert(word)
+            {
+                for part in humps {
+                    out.push(' ');
+                    out.push_str(part);
+                }
+            }
+        }
+        out
+    }
+
+    /// The words of a text.
+    fn split(self, text: &str) -> impl Iterator<Item = &str> {
+        let mut words = words(text);
+        let mut pairs = Pairs("");
+        std::iter::from_fn(move || {
+            pairs.next().or_else(|| {
+                let word = words.next()?;
+                if !self.pairs || word.is_ascii() {
+                    return Some(word);
+                }
+                pairs = Pairs(word);
+                pairs.next()
+            })
+        })
     }
 
     /// The words of [`Self::text`], in any order, without making it.
@@ -45,10 +104,10 @@ impl Weighing {
         let heading = record.heading.as_deref().unwrap_or_default();
         let mut seen = HashSet::new();
         for _ in 1..self.heading {
-            words(heading).for_each(&mut each);
+            self.split(heading).for_each(&mut each);
         }
         for part in [record.source.as_str(), heading, &record.text] {
-            for word in words(part) {
+            for word in self.split(part) {
                 each(word);
                 if let Some(humps) = compound(word)
                     && seen.insert(word)
@@ -69,28 +128,11 @@ impl Weighing {
 
 impl From<Bm25Config> for Weighing {
     fn from(Bm25Config { k1, b, heading_weight }: Bm25Config) -> Self {
-        Self { k1, b, heading: heading_weight }
+        Self { k1, b, heading: heading_weight, pairs: true }
     }
 }
 
-/// The text with the parts of its compound identifiers at the end.
-pub(crate) fn lexical_text(text: &str) -> String {
-    let mut out = text.to_owned();
-    let mut seen = HashSet::new();
-    for word in words(text) {
-        if let Some(humps) = compound(word)
-            && seen.insert(word)
-        {
-            for part in humps {
-                out.push(' ');
-                out.push_str(part);
-            }
-        }
-    }
-    out
-}
-
-/// How many terms the engines count in a [`lexical_text`]: words that are not stop words.
+/// How many terms the engines count in a [`Weighing::lexical_text`]: words that are not stop words.
 pub(crate) fn term_count(text: &str) -> u32 {
     let count = words(text).filter(|word| !is_stop_word(word)).count();
     u32::try_from(count).unwrap_or(u32::MAX)
@@ -98,6 +140,62 @@ pub(crate) fn term_count(text: &str) -> u32 {
 
 fn words(text: &str) -> impl Iterator<Item = &str> {
     text.split(|character: char| !character.is_alphanumeric()).filter(|word| !word.is_empty())
+}
+
+/// What is left of a word, to be taken apart: runs of characters without spaces as overlapping pairs, what is between
+/// them as it is.
+struct Pairs<'a>(&'a str);
+
+impl<'a> Iterator for Pairs<'a> {
+    type Item = &'a str;
+
+    fn next(&mut self) -> Option<&'a str> {
+        let mut characters = self.0.char_indices();
+        let (_, first) = characters.next()?;
+        if !is_unspaced(first) {
+            let (part, rest) = self.0.split_at(self.0.find(is_unspaced).unwrap_or(self.0.len()));
+            self.0 = rest;
+            return Some(part);
+        }
+        let second = characters.next();
+        let third = characters.next();
+        let (part, rest) = match (second, third) {
+            // Its second character begins the next pair.
+            (Some((at, second)), Some((end, third))) if is_unspaced(second) && is_unspaced(third) => {
+                (&self.0[..end], &self.0[at..])
+            }
+            (Some((_, second)), third) if is_unspaced(second) => {
+                self.0.split_at(third.map_or(self.0.len(), |(end, _)| end))
+            }
+            (second, _) => self.0.split_at(second.map_or(self.0.len(), |(at, _)| at)),
+        };
+        self.0 = rest;
+        Some(part)
+    }
+}
+
+/// A letter of a script that puts no spaces between words, or puts them between parts of sentences as Korean does:
+/// those of Lucene's CJK bigrams, and Thai, Lao, Myanmar and Khmer. The blocks are Unicode's.
+fn is_unspaced(character: char) -> bool {
+    // Most characters are below all of them.
+    character >= '\u{e00}'
+        && matches!(character,
+            '\u{e00}'..='\u{eff}' // Thai, Lao
+            | '\u{1000}'..='\u{109f}' // Myanmar
+            | '\u{1100}'..='\u{11ff}' // Hangul Jamo
+            | '\u{1780}'..='\u{17ff}' // Khmer
+            | '\u{3005}'..='\u{3007}' | '\u{3021}'..='\u{3029}' | '\u{3038}'..='\u{303b}' // Han: 々, 〇, numerals
+            | '\u{3041}'..='\u{30ff}' // Hiragana, Katakana
+            | '\u{3130}'..='\u{318f}' // Hangul Compatibility Jamo
+            | '\u{31f0}'..='\u{31ff}' // Katakana
+            | '\u{3400}'..='\u{4dbf}' | '\u{4e00}'..='\u{9fff}' // Han
+            | '\u{a960}'..='\u{a97f}' | '\u{ac00}'..='\u{d7ff}' // Hangul
+            | '\u{f900}'..='\u{faff}' // Han
+            | '\u{ff66}'..='\u{ff9f}' | '\u{ffa0}'..='\u{ffdc}' // half-width Katakana and Hangul
+            | '\u{1aff0}'..='\u{1b16f}' // Kana
+            | '\u{20000}'..='\u{3ffff}' // Han
+        )
+        && character.is_alphanumeric()
 }
 
 /// The parts of a compound identifier; `None` of a word that has only one.
@@ -315,14 +413,79 @@ const LONGEST_STOP_WORD: usize = 10;
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use proptest::prelude::*;
+
     use super::*;
+
+    fn today() -> Weighing {
+        Weighing { pairs: true, ..Weighing::unrecorded() }
+    }
+
+    fn split(text: &str) -> Vec<&str> {
+        today().split(text).collect()
+    }
+
+    #[test]
+    fn scripts_without_spaces_are_weighed_in_pairs() {
+        assert_eq!(split("請求書の番号は連番です。")[..4], ["請求", "求書", "書の", "の番"]);
+        assert_eq!(split("請求書"), ["請求", "求書"]);
+        assert_eq!(split("番号"), ["番号"]);
+        assert_eq!(split("第3章 x"), ["第", "3", "章", "x"], "a character alone stays one");
+        assert_eq!(split("サーバー"), ["サー", "ーバ", "バー"]);
+        assert_eq!(split("세금계산서"), ["세금", "금계", "계산", "산서"]);
+        assert_eq!(split("𠮷野家"), ["𠮷野", "野家"], "characters of four bytes");
+        assert_eq!(split("APIキーをv2に"), ["API", "キー", "ーを", "v2", "に"]);
+        assert_eq!(today().lexical_text("API請求書v2、x"), "API 請求 求書 v2、x");
+        assert_eq!(today().lexical_text("請求書"), "請求 求書");
+    }
+
+    #[test]
+    fn a_word_within_a_sentence_is_among_its_words() {
+        for (sentence, word) in [
+            ("請求書の番号は連番です。", "番号"),
+            ("发票编号必须连续", "编号"),
+            ("송장번호는연속이어야한다", "번호"),
+            ("ใบกำกับภาษีต้องมีเลขที่", "ภาษี"),
+        ] {
+            let all = split(sentence);
+            assert!(split(word).iter().all(|part| all.contains(part)), "{word} in {all:?}");
+        }
+    }
+
+    #[test]
+    fn collections_from_before_pairs_go_on_as_they_were_made() {
+        let old: Weighing = serde_json::from_str(r#"{"k1": 1.2, "b": 0.75, "heading": 1}"#).unwrap();
+        assert_eq!(old, Weighing::unrecorded());
+        assert_eq!(old.lexical_text("請求書 HTTPServer"), "請求書 HTTPServer HTTP Server");
+        assert_eq!(old.split("請求書 x").collect::<Vec<_>>(), ["請求書", "x"]);
+    }
+
+    proptest! {
+        #[test]
+        fn other_texts_are_weighed_as_ever(text in "(\\PC|[a-zA-Z ]){0,60}") {
+            let other: String = text.chars().filter(|character| !is_unspaced(*character)).collect();
+            prop_assert_eq!(today().lexical_text(&other), Weighing::unrecorded().lexical_text(&other));
+            prop_assert!(today().split(&other).eq(words(&other)));
+        }
+
+        #[test]
+        fn the_engines_split_a_lexical_text_into_its_words(text in "([一-三の]|\\PC|[a-z ]){0,60}") {
+            let lexical = today().lexical_text(&text);
+            let expected: Vec<&str> = today().split(&text).collect();
+            let found: Vec<&str> = words(&lexical).take(expected.len()).collect();
+            prop_assert_eq!(found, expected);
+            prop_assert!(words(&lexical).eq(today().split(&lexical)), "what is taken apart stays so");
+        }
+    }
 
     #[test]
     fn compound_identifiers_are_taken_apart_once() {
-        assert_eq!(lexical_text("VectorIndex, VectorIndex"), "VectorIndex, VectorIndex Vector Index");
-        assert_eq!(lexical_text("HTTPServer"), "HTTPServer HTTP Server");
-        assert_eq!(lexical_text("max_in_flight and Plain words"), "max_in_flight and Plain words");
-        assert_eq!(lexical_text("élanVital ÀB"), "élanVital ÀB élan Vital");
+        assert_eq!(today().lexical_text("VectorIndex, VectorIndex"), "VectorIndex, VectorIndex Vector Index");
+        assert_eq!(today().lexical_text("HTTPServer"), "HTTPServer HTTP Server");
+        assert_eq!(today().lexical_text("max_in_flight and Plain words"), "max_in_flight and Plain words");
+        assert_eq!(today().lexical_text("élanVital ÀB"), "élanVital ÀB élan Vital");
     }
 
     #[test]
@@ -337,21 +500,29 @@ mod tests {
         let text = weighing.text(&record);
         assert_eq!(text.matches("Guide").count(), 3, "{text}");
         assert_eq!(text.matches("KeyRotation").count(), 3, "{text}");
-        assert_eq!(Weighing::unrecorded().text(&record), lexical_text(&record.contextual_text()));
+        assert_eq!(
+            Weighing::unrecorded().text(&record),
+            Weighing::unrecorded().lexical_text(&record.contextual_text())
+        );
         let plain = ChunkRecord { heading: None, ..record };
         assert_eq!(weighing.text(&plain), "a.md\nEvery day.");
     }
 
     #[test]
     fn the_words_of_a_chunk_are_those_of_its_text() {
-        for (heading, weight) in
-            [(Some("impl HttpServer › fn Serve"), 3), (Some("Guide"), 1), (None, 2), (None, 0)]
-        {
-            let weighing = Weighing { heading: weight, ..Weighing::unrecorded() };
+        for (heading, weight, pairs) in [
+            (Some("impl HttpServer › fn Serve"), 3, true),
+            (Some("請求書 › Guide"), 2, true),
+            (Some("請求書 › Guide"), 2, false),
+            (Some("Guide"), 1, false),
+            (None, 2, true),
+            (None, 0, true),
+        ] {
+            let weighing = Weighing { heading: weight, pairs, ..Weighing::unrecorded() };
             let record = ChunkRecord {
                 source: "src/HttpServer_v2/mod.rs".to_owned(),
                 heading: heading.map(str::to_owned),
-                text: "The VectorIndex of an HTTPServer, VectorIndex élanVital 漢字Text the".to_owned(),
+                text: "The VectorIndex of an HTTPServer, VectorIndex élanVital 漢字Text 請求書の番号は3連番です。HTTPServer版 the".to_owned(),
                 ..ChunkRecord::default()
             };
             let text = weighing.text(&record);

@@ -24,7 +24,7 @@ pub(crate) mod names;
 mod qdrant;
 mod version;
 
-pub(crate) use lexical::{Weighing, lexical_text, term_count};
+pub(crate) use lexical::{Weighing, term_count};
 pub(crate) use version::{ChangeId, Version};
 
 /// Name of the dense vector.
@@ -149,7 +149,7 @@ pub(crate) struct Selection {
 pub(crate) struct Search {
     /// Query embedding; `None`: no dense list.
     pub(crate) dense: Option<Vec<f32>>,
-    /// Query as [`lexical_text`]; `None`: no lexical list.
+    /// Query as [`Weighing::lexical_text`]; `None`: no lexical list.
     pub(crate) lexical: Option<String>,
     pub(crate) selection: Selection,
     /// Length of each list.

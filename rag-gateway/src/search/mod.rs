@@ -18,7 +18,7 @@ use crate::{
     embed::QueryEmbedder,
     error::GatewayError,
     fusion::{Fused, Weights, fuse},
-    index::{CollectionMeta, Lists, Search, Selection, VectorIndex, Version, lexical_text},
+    index::{CollectionMeta, Lists, Search, Selection, VectorIndex, Version},
     indexing::mismatch,
     metrics::Metrics,
     rerank::QueryReranker,
@@ -382,7 +382,8 @@ impl Inner {
             return Ok(Lists::default());
         };
         let dense = vector.filter(|_| target.meta.embedding_model.is_some()).cloned();
-        let lexical = (query.mode != SearchMode::Dense || dense.is_none()).then(|| lexical_text(&query.text));
+        let lexical = (query.mode != SearchMode::Dense || dense.is_none())
+            .then(|| target.meta.weighing.lexical_text(&query.text));
         let limit = (query.top_k * CANDIDATES_PER_PASSAGE).max(MIN_CANDIDATES);
         let search = Search { dense, lexical, selection, limit };
         Ok(self.guarded(self.index.search(target.name, search)).await?)
