@@ -64,6 +64,7 @@ pub(crate) const MIGRATIONS: &[Migration] = embedded![
     7 "0007" "index_jobs",
     8 "0008" "early_cancels",
     9 "0009" "default_limits",
+    10 "0010" "prompt_cancels",
 ];
 
 impl Migration {

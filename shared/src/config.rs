@@ -260,6 +260,8 @@ pub struct WorkerConfig {
     pub max_run_attempts: u32,
     /// `SWEEP_INTERVAL_SECONDS`: expired leases, outbox, deferred runs; jittered.
     pub sweep_interval: Duration,
+    /// How often runs at work are checked for cancels.
+    pub cancel_interval: Duration,
     /// `OUTBOX_CONCURRENCY`: answers that a sweep sends at once.
     pub outbox_concurrency: usize,
     /// `DRAIN_TIMEOUT_SECONDS`: how long running work may go on after SIGTERM.
@@ -498,6 +500,7 @@ impl Reader<'_> {
                 run_timeout: self.seconds("RUN_TIMEOUT_SECONDS", 1..=86_400),
                 max_run_attempts: self.small("MAX_RUN_ATTEMPTS", 1..=100),
                 sweep_interval: self.seconds("SWEEP_INTERVAL_SECONDS", 1..=3600),
+                cancel_interval: self.seconds("CANCEL_INTERVAL_SECONDS", 1..=3600),
                 outbox_concurrency: self.size("OUTBOX_CONCURRENCY", 1..=256),
                 drain_timeout: self.seconds("DRAIN_TIMEOUT_SECONDS", 0..=3600),
                 index_on_docs_added: self.flag("INDEX_ON_DOCS_ADDED"),

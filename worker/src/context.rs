@@ -16,8 +16,8 @@ use bytes::Bytes;
 use tokio::sync::{Notify, Semaphore};
 
 use crate::{
-    busy::Busy, call::ModelCalls, gate::Gate, limiter::Limiter, metrics::Metrics, outbox::Outbox,
-    queue::ResultPublisher, store::RunStore,
+    busy::Busy, call::ModelCalls, cancels::AtWork, gate::Gate, limiter::Limiter, metrics::Metrics,
+    outbox::Outbox, queue::ResultPublisher, store::RunStore,
 };
 
 /// What every part of a worker shares. One a worker, behind an `Arc`.
@@ -50,6 +50,8 @@ pub(crate) struct Context {
     pub(crate) sweep_now: Notify,
     /// How many runs are at work, so that not too many are started at once.
     pub(crate) busy: Busy,
+    /// Which runs are at work, so that they can be stopped when they are cancelled.
+    pub(crate) at_work: AtWork,
     /// Places for runs whose answer is there and not stored yet: see [`MAX_AT_THE_DESK`].
     pub(crate) desk: Arc<Semaphore>,
     /// Counters.

@@ -14,6 +14,7 @@ pub mod store;
 
 mod busy;
 mod call;
+mod cancels;
 mod context;
 mod control;
 mod crash;

@@ -22,6 +22,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     busy::Busy,
     call::ModelCalls,
+    cancels::{self, AtWork},
     context::{Context, MAX_AT_THE_DESK, MAX_PROGRESS},
     crash::crash_point,
     documents,
@@ -194,6 +195,7 @@ impl Worker {
             gate,
             sweep_now: Notify::new(),
             busy,
+            at_work: AtWork::default(),
             desk: Arc::new(Semaphore::new(MAX_AT_THE_DESK)),
             metrics,
             run_limit: AtomicU64::new(config.limits.run.0),
@@ -264,6 +266,7 @@ impl RunningWorker {
             "sweep",
             sweep::run(Arc::clone(&self.context), self.tasks.clone(), self.stop.clone(), self.kill.clone()),
         );
+        self.supervise("cancels", cancels::run(Arc::clone(&self.context), self.stop.clone()));
         self.supervise(
             "prober",
             probe(

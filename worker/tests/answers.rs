@@ -458,7 +458,7 @@ async fn a_deadline_stops_a_call_under_way_and_books_it() {
 
 #[tokio::test]
 async fn a_cancelled_request_stops_during_its_call_and_books_it() {
-    let stack = Stack::start().await.with("LEASE_SECONDS", "5").script(fault("hang", 1));
+    let stack = Stack::start().await.with("LEASE_SECONDS", "3600").script(fault("hang", 1));
     let worker = stack.worker().await;
     let task = atlas_shared::TaskId::random();
     let config = stack.config();

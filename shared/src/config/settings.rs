@@ -226,6 +226,12 @@ pub static SETTINGS: &[Setting] = &[
         "How often expired leases, the outbox and deferred runs are looked at; jittered.",
     ),
     setting(
+        "CANCEL_INTERVAL_SECONDS",
+        Some("2"),
+        Group::Worker,
+        "How often a worker with runs at work asks whether one of them was cancelled.",
+    ),
+    setting(
         "OUTBOX_CONCURRENCY",
         Some("8"),
         Group::Worker,

@@ -365,6 +365,15 @@ pub struct FleetState {
     pub cache_generation: u64,
 }
 
+/// A run at work that somebody cancelled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct CancelledRun {
+    /// Its task.
+    pub task_id: TaskId,
+    /// The attempt that is at work.
+    pub attempt: u32,
+}
+
 /// A change of the fleet's settings. `None` leaves a setting as it is.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct FleetChange {
@@ -518,6 +527,9 @@ pub trait RunStore: Ledger {
     /// Stores a message that cannot be worked on. Returns false when its row was there already.
     async fn record_dead_letter(&self, letter: &DeadLetter) -> Result<bool, StoreError>;
 
+    /// The runs at work on this worker that somebody cancelled.
+    async fn cancelled_runs(&self, worker: &WorkerId) -> Result<Vec<CancelledRun>, StoreError>;
+
     /// The fleet's shared state.
     async fn fleet_state(&self, limits: Limits) -> Result<FleetState, StoreError>;
 
@@ -525,7 +537,7 @@ pub trait RunStore: Ledger {
     async fn change_fleet(&self, change: &FleetChange, limits: Limits) -> Result<FleetState, StoreError>;
 
     /// Asks for a run to be stopped. A run that nobody works on is failed at once with `answer`
-    /// (code `cancelled`); a leased one is told at its next renewal; a task that has no run yet is
+    /// (code `cancelled`); the worker of a leased one reads it in [`cancelled_runs`](Self::cancelled_runs) and at its next renewal; a task that has no run yet is
     /// remembered for 32 days, longer than a queue keeps a message, and its claim says
     /// [`cancel_requested`](ClaimedRun::cancel_requested), also while the fleet is paused. False: final.
     /// [`cancel`] writes the answer and says which of these it was.

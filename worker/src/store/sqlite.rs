@@ -26,10 +26,10 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::{
-    Checkpoint, Claim, ClaimRequest, ClaimedRun, DayAccount, DeadLetter, DeadLetterDetail, DeadLetterFilter,
-    DeadLetterPurge, DeadLetterRecord, FinalStatus, Finish, FleetChange, FleetState, Json, Lease,
-    OUTBOX_HOLD, OutboxRow, Published, Purged, Renewal, RunDetail, RunFilter, RunRecord, RunStatus, RunStore,
-    Settlement, StoreError, Wake,
+    CancelledRun, Checkpoint, Claim, ClaimRequest, ClaimedRun, DayAccount, DeadLetter, DeadLetterDetail,
+    DeadLetterFilter, DeadLetterPurge, DeadLetterRecord, FinalStatus, Finish, FleetChange, FleetState, Json,
+    Lease, OUTBOX_HOLD, OutboxRow, Published, Purged, Renewal, RunDetail, RunFilter, RunRecord, RunStatus,
+    RunStore, Settlement, StoreError, Wake,
 };
 
 mod operator;
@@ -231,6 +231,11 @@ impl RunStore for SqliteStore {
     async fn record_dead_letter(&self, letter: &DeadLetter) -> Result<bool, StoreError> {
         let letter = letter.clone();
         self.db.write(move |tx, now| record_dead_letter(tx, now, &letter)).await
+    }
+
+    async fn cancelled_runs(&self, worker: &WorkerId) -> Result<Vec<CancelledRun>, StoreError> {
+        let worker = worker.to_string();
+        self.db.read(move |tx, _| cancelled_runs(tx, &worker)).await
     }
 
     async fn fleet_state(&self, limits: Limits) -> Result<FleetState, StoreError> {
@@ -825,6 +830,19 @@ fn record_dead_letter(tx: &Transaction<'_>, now: Timestamp, letter: &DeadLetter)
         put_outbox(tx, now, &new)?;
     }
     Ok(true)
+}
+
+fn cancelled_runs(tx: &Transaction<'_>, worker: &str) -> Result<Vec<CancelledRun>, StoreError> {
+    const SQL: &str = "SELECT task_id, attempt FROM runs
+        WHERE ended_at IS NULL AND cancel_requested AND status = 'running' AND lease_owner = ?1";
+    let mut cancelled = Vec::new();
+    let mut statement = tx.prepare_cached(SQL)?;
+    let mut rows = statement.query([worker])?;
+    while let Some(row) = rows.next()? {
+        let task_id: String = row.get(0)?;
+        cancelled.push(CancelledRun { task_id: task_id.parse().map_err(unreadable)?, attempt: row.get(1)? });
+    }
+    Ok(cancelled)
 }
 
 fn fleet_state(tx: &Transaction<'_>, now: Timestamp, limits: Limits) -> Result<FleetState, StoreError> {

@@ -19,14 +19,14 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use super::{
-    Checkpoint, Claim, ClaimRequest, ClaimedRun, DayAccount, DeadLetter, DeadLetterDetail, DeadLetterFilter,
-    DeadLetterPurge, DeadLetterRecord, Finish, FleetChange, FleetState, Lease, OUTBOX_HOLD, OutboxRow,
-    Published, Purged, Renewal, RunDetail, RunFilter, RunRecord, RunStore, Settlement, StoreError, Wake,
-    operator,
+    CancelledRun, Checkpoint, Claim, ClaimRequest, ClaimedRun, DayAccount, DeadLetter, DeadLetterDetail,
+    DeadLetterFilter, DeadLetterPurge, DeadLetterRecord, Finish, FleetChange, FleetState, Lease, OUTBOX_HOLD,
+    OutboxRow, Published, Purged, Renewal, RunDetail, RunFilter, RunRecord, RunStore, Settlement, StoreError,
+    Wake, operator,
 };
 
 /// The oldest schema that this release works with: what `store_check` must answer at least.
-const REQUIRED_SCHEMA: u64 = 4;
+const REQUIRED_SCHEMA: u64 = 5;
 
 /// The run store on Supabase.
 #[derive(Clone, Debug)]
@@ -199,6 +199,10 @@ impl RunStore for SupabaseStore {
             "fallback": fallback,
         });
         Ok(self.rpc.call("record_dead_letter", &args).await?)
+    }
+
+    async fn cancelled_runs(&self, worker: &WorkerId) -> Result<Vec<CancelledRun>, StoreError> {
+        Ok(self.rpc.call("cancelled_runs", &json!({"worker": worker})).await?)
     }
 
     async fn fleet_state(&self, limits: Limits) -> Result<FleetState, StoreError> {

@@ -97,7 +97,8 @@ async fn a_budget_holds_for_every_worker() {
 
 #[tokio::test]
 async fn a_cancel_stops_the_run_on_the_worker_that_has_it() {
-    let stack = Stack::simulated().await.with("MAX_IN_FLIGHT", "1").with("LEASE_SECONDS", "5");
+    // Its lease is renewed long after: no renewal tells of the cancel.
+    let stack = Stack::simulated().await.with("MAX_IN_FLIGHT", "1").with("LEASE_SECONDS", "3600");
     stack.sim().script(json!([{"fault": "hang"}])).unwrap();
     let busy = stack.worker().await;
     let task = TaskId::random();

@@ -397,7 +397,8 @@ async fn a_wrong_key_or_an_unknown_model_stops_the_start_and_names_the_variable(
 
 /// A worker with one run in its call, whose answer does not come until the link lets it.
 async fn a_run_at_work() -> (Stack, Link, atlas_worker::RunningWorker, TaskId) {
-    let stack = Stack::simulated().await.with("LEASE_SECONDS", "5");
+    // Only a renewal tells of a cancel; for the other way see `fleet.rs`.
+    let stack = Stack::simulated().await.with("LEASE_SECONDS", "5").with("CANCEL_INTERVAL_SECONDS", "3600");
     let link = Link::to(stack.sim().addr).await;
     let stack = stack.with("OPENAI_BASE_URL", &format!("http://{}/v1", link.addr));
     let worker = stack.worker().await;

@@ -8,7 +8,7 @@ use atlas_shared::{
     message::{AnswerType, Task},
 };
 use atlas_worker::store::{
-    self, Cancelled, Claim, ClaimRequest, FinalStatus, FleetChange, OUTBOX_HOLD, RunStatus,
+    self, Cancelled, CancelledRun, Claim, ClaimRequest, FinalStatus, FleetChange, OUTBOX_HOLD, RunStatus,
 };
 use serde_json::json;
 use uuid::Uuid;
@@ -43,6 +43,7 @@ crate::contract! {
     a_refinement_never_gets_another_tenants_spec,
     an_idle_run_is_cancelled_at_once,
     a_cancelled_worker_is_told_at_its_next_renewal,
+    a_worker_is_told_of_its_own_cancelled_runs,
     a_cancel_that_comes_before_its_request_waits_for_it,
     a_cancel_and_a_claim_of_one_moment_never_miss_each_other,
     a_cancel_of_a_task_that_never_comes_is_forgotten_in_time,
@@ -485,6 +486,23 @@ async fn a_cancelled_worker_is_told_at_its_next_renewal(h: Harness) {
     h.advance(LEASE).await;
     let next = h.claim(task).await;
     assert!(next.cancel_requested);
+}
+
+async fn a_worker_is_told_of_its_own_cancelled_runs(h: Harness) {
+    let (run, other) = (h.claim_new().await, h.claim_new().await);
+    let worker = request(run.lease.task_id).worker;
+    assert_eq!(h.store.cancelled_runs(&worker).await.unwrap(), []);
+
+    let cancelled = answer(run.lease.task_id, AnswerType::Error, "cancelled");
+    assert!(h.store.cancel_run(run.lease.task_id, "architect_out", &cancelled).await.unwrap());
+    let told = CancelledRun { task_id: run.lease.task_id, attempt: run.lease.attempt };
+    assert_eq!(h.store.cancelled_runs(&worker).await.unwrap(), [told]);
+    assert_eq!(h.store.cancelled_runs(&WorkerId("another".to_owned())).await.unwrap(), []);
+
+    // Whoever gave it up is not told of it any more, and another run was never meant.
+    h.store.release_run(run.lease, Duration::ZERO).await.unwrap();
+    assert_eq!(h.store.cancelled_runs(&worker).await.unwrap(), []);
+    assert!(!h.store.renew_lease(&other.lease, LEASE).await.unwrap().cancel_requested);
 }
 
 async fn a_cancel_that_comes_before_its_request_waits_for_it(h: Harness) {

@@ -14,6 +14,7 @@ const RPC: &[&str] = &[
     "budget_history",
     "budget_today",
     "cancel_run",
+    "cancelled_runs",
     "change_fleet",
     "claim_due",
     "claim_index_job",
