@@ -7,9 +7,9 @@
 use std::sync::Arc;
 
 use atlas_shared::{
-    Dependency, TaskId,
+    Dependency, TaskId, UpstreamError,
     ledger::LedgerError,
-    message::{self, Answer, AnswerStatus, AnswerType, Inbound, Rejection, Task},
+    message::{self, Answer, AnswerStatus, AnswerType, Control, Inbound, Rejection, Task},
     trace_context::TraceParent,
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
@@ -31,6 +31,9 @@ use crate::{
 
 /// Names the namespace in which a message's bytes or id become the id of its dead letter.
 const DEAD_LETTER_NAMESPACE: Uuid = Uuid::from_u128(0x2d1f_9c70_7f3e_4a0e_8a51_9a4e_2c6b_b0d4);
+
+/// A letter with more than this may be what a store that is well cannot take in its time, in bytes of base64.
+const LARGE_LETTER: usize = 1024 * 1024;
 
 /// What to do with a delivery in the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,10 +139,7 @@ async fn handle(
         }
         Ok(Inbound::Control(control)) => {
             context.metrics.messages.with_label_values(&["control"]).inc();
-            match control::obey(context, &control, trace).await {
-                Ok(()) => Verdict::Ack,
-                Err(error) => held(context, error, kill).await,
-            }
+            obey(context, &control, trace, kill).await
         }
         Ok(Inbound::OtherRole { role }) => {
             context.metrics.messages.with_label_values(&["other_role"]).inc();
@@ -180,7 +180,7 @@ async fn chat(
         match resilient::store(&context.retry, || context.store.claim_run(&request)).await {
             Ok(claim) => break claim,
             Err(error) => {
-                if held(context, error, kill).await == Verdict::Nack {
+                if held(context, &error, kill).await.is_err() {
                     return Verdict::Nack;
                 }
             }
@@ -215,21 +215,42 @@ async fn chat(
     }
 }
 
-/// The store did not take it. Holds the delivery until the store is back (then `Ack` means: go on),
-/// or until the worker is killed (then it must be nacked).
-async fn held(context: &Context, error: LedgerError, kill: &CancellationToken) -> Verdict {
+/// Carries out a command, however long it takes: carried out twice it is the same.
+async fn obey(context: &Context, control: &Control, trace: TraceParent, kill: &CancellationToken) -> Verdict {
+    loop {
+        match control::obey(context, control, trace).await {
+            Ok(()) => return Verdict::Ack,
+            Err(error) => {
+                if held(context, &error, kill).await.is_err() {
+                    return Verdict::Nack;
+                }
+            }
+        }
+    }
+}
+
+/// The worker is killed: what it holds must be nacked.
+struct Killed;
+
+/// The store did not take it. Holds the delivery for as long as a circuit is open, then it is time to try again.
+async fn held(context: &Context, error: &LedgerError, kill: &CancellationToken) -> Result<(), Killed> {
     tracing::warn!(error = %error, "the store does not answer; the message is held");
     context.gate.set(Reason::Dependency(Dependency::Store), true);
     context.sweep_now.notify_one();
     let pause = context.config.resilience.circuit_open;
     tokio::select! {
-        () = kill.cancelled() => Verdict::Nack,
-        () = tokio::time::sleep(pause) => Verdict::Ack,
+        () = kill.cancelled() => Err(Killed),
+        () = tokio::time::sleep(pause) => Ok(()),
     }
 }
 
-/// Stores a bad message, however long it takes.
-pub(crate) async fn put_aside(context: &Context, letter: DeadLetter, kill: &CancellationToken) -> Verdict {
+/// Stores a bad message, however long it takes. Where the store is well and does not take these bytes, the row
+/// says so and goes without them: it would never be taken, and the place of the delivery never be free.
+pub(crate) async fn put_aside(
+    context: &Context,
+    mut letter: DeadLetter,
+    kill: &CancellationToken,
+) -> Verdict {
     loop {
         crash_point!("before_dead_letter");
         match resilient::store(&context.retry, || context.store.record_dead_letter(&letter)).await {
@@ -248,13 +269,28 @@ pub(crate) async fn put_aside(context: &Context, letter: DeadLetter, kill: &Canc
                 context.sweep_now.notify_one();
                 return Verdict::Ack;
             }
+            Err(error) if is_too_much(context, &letter, &error).await => {
+                let bytes = letter.raw_base64.len() / 4 * 3;
+                let detail = format!("{} Its {bytes} bytes are not kept: {error}.", letter.detail);
+                letter = DeadLetter { raw_base64: String::new(), detail, ..letter };
+            }
             Err(error) => {
-                if held(context, error, kill).await == Verdict::Nack {
+                if held(context, &error, kill).await.is_err() {
                     return Verdict::Nack;
                 }
             }
         }
     }
+}
+
+/// True where the store answers, and refuses this letter for the bytes in it, or cannot take them in time.
+async fn is_too_much(context: &Context, letter: &DeadLetter, error: &LedgerError) -> bool {
+    let refused = match error {
+        LedgerError::Upstream(UpstreamError::Permanent { .. }) => !letter.raw_base64.is_empty(),
+        LedgerError::Upstream(UpstreamError::Transient { .. }) => letter.raw_base64.len() > LARGE_LETTER,
+        _ => false,
+    };
+    refused && context.store.check().await.is_ok()
 }
 
 /// A message that no worker can read, and what is said about it.

@@ -393,18 +393,27 @@ async fn g6_a_broken_gateway_pauses_where_specs_must_be_grounded() {
     stack.reconciled().await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn g6_a_broken_store_pauses_and_messages_are_held_without_spending_attempts() {
-    let name = "g6_a_broken_store_pauses_and_messages_are_held_without_spending_attempts";
+/// A stack whose store is Supabase, behind a link.
+async fn on_supabase(test: &str) -> Option<(Supabase, Link, Stack)> {
     let project = match Supabase::start().await {
         Ok(project) => project,
-        Err(reason) => return skip(name, "Postgres", &reason),
+        Err(reason) => {
+            skip(test, "Postgres", &reason);
+            return None;
+        }
     };
-    let mut link = Link::to(project.url.strip_prefix("http://").unwrap().parse().unwrap()).await;
+    let link = Link::to(project.url.strip_prefix("http://").unwrap().parse().unwrap()).await;
     let stack = Stack::simulated()
         .await
         .with("SUPABASE_URL", &format!("http://{}", link.addr))
         .with("SUPABASE_SERVICE_ROLE_KEY", &project.service_role_key);
+    Some((project, link, stack))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn g6_a_broken_store_pauses_and_messages_are_held_without_spending_attempts() {
+    let name = "g6_a_broken_store_pauses_and_messages_are_held_without_spending_attempts";
+    let Some((project, mut link, stack)) = on_supabase(name).await else { return };
     let worker = stack.worker().await;
     let before = stack.request(json!({})).await;
     stack.until(before, RunStatus::Done).await;
@@ -434,6 +443,48 @@ async fn g6_a_broken_store_pauses_and_messages_are_held_without_spending_attempt
     assert_eq!(count(unsent).await, 0);
     let ledger = count("select coalesce(sum(actual), 0)::bigint from token_ledger").await;
     assert_eq!(u64::try_from(ledger).unwrap(), stack.sim().meter().total_tokens());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn g1_a_command_that_meets_a_broken_store_is_held_and_carried_out() {
+    let name = "g1_a_command_that_meets_a_broken_store_is_held_and_carried_out";
+    let Some((_project, mut link, stack)) = on_supabase(name).await else { return };
+    let worker = stack.worker().await;
+    let before = stack.request(json!({})).await;
+    stack.until(before, RunStatus::Done).await;
+
+    link.cut().await;
+    let (_, message) = command(json!({"command": "set_budget", "per_run": 31_313}));
+    stack.publish(message.to_string()).await;
+    blocked(&worker, "store").await;
+    link.mend().await;
+    eventually("its delivery is ended", || async {
+        (stack.count("SELECT count(*) FROM queue_deliveries").await == 0).then_some(())
+    })
+    .await;
+    let fleet = stack.store().await.fleet_state(stack.config().limits).await.unwrap();
+    assert_eq!(fleet.run_limit, Tokens(31_313));
+    worker.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn g1_a_message_too_large_for_the_store_is_put_aside_without_its_bytes() {
+    let name = "g1_a_message_too_large_for_the_store_is_put_aside_without_its_bytes";
+    let Some((project, _link, stack)) = on_supabase(name).await else { return };
+    // One place: a delivery that never ended would hold up everything.
+    let stack = stack.with("MAX_IN_FLIGHT", "1");
+    let worker = stack.worker().await;
+    stack.publish(vec![b'x'; 8_000_000]).await;
+    let behind = stack.request(json!({})).await;
+    stack.until(behind, RunStatus::Done).await;
+    worker.drain().await;
+
+    let sql = project.database().await.unwrap();
+    let row = sql.query_one("select reason, detail, raw from dead_letters", &[]).await.unwrap();
+    let (reason, detail): (&str, &str) = (row.get(0), row.get(1));
+    assert_eq!(reason, "too_large");
+    assert!(detail.contains("Its 8000001 bytes are not kept: "), "{detail}");
+    assert_eq!(stack.count("SELECT count(*) FROM queue_deliveries").await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
