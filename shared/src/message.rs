@@ -62,7 +62,7 @@ pub struct Task {
 pub struct TaskOptions {
     /// Asks for one model instead of the configured one.
     pub model: Option<String>,
-    /// An earlier task whose spec this request refines.
+    /// An earlier task whose spec this request refines; where that cannot be read, the answer is an error.
     pub parent_id: Option<TaskId>,
     /// Whose budget and whose documents apply.
     pub tenant: Option<String>,

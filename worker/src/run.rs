@@ -38,7 +38,9 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
-    agent::{AgentOptions, Draft, DraftInput, Finished, Fitted, Lookup, Next, PromptParts, lookup, offline},
+    agent::{
+        self, AgentOptions, Draft, DraftInput, Finished, Fitted, Lookup, Next, PromptParts, lookup, offline,
+    },
     call::{Answered, CallEnd, Caller},
     context::{Context, attributes},
     crash::crash_point,
@@ -220,6 +222,9 @@ impl Run<'_> {
                 draft
             }
             None => {
+                if let Err(failure) = agent::admit(&self.task, parent.as_ref()) {
+                    return self.fail(&failure.code, &failure.message, None).await;
+                }
                 self.progress("retrieving", 5, "Searching the team's documents.");
                 let (passages, degraded) = match Box::pin(self.look_up(parent.as_ref())).await {
                     Ok(found) => found,

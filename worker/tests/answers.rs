@@ -443,6 +443,23 @@ async fn long_requests_and_long_parents_are_squeezed_not_refused() {
 }
 
 #[tokio::test]
+async fn a_refinement_of_nothing_fails_before_anything_is_paid() {
+    let stack = Stack::start().await;
+    let worker = stack.worker().await;
+    for (metadata, code) in [
+        (json!({"parent_id": "11111111-1111-4111-8111-111111111111"}), "parent_not_found"),
+        (json!({"kind": "refine"}), "parent_required"),
+    ] {
+        let answer = stack.ask(REQUEST, metadata).await;
+        assert_eq!(answer.msg_type, AnswerType::Error, "{answer:?}");
+        assert_eq!(answer.metadata["error_code"], code);
+        stack.assert_final(&answer).await;
+    }
+    assert_eq!(stack.books().await, (0, 0));
+    worker.drain().await;
+}
+
+#[tokio::test]
 async fn a_deadline_stops_a_call_under_way_and_books_it() {
     let stack = Stack::start().await.script(fault("hang", 1));
     let worker = stack.worker().await;

@@ -72,6 +72,22 @@ fn written(name: &str) -> Value {
     serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
 }
 
+/// The first answer as the refinement changes it: one thing, and it is named.
+fn weekly() -> Value {
+    let mut spec = written("tenant-budgets")[1]["content"].clone();
+    spec["summary"] = json!(
+        "Tenants get a limit for each week instead of each day, as a cap and not as a share set aside. \
+         Everything else stays: the check is in the transaction that grants a reservation, and who is denied waits alone."
+    );
+    spec["changes"] = json!([{
+        "section": "Requirements",
+        "change": "A tenant's limit holds for a week that begins on Monday 00:00 UTC, not for a day",
+        "reason": "The request asks for a weekly budget",
+        "citations": [],
+    }]);
+    json!([{ "content": spec }])
+}
+
 fn cases() -> Vec<Case> {
     let always = |fault: &str| json!([{"fault": fault, "times": 100}]);
     let good = || json!([]);
@@ -103,7 +119,7 @@ fn cases() -> Vec<Case> {
         ),
         Case {
             refines: true,
-            ..case("good refinement", "Use a weekly budget instead of a daily one", good(), Some(95))
+            ..case("good refinement", "Use a weekly budget instead of a daily one", weekly(), Some(95))
         },
         case("sloppy", "Design how the gateway answers while Qdrant is down", always("sloppy"), Some(50)),
         case(

@@ -52,7 +52,7 @@ pub(crate) struct Ask {
     #[arg(short, long, value_name = "NAME")]
     collection: Option<String>,
 
-    /// Refine the spec of this earlier task
+    /// Refine the spec of this earlier task, which must be done
     #[arg(long, value_name = "ID")]
     parent: Option<TaskId>,
 

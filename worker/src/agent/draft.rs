@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    clean,
+    admit::admit,
+    clean, compare,
     finish::{self, Finished, Note},
     passages::Shelf,
     prompt,
@@ -154,6 +155,9 @@ pub struct Draft {
     kind: Kind,
     options: AgentOptions,
     pub(super) subject: Subject,
+    /// What the parent consists of, for a refinement.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    parent: Option<Box<Spec>>,
     pub(super) shelf: Shelf,
     degraded: Option<String>,
     /// The rounds in which the model asked for searches.
@@ -290,18 +294,20 @@ impl Draft {
     /// Starts a document.
     pub fn new(input: DraftInput) -> Self {
         let DraftInput { task, passages, parent, options, degraded } = input;
-        let parent = parent.as_ref().and_then(prompt::parent_text);
         let request = clean::text(&task.content);
         let fence = prompt::fence(&task, &passages);
-        let (kind, stage) = match Kind::of(&task, parent.is_some()) {
+        let (kind, stage) = match admit(&task, parent.as_ref()) {
             Ok(kind) => (kind, Stage::Drafting { again: None }),
-            Err(asked) => (Kind::Spec, Stage::Failed(unknown_kind(&asked))),
+            Err(failure) => (Kind::Spec, Stage::Failed(failure)),
         };
+        let structure = parent.as_ref().filter(|_| kind == Kind::Refine).and_then(compare::structure);
+        let parent = parent.as_ref().and_then(prompt::parent_text);
         let mut shelf = Shelf::new(&request);
         shelf.add(passages);
         Self {
             kind,
             subject: Subject { request, parent, max_chars: MAX_SUBJECT_CHARS, fence },
+            parent: structure,
             shelf,
             degraded: degraded.map(|why| clean::line(&why)),
             rounds: Vec::new(),
@@ -707,7 +713,10 @@ impl Draft {
             };
         }
 
-        let reading = read::document(content, self.kind.fields());
+        let mut reading = read::document(content, self.kind.fields());
+        if let (Some(parent), Some(reading)) = (&self.parent, &mut reading) {
+            compare::set_faults(parent, reading);
+        }
         match reading {
             Some(reading) if reading.faults.is_empty() => self.accept(reading),
             reading if answer.finish_reason == FinishReason::Length => {
@@ -722,7 +731,14 @@ impl Draft {
                 let (fields, faults, shown) = match &reading {
                     Some(reading) => {
                         let fields = reading.faulty_fields(self.kind);
-                        (fields.clone(), reading.fault_lines(), reading.shown(&fields))
+                        let mut shown = reading.shown(&fields);
+                        let gone =
+                            self.parent.as_ref().and_then(|parent| compare::gone(parent, &reading.spec));
+                        if let Some(gone) = gone {
+                            shown.push_str("\n\nIn the earlier document, and not in this answer:\n");
+                            shown.push_str(&gone);
+                        }
+                        (fields, reading.fault_lines(), shown)
                     }
                     None => (
                         self.kind.fields().to_vec(),
@@ -748,10 +764,13 @@ impl Draft {
         let content = answer.content.as_deref().unwrap_or_default();
         let cut = answer.finish_reason == FinishReason::Length;
         if let Some(patch) = read::document(content, fields) {
-            let whole = match &self.fallback {
+            let mut whole = match &self.fallback {
                 Some(before) => before.patched(&patch, fields, self.kind),
                 None => Reading { cut, ..patch },
             };
+            if let Some(parent) = &self.parent {
+                compare::set_faults(parent, &mut whole);
+            }
             self.keep_the_better(Some(whole));
         }
         self.settle_for_fallback(not_a_document());
@@ -770,8 +789,14 @@ impl Draft {
         }
     }
 
-    fn accept(&mut self, reading: Reading) {
+    fn accept(&mut self, mut reading: Reading) {
         let mut notes = Vec::new();
+        if let Some(parent) = &self.parent {
+            // What the author still does not name is named for it.
+            compare::drop_faults(&mut reading);
+            let unnamed = compare::list(parent, &mut reading.spec);
+            notes.extend((unnamed > 0).then_some(Note::Unnamed(unnamed)));
+        }
         if reading.cut {
             notes.push(Note::CutOff);
         }
@@ -900,11 +925,6 @@ impl Subject {
 
 fn failure(code: &str, message: &str) -> Failure {
     Failure { code: code.to_owned(), message: message.to_owned() }
-}
-
-pub(super) fn unknown_kind(asked: &str) -> Failure {
-    let known = Kind::ALL.map(Kind::as_str).join(", ");
-    failure("unknown_kind", &format!("`metadata.kind` is {asked:?}. Known kinds: {known}."))
 }
 
 fn not_a_document() -> Failure {

@@ -96,6 +96,8 @@ pub(super) enum Note {
     /// The prompt showed only a part of the request or the parent.
     SubjectCut,
 }
+    /// So many differences from the parent that the author did not name.
+    Unnamed(usize),
 
 /// What a document is finished from.
 #[derive(Debug)]
@@ -179,6 +181,8 @@ pub(super) fn finish(draft: Draft<'_>) -> Finished {
     let mut metadata = Map::new();
     let mut set = |name: &str, value: Value| metadata.insert(name.to_owned(), value);
     set("kind", json!(kind));
+    let found: Vec<&str> =
+        spec.changes.iter().filter(|it| it.found_by_comparison).map(|it| it.change.as_str()).collect();
     set("prompt_version", json!(prompt::version()));
     set("citations", json!(citations));
     set("citations_invalid", json!(checked.invalid));
@@ -195,6 +199,9 @@ pub(super) fn finish(draft: Draft<'_>) -> Finished {
     set("searches", json!(searches));
     set("diagrams_broken", json!(broken));
     set("context_degraded", json!(degraded.is_some()));
+    if kind == Kind::Refine {
+        set("changes_found_by_comparison", json!(found));
+    }
     if let Some(why) = degraded {
         set("context_degraded_reason", json!(why));
     }
@@ -204,7 +211,9 @@ pub(super) fn finish(draft: Draft<'_>) -> Finished {
     }
     set(
         "incomplete",
-        json!(notes.iter().any(|note| matches!(note, Note::CutOff | Note::Incomplete(_) | Note::Shortened))),
+        json!(notes.iter().any(|note| {
+            matches!(note, Note::CutOff | Note::Incomplete(_) | Note::Shortened | Note::Unnamed(_))
+        })),
     );
     Finished { spec, markdown, metadata, citations }
 }

@@ -535,6 +535,7 @@ mod tests {
     fn document(answer: &Value, request: &str, kind: &str) -> String {
         let mut input = input();
         input.task = task(request, &json!({ "kind": kind }));
+        input.parent = (kind == "refine").then(|| json!({"msg_type": "spec", "content": "# Old"}));
         let mut draft = Draft::new(input);
         draft.answered(&says(answer));
         draft.cannot_call("test", "no repair");

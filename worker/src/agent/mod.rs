@@ -39,7 +39,9 @@
 //! are cleaned and stripped of secrets where they come in ([`clean`]), fenced in the prompt, and
 //! sanitised where they go out ([`render`]).
 
+mod admit;
 mod clean;
+mod compare;
 mod draft;
 mod finish;
 #[cfg(test)]
@@ -61,6 +63,7 @@ mod testing;
 mod words;
 
 pub use draft::{
+pub use admit::admit;
     AgentOptions, Call, DoesNotFit, Draft, DraftInput, Failure, Fitted, Next, PromptParts, Search,
 };
 pub use finish::{Citation, CitationFault, Finished};

@@ -11,8 +11,9 @@ use std::{
 use serde_json::Value;
 
 use super::{
-    clean,
-    draft::{DraftInput, Failure, TokenUse, unknown_kind},
+    admit::admit,
+    clean, compare,
+    draft::{DraftInput, Failure, TokenUse},
     finish::{self, Finished, Note},
     passages::{Entry, Shelf},
     prompt::parent_text,
@@ -34,10 +35,10 @@ const MAX_QUOTES: usize = 4;
 const MAX_QUOTE_CHARS: usize = 220;
 
 /// Assembles a document from the passages at hand. Needs no model, bills nothing. Fails only for a
-/// request of an unknown kind, as with a model.
+/// request that is not [admitted](admit), as with a model.
 pub fn draft(input: &DraftInput) -> Result<Finished, Failure> {
+    let kind = admit(&input.task, input.parent.as_ref())?;
     let parent = input.parent.as_ref().filter(|parent| parent_text(parent).is_some());
-    let kind = Kind::of(&input.task, parent.is_some()).map_err(|asked| unknown_kind(&asked))?;
     let request = clean::text(&input.task.content);
     let mut shelf = Shelf::new(&request);
     shelf.add(input.passages.clone());
@@ -207,8 +208,7 @@ fn refinement(request: &str, parent: Option<&Value>, shelf: &Shelf) -> Spec {
     spec.changes.push(Change {
         section: "Request".to_owned(),
         change: first_sentences(request, 400),
-        reason: String::new(),
-        citations: Vec::new(),
+        ..Change::default()
     });
     spec.open_questions.insert(
         0,
@@ -222,12 +222,12 @@ fn refinement(request: &str, parent: Option<&Value>, shelf: &Shelf) -> Spec {
         .filter_map(|citation| citation["source"].as_str())
         .collect();
     let now = files(shelf);
-    for (source, entries) in now.iter().filter(|(source, _)| !before.contains(source)).take(MAX_QUOTES) {
+    for (source, _) in now.iter().filter(|(source, _)| !before.contains(source)).take(MAX_QUOTES) {
         spec.changes.push(Change {
             section: "Sources".to_owned(),
             change: format!("`{source}` was found for this request; the earlier document did not cite it"),
-            reason: String::new(),
-            citations: entries.first().map(|entry| entry.n).into_iter().collect(),
+            found_by_comparison: true,
+            ..Change::default()
         });
     }
     let gone: Vec<String> = before
@@ -236,6 +236,9 @@ fn refinement(request: &str, parent: Option<&Value>, shelf: &Shelf) -> Spec {
         .take(MAX_QUOTES)
         .map(|source| format!("`{source}`"))
         .collect();
+    if let Some(before) = parent.and_then(compare::structure) {
+        compare::list(&before, &mut spec);
+    }
     if !gone.is_empty() {
         spec.open_questions.push(format!(
             "The earlier document cited {}, where nothing was found this time. Does it still hold?",

@@ -39,6 +39,9 @@ const FROM_THE_REQUEST: &str = "*(from the request)*";
 pub(super) fn markdown(input: &Input<'_>) -> String {
     let mut page = Page {
         out: String::new(),
+/// Marks a change that the author did not name.
+const BY_COMPARISON: &str = "*(found by comparison with the earlier document)*";
+
         request: words::of(input.request),
         unsupported: input.unsupported,
         offline: input.notes.contains(&Note::Offline),
@@ -108,6 +111,12 @@ impl Page<'_> {
                     its middle was left out of the prompt."
                     .to_owned(),
             });
+                Note::Unnamed(count) => format!(
+                    "The author did not name {count} difference{} from the earlier document. Comparison found \
+                     {}: see *What changed*.",
+                    if *count == 1 { "" } else { "s" },
+                    if *count == 1 { "it" } else { "them" },
+                ),
         }
         if let Some(why) = input.degraded {
             notes.push(format!("Written with less context than usual. {}", inline(why)));
@@ -140,7 +149,11 @@ impl Page<'_> {
             }
             Field::Changes => {
                 for it in &spec.changes {
-                    let marks = self.marks(&[&it.section, &it.change, &it.reason], &it.citations);
+                    let marks = if it.found_by_comparison {
+                        format!(" {BY_COMPARISON}")
+                    } else {
+                        self.marks(&[&it.section, &it.change, &it.reason], &it.citations)
+                    };
                     let why = labelled("Why", &it.reason);
                     self.item(&format!("**{}:** {}{why}{marks}", inline(&it.section), sentence(&it.change)));
                 }
@@ -745,4 +758,6 @@ mod tests {
             prop_assert_eq!(unlisted_markers(&document(&answer)), Vec::<String>::new());
         }
     }
+            input.parent =
+                (kind == "refine").then(|| json!({"msg_type": "spec", "content": "# Run leases\n\nOld."}));
 }

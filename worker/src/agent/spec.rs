@@ -417,6 +417,9 @@ pub struct Change {
     pub reason: String,
     /// Passages that support this.
     pub citations: Vec<u32>,
+    /// The author did not name it: comparison with the parent found it. Never asked of a model.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub found_by_comparison: bool,
 }
 
 /// An option of a decision record.
@@ -553,7 +556,8 @@ impl Spec {
         items.extend(changes.iter_mut().map(|it| Item {
             field: Field::Changes,
             texts: vec![&mut it.section, &mut it.change, &mut it.reason],
-            citations: Some(&mut it.citations),
+            // Comparison is its source.
+            citations: (!it.found_by_comparison).then_some(&mut it.citations),
         }));
         items.extend(claims(Field::Context, context));
         items.extend(claims(Field::Requirements, &mut requirements.functional));
