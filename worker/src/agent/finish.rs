@@ -15,10 +15,12 @@ use super::{
     clean,
     draft::TokenUse,
     mermaid,
-    passages::Shelf,
-    prompt, render,
+    passages::{Entry, Shelf},
+    prompt,
+    provenance::{self, Meaning},
+    render,
     spec::{Field, Kind, Spec},
-    words::{self, Bag},
+    words,
 };
 
 /// Citations of one statement that are kept.
@@ -71,7 +73,8 @@ pub struct Citation {
 /// A citation that does not hold, one entry of `metadata.citation_faults`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CitationFault {
-    /// `invalid`: no such passage was given, removed. `weak`: passage and statement share nothing.
+    /// `invalid`: no such passage was given, removed. `weak`: passage and statement share hardly a word, or
+    /// the passage says the opposite.
     pub fault: String,
     /// For `weak` the number in the text, for `invalid` the number the model made up.
     pub n: u32,
@@ -93,11 +96,11 @@ pub(super) enum Note {
     Incomplete(Vec<String>),
     /// The model's answer held more than a document may hold.
     Shortened,
+    /// So many differences from the parent that the author did not name.
+    Unnamed(usize),
     /// The prompt showed only a part of the request or the parent.
     SubjectCut,
 }
-    /// So many differences from the parent that the author did not name.
-    Unnamed(usize),
 
 /// What a document is finished from.
 #[derive(Debug)]
@@ -171,18 +174,18 @@ pub(super) fn finish(draft: Draft<'_>) -> Finished {
         request,
         citations: &citations,
         weak: &checked.faults,
-        unsupported: &checked.unsupported,
+        standing: &checked.standing,
         notes: &notes,
         degraded,
         without_passages: given == 0,
     });
 
     let weak = checked.weak;
+    let found: Vec<&str> =
+        spec.changes.iter().filter(|it| it.found_by_comparison).map(|it| it.change.as_str()).collect();
     let mut metadata = Map::new();
     let mut set = |name: &str, value: Value| metadata.insert(name.to_owned(), value);
     set("kind", json!(kind));
-    let found: Vec<&str> =
-        spec.changes.iter().filter(|it| it.found_by_comparison).map(|it| it.change.as_str()).collect();
     set("prompt_version", json!(prompt::version()));
     set("citations", json!(citations));
     set("citations_invalid", json!(checked.invalid));
@@ -196,12 +199,12 @@ pub(super) fn finish(draft: Draft<'_>) -> Finished {
     if !token_use.calls.is_empty() {
         set("token_use", json!(token_use));
     }
-    set("searches", json!(searches));
-    set("diagrams_broken", json!(broken));
-    set("context_degraded", json!(degraded.is_some()));
     if kind == Kind::Refine {
         set("changes_found_by_comparison", json!(found));
     }
+    set("searches", json!(searches));
+    set("diagrams_broken", json!(broken));
+    set("context_degraded", json!(degraded.is_some()));
     if let Some(why) = degraded {
         set("context_degraded_reason", json!(why));
     }
@@ -256,22 +259,35 @@ struct Checked {
     /// Statements without a citation that supports them.
     uncited: usize,
     faults: Vec<CitationFault>,
-    /// Keys of statements whose citations are all weak.
-    unsupported: HashSet<String>,
+    /// What is to be said about statements, by their keys; nothing about those that are supported.
+    standing: HashMap<String, Standing>,
+}
+
+/// How a statement stands, where its citations alone do not say it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Standing {
+    /// Which of its citations are weak.
+    pub(super) weak: Vec<u32>,
+    /// Others hold.
+    pub(super) is_supported: bool,
+    /// It names something of the team's, which is no general knowledge.
+    pub(super) names_something: bool,
 }
 
 /// Removes citations of passages that were not given, finds those that support nothing, and numbers
 /// the rest by first appearance.
 fn check_citations(spec: &mut Spec, kind: Kind, shelf: &Shelf) -> Checked {
-    let bags: HashMap<u32, &Bag> =
-        shelf.entries().filter(|entry| entry.given).map(|entry| (entry.n, entry.words())).collect();
+    let given: HashMap<u32, &Entry> =
+        shelf.entries().filter(|entry| entry.given).map(|entry| (entry.n, entry)).collect();
+    let is_known = |name: &str| given.values().any(|entry| entry.passage.text.contains(name));
+    let mut sentences: HashMap<u32, Vec<Meaning>> = HashMap::new();
     let mut checked = Checked {
         order: Vec::new(),
         invalid: 0,
         weak: 0,
         uncited: 0,
         faults: Vec::new(),
-        unsupported: HashSet::new(),
+        standing: HashMap::new(),
     };
     for item in spec.items(kind) {
         let (claim, key) = (item.claim(), item.key());
@@ -284,7 +300,9 @@ fn check_citations(spec: &mut Spec, kind: Kind, shelf: &Shelf) -> Checked {
         let said = words::of(&claim);
         let mut seen = HashSet::new();
         let mut kept = Vec::new();
-        let mut supported = false;
+        let mut standing = Standing::default();
+        // Worked out only where something is cited.
+        let mut meaning: Option<Meaning> = None;
         for n in std::mem::take(citations) {
             if !seen.insert(n) {
                 continue;
@@ -295,7 +313,7 @@ fn check_citations(spec: &mut Spec, kind: Kind, shelf: &Shelf) -> Checked {
                 field: field.name().to_owned(),
                 claim: clean::cut(&clean::line(&claim), 80),
             };
-            let Some(bag) = bags.get(&n) else {
+            let Some(entry) = given.get(&n) else {
                 checked.invalid += 1;
                 checked.faults.push(fault("invalid", n));
                 continue;
@@ -308,28 +326,27 @@ fn check_citations(spec: &mut Spec, kind: Kind, shelf: &Shelf) -> Checked {
                 checked.order.len() - 1
             });
             let number = u32::try_from(index + 1).unwrap_or(u32::MAX);
-            if is_weak(&said, bag) {
+            let mut is_denied = || {
+                let says = sentences.entry(n).or_insert_with(|| provenance::sentences(&entry.passage.text));
+                meaning.get_or_insert_with(|| Meaning::of(&claim)).is_denied_by(says)
+            };
+            if !entry.speaks_of(&said) || is_denied() {
                 checked.weak += 1;
                 checked.faults.push(fault("weak", number));
+                standing.weak.push(number);
             } else {
-                supported = true;
+                standing.is_supported = true;
             }
             kept.push(number);
         }
         kept.sort_unstable();
-        checked.uncited += usize::from(!supported && field != Field::Title);
-        if !supported && !kept.is_empty() {
-            checked.unsupported.insert(key);
+        checked.uncited += usize::from(!standing.is_supported && field != Field::Title);
+        standing.names_something = !standing.is_supported && provenance::names_something(&claim, is_known);
+        if standing != (Standing { is_supported: true, ..Standing::default() }) {
+            checked.standing.insert(key, standing);
         }
         *citations = kept;
     }
     checked.faults.truncate(MAX_LISTED_FAULTS);
     checked
-}
-
-/// A statement of some length that shares no more than one word with its passage is not supported
-/// by it. Purely lexical: it finds citations that are beside the point, not subtle ones.
-fn is_weak(claim: &Bag, passage: &Bag) -> bool {
-    let shared = claim.shared_with(passage);
-    shared == 0 || (shared == 1 && claim.len() >= 6)
 }

@@ -350,7 +350,7 @@ fn is_labelled(line: &str) -> bool {
 
 /// Also where passages are cited that hardly speak of it.
 fn is_general(line: &str) -> bool {
-    line.contains("*(general knowledge")
+    line.contains("*(general knowledge") || line.contains("*(no passage says this")
 }
 
 fn components(page: &Page<'_>) -> Check {

@@ -52,6 +52,7 @@ mod mermaid;
 pub mod offline;
 mod passages;
 mod prompt;
+mod provenance;
 mod read;
 mod render;
 pub mod rubric;
@@ -62,8 +63,8 @@ mod spec;
 mod testing;
 mod words;
 
-pub use draft::{
 pub use admit::admit;
+pub use draft::{
     AgentOptions, Call, DoesNotFit, Draft, DraftInput, Failure, Fitted, Next, PromptParts, Search,
 };
 pub use finish::{Citation, CitationFault, Finished};

@@ -119,9 +119,28 @@ impl Entry {
         self.worth / self.size().max(LEAST_SIZE) as f64
     }
 
-    /// The words of the passage, its path and its heading.
+    /// The words of the passage, its path and its heading: for finding it, not for believing it.
     pub(super) fn words(&self) -> &Bag {
         &self.bags().whole
+    }
+
+    /// Does the passage share enough words with a statement to support it? Only its text counts, and a word
+    /// of its heading as one more, never alone: a path says where something is, not what is so. Purely
+    /// lexical: this finds citations that are beside the point, not subtle ones.
+    pub(super) fn speaks_of(&self, statement: &Bag) -> bool {
+        let text = &self.bags().text;
+        let shared = statement.shared_with(text);
+        // A long statement shares some word with everything.
+        let needed = match statement.len() {
+            0..6 => 1,
+            6..14 => 2,
+            _ => 3,
+        };
+        let in_heading = || {
+            let heading = self.passage.heading.as_deref().unwrap_or_default();
+            words::list(heading).iter().any(|word| statement.contains(word) && !text.contains(word))
+        };
+        shared >= needed || (shared > 0 && shared + 1 == needed && in_heading())
     }
 
     fn bags(&self) -> &Bags {

@@ -2,15 +2,15 @@
 //! and escaped, so that it can neither open a heading, a list, HTML or a link, nor look like one of
 //! our citation markers.
 
-use std::{borrow::Cow, collections::HashSet, fmt::Write as _, sync::LazyLock};
+use std::{borrow::Cow, collections::HashMap, fmt::Write as _, sync::LazyLock};
 
 use regex::Regex;
 
 use super::{
     clean,
-    finish::{Citation, CitationFault, Note},
+    finish::{Citation, CitationFault, Note, Standing},
+    provenance::Meaning,
     spec::{Claim, Field, Kind, Severity, Spec, key},
-    words::{self, Bag},
 };
 
 /// What is rendered.
@@ -21,8 +21,8 @@ pub(super) struct Input<'a> {
     pub(super) request: &'a str,
     pub(super) citations: &'a [Citation],
     pub(super) weak: &'a [CitationFault],
-    /// Keys of statements whose citations are all weak.
-    pub(super) unsupported: &'a HashSet<String>,
+    /// What is to be said about statements, by their keys.
+    pub(super) standing: &'a HashMap<String, Standing>,
     pub(super) notes: &'a [Note],
     pub(super) degraded: Option<&'a str>,
     pub(super) without_passages: bool,
@@ -30,20 +30,24 @@ pub(super) struct Input<'a> {
 
 /// Marks a statement that no passage supports.
 const GENERAL_KNOWLEDGE: &str = "*(general knowledge)*";
-/// Marks a statement whose passages share hardly a word with it.
-const UNSUPPORTED: &str = "*(general knowledge: what is cited hardly speaks of it)*";
+/// Marks one that names something of the team's: nobody knows that in general.
+const NO_PASSAGE: &str = "*(no passage says this)*";
+/// Marks a statement whose passages share hardly a word with it, or say the opposite.
+const UNSUPPORTED: &str = "*(no passage says this: what is cited hardly speaks of it)*";
+/// Marks a citation like that where another one of the statement holds.
+const WEAK: &str = "*(weak)*";
 /// Marks a statement that repeats the request.
 const FROM_THE_REQUEST: &str = "*(from the request)*";
+
+/// Marks a change that the author did not name.
+const BY_COMPARISON: &str = "*(found by comparison with the earlier document)*";
 
 /// Renders a document.
 pub(super) fn markdown(input: &Input<'_>) -> String {
     let mut page = Page {
         out: String::new(),
-/// Marks a change that the author did not name.
-const BY_COMPARISON: &str = "*(found by comparison with the earlier document)*";
-
-        request: words::of(input.request),
-        unsupported: input.unsupported,
+        request: Meaning::of(input.request),
+        standing: input.standing,
         offline: input.notes.contains(&Note::Offline),
     };
     page.notes(input);
@@ -60,8 +64,8 @@ const BY_COMPARISON: &str = "*(found by comparison with the earlier document)*";
 
 struct Page<'a> {
     out: String,
-    request: Bag,
-    unsupported: &'a HashSet<String>,
+    request: Meaning,
+    standing: &'a HashMap<String, Standing>,
     offline: bool,
 }
 
@@ -107,16 +111,16 @@ impl Page<'_> {
                 Note::Shortened => {
                     "The model's answer was longer than a document may be; it was shortened.".to_owned()
                 }
-                Note::SubjectCut => "The request or the earlier document was too long for the token budget: \
-                    its middle was left out of the prompt."
-                    .to_owned(),
-            });
                 Note::Unnamed(count) => format!(
                     "The author did not name {count} difference{} from the earlier document. Comparison found \
                      {}: see *What changed*.",
                     if *count == 1 { "" } else { "s" },
                     if *count == 1 { "it" } else { "them" },
                 ),
+                Note::SubjectCut => "The request or the earlier document was too long for the token budget: \
+                    its middle was left out of the prompt."
+                    .to_owned(),
+            });
         }
         if let Some(why) = input.degraded {
             notes.push(format!("Written with less context than usual. {}", inline(why)));
@@ -314,21 +318,27 @@ impl Page<'_> {
 
     /// What stands behind a statement: its citations, or where else it comes from.
     fn marks(&self, texts: &[&str], citations: &[u32]) -> String {
+        let standing = self.standing.get(&key(texts.iter().copied()));
         if !citations.is_empty() {
+            let is_supported = standing.is_none_or(|standing| standing.is_supported);
             let mut marks = citations.iter().fold(String::new(), |mut marks, n| {
                 let _ = write!(marks, " [{n}]");
+                if is_supported && standing.is_some_and(|standing| standing.weak.contains(n)) {
+                    let _ = write!(marks, " {WEAK}");
+                }
                 marks
             });
-            if self.unsupported.contains(&key(texts.iter().copied())) {
+            if !is_supported {
                 let _ = write!(marks, " {UNSUPPORTED}");
             }
             return marks;
         }
-        let said = words::of(&texts.join(" "));
-        if said.len() >= 2 && words::share(&said, &self.request) >= 0.6 {
+        if Meaning::of(&texts.join(". ")).repeats(&self.request) {
             format!(" {FROM_THE_REQUEST}")
         } else if texts.iter().all(|text| text.trim().is_empty()) {
             String::new()
+        } else if standing.is_some_and(|standing| standing.names_something) {
+            format!(" {NO_PASSAGE}")
         } else {
             format!(" {GENERAL_KNOWLEDGE}")
         }
@@ -360,7 +370,7 @@ impl Page<'_> {
                 let _ = write!(line, " — [open](<{url}>)");
             }
             if input.weak.iter().any(|fault| fault.fault == "weak" && fault.n == *n) {
-                line.push_str("; *weak: shares hardly a word with a statement that cites it*");
+                line.push_str("; *weak: hardly speaks of a statement that cites it*");
             }
             self.item(&line);
         }
@@ -705,10 +715,51 @@ mod tests {
     }
 
     #[test]
+    fn a_statement_is_marked_with_what_really_stands_behind_it() {
+        let mut input = input();
+        input.task = task("Design run leases, highly available for billing.", &json!({}));
+        let mut answer = good_spec();
+        answer["context"] = json!([
+            {"text": "It must be highly available for billing", "citations": []},
+            {"text": "It must not be highly available for billing", "citations": []},
+            {"text": "`finish_run` writes the answer in one transaction", "citations": []},
+            {"text": "A queue decouples its two sides", "citations": []},
+            {"text": "The lease of 60 seconds is renewed", "citations": [1, 3]},
+            {"text": "A worker that claims a run never holds a lease", "citations": [1]},
+            // The words of the path `docs/leases.md` are no words of its text.
+            {"text": "The docs in markdown note design, and nothing of value here", "citations": [1]},
+        ]);
+        let mut draft = Draft::new(input);
+        draft.answered(&says(&answer));
+        let done = finished(&mut draft);
+        let (context, _) = done.markdown.split_once("## Requirements").unwrap();
+        let marks: Vec<&str> = context
+            .lines()
+            .filter(|line| line.starts_with("- "))
+            .map(|line| line.split_once(". ").unwrap().1)
+            .collect();
+        assert_eq!(
+            marks,
+            [
+                FROM_THE_REQUEST,
+                GENERAL_KNOWLEDGE,
+                NO_PASSAGE,
+                GENERAL_KNOWLEDGE,
+                "[1] [2] *(weak)*",
+                "[1] *(no passage says this: what is cited hardly speaks of it)*",
+                "[1] *(no passage says this: what is cited hardly speaks of it)*",
+            ]
+        );
+        assert_eq!(done.metadata["citations_weak"], json!(3));
+    }
+
+    #[test]
     fn every_kind_has_its_own_shape() {
         let shown = |answer: &Value, kind: &str| {
             let mut input = input();
             input.task = task("Look at how workers share runs", &json!({ "kind": kind }));
+            input.parent =
+                (kind == "refine").then(|| json!({"msg_type": "spec", "content": "# Run leases\n\nOld."}));
             let mut draft = Draft::new(input);
             draft.answered(&says(answer));
             finished(&mut draft).markdown
@@ -758,6 +809,4 @@ mod tests {
             prop_assert_eq!(unlisted_markers(&document(&answer)), Vec::<String>::new());
         }
     }
-            input.parent =
-                (kind == "refine").then(|| json!({"msg_type": "spec", "content": "# Run leases\n\nOld."}));
 }

@@ -1,0 +1,259 @@
+//! Where a statement comes from, as far as words can tell: the request, a passage, or neither.
+//!
+//! Comparing words alone takes "must be available" and "must not be available" for one statement. So each
+//! word also knows whether its clause denies it, and what is denied on one side only is no support.
+
+use std::{collections::HashMap, sync::LazyLock};
+
+use regex::Regex;
+
+use super::{clean, words};
+
+/// What share of a statement's words the request must hold for it to come from there.
+const REPEATED: f64 = 0.6;
+/// What share of a statement's words a sentence must hold to speak of the same thing.
+const SAME_STATEMENT: f64 = 0.8;
+/// A shorter statement is no statement.
+const MIN_WORDS: usize = 2;
+
+/// How a word was used.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Use {
+    said: bool,
+    denied: bool,
+}
+
+/// The words of a text, and how each of them was used.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Meaning {
+    words: HashMap<String, Use>,
+    numbers: Vec<String>,
+}
+
+impl Meaning {
+    /// What a text says.
+    pub(super) fn of(text: &str) -> Self {
+        let mut meaning = Self::default();
+        let mut clause: Vec<String> = Vec::new();
+        let mut denied = false;
+        let tokens: Vec<&str> = text.split_whitespace().collect();
+        for (at, token) in tokens.iter().enumerate() {
+            let plain = plain(token);
+            let next = tokens.get(at + 1).map_or(String::new(), |next| self::plain(next));
+            if opens_clause(&plain) || excludes(&plain, &next) {
+                meaning.add(&mut clause, denied);
+                denied = excludes(&plain, &next);
+            } else if denies(&plain, &next) {
+                denied = true;
+            } else {
+                clause.extend(words::list(token));
+            }
+            let digits = token.split(|c: char| !c.is_ascii_digit()).filter(|digits| !digits.is_empty());
+            meaning.numbers.extend(digits.map(str::to_owned));
+            if token.ends_with(['.', ',', ';', ':', '!', '?', ')']) {
+                meaning.add(&mut clause, denied);
+                denied = false;
+            }
+        }
+        meaning.add(&mut clause, denied);
+        meaning
+    }
+
+    /// Notes the words of a clause, wherever in it the denial stands.
+    fn add(&mut self, clause: &mut Vec<String>, denied: bool) {
+        for word in clause.drain(..) {
+            let used = self.words.entry(word).or_default();
+            used.said |= !denied;
+            used.denied |= denied;
+        }
+    }
+
+    /// How many of its words the other one has, and whether both use each of them the same way.
+    fn compare(&self, other: &Self) -> (usize, bool) {
+        let mut shared = 0;
+        let mut agree = true;
+        for (word, ours) in &self.words {
+            if let Some(theirs) = other.words.get(word) {
+                shared += 1;
+                agree &= (ours.said && theirs.said) || (ours.denied && theirs.denied);
+            }
+        }
+        (shared, agree)
+    }
+
+    /// Does this statement only repeat the request? Most of its words must be there, none of them the other
+    /// way round, and all of its numbers.
+    pub(super) fn repeats(&self, request: &Self) -> bool {
+        let (shared, agree) = self.compare(request);
+        self.words.len() >= MIN_WORDS
+            && shared as f64 >= REPEATED * self.words.len() as f64
+            && agree
+            && self.numbers.iter().all(|number| request.numbers.contains(number))
+    }
+
+    /// Does the text say this very statement, and only the other way round?
+    pub(super) fn is_denied_by(&self, sentences: &[Self]) -> bool {
+        if self.words.len() < MIN_WORDS {
+            return false;
+        }
+        let mut denied = false;
+        for sentence in sentences {
+            let (shared, agree) = self.compare(sentence);
+            if shared as f64 >= SAME_STATEMENT * self.words.len() as f64 {
+                if agree {
+                    return false;
+                }
+                denied = true;
+            }
+        }
+        denied
+    }
+}
+
+/// What each sentence of a text says.
+pub(super) fn sentences(text: &str) -> Vec<Meaning> {
+    static END: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"[.!?;]\s|\n\s*\n|\n\s*[-*|#]").ok());
+    let Some(end) = &*END else { return Vec::new() };
+    // Signs of comments and lists are no words, and do not end a sentence.
+    end.split(text).map(Meaning::of).collect()
+}
+
+fn plain(token: &str) -> String {
+    token.trim_matches(|c: char| !c.is_alphanumeric()).to_lowercase().replace('’', "'")
+}
+
+/// A word that denies its clause.
+fn denies(word: &str, next: &str) -> bool {
+    match word {
+        "not" => !matches!(next, "only" | "just" | "merely"),
+        "no" | "never" | "none" | "neither" | "nor" | "cannot" | "nothing" | "nobody" | "avoid"
+        | "avoids" | "avoiding" | "forbid" | "forbids" | "forbidden" => true,
+        word => word.ends_with("n't"),
+    }
+}
+
+/// A word that denies only what follows.
+fn excludes(word: &str, next: &str) -> bool {
+    match word {
+        "without" | "except" => true,
+        "instead" => next == "of",
+        "rather" => next == "than",
+        _ => false,
+    }
+}
+
+fn opens_clause(word: &str) -> bool {
+    matches!(
+        word,
+        "but"
+            | "so"
+            | "that"
+            | "which"
+            | "when"
+            | "while"
+            | "if"
+            | "unless"
+            | "until"
+            | "because"
+            | "although"
+            | "where"
+            | "after"
+            | "before"
+            | "whereas"
+            | "once"
+    )
+}
+
+/// Does a statement name something of the team's: code in backticks, an identifier, a path, or a name that
+/// `is_known` from the passages? Nobody knows that in general.
+pub(super) fn names_something(text: &str, is_known: impl Fn(&str) -> bool) -> bool {
+    static NAME: LazyLock<Option<Regex>> = LazyLock::new(|| {
+        Regex::new(
+            r"`[^`]+`|\b[A-Za-z0-9]+_[A-Za-z0-9_]+\b|\b\w+::\w+|\b\w+\(\)|\b[\w-]+\.(?:rs|md|py|sql|toml|ya?ml|json|ts|tsx|js|go|java|kt|rb|sh|proto|tf)\b",
+        )
+        .ok()
+    });
+    if NAME.as_ref().is_some_and(|name| name.is_match(text)) {
+        return true;
+    }
+    // `PostgREST` is everybody's, `LeaseKeeper` is somebody's.
+    clean::line(text).split(|c: char| !c.is_alphanumeric()).any(|word| is_camel(word) && is_known(word))
+}
+
+fn is_camel(word: &str) -> bool {
+    let mut was_lower = false;
+    word.chars().any(|c| {
+        let inner = was_lower && c.is_uppercase();
+        was_lower = c.is_lowercase();
+        inner
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_denied_on_one_side_only_is_not_repeated() {
+        for (request, statement, repeats) in [
+            ("Make it highly available for billing", "Must be highly available for billing", true),
+            ("Make it highly available for billing", "Must not be highly available for billing", false),
+            ("Make it highly available for billing", "The billing can't be highly available", false),
+            ("It must be highly available, for billing", "Never highly available for billing", false),
+            ("No run may be lost when a worker dies", "When a worker dies, no run is lost", true),
+            ("No run may be lost when a worker dies", "A run is lost when a worker dies", false),
+            ("Design a bus. No event may be lost.", "Events are never lost", true),
+            ("Design a bus. No event may be lost.", "Events may be lost", false),
+            ("Rotate secrets without a restart", "Secrets are rotated without a restart", true),
+            ("Rotate secrets without a restart", "Secrets are rotated with a restart", false),
+            ("Use Postgres instead of Redis", "Postgres is used instead of Redis", true),
+            ("Use Postgres instead of Redis", "Redis is used instead of Postgres", false),
+            ("Not only fast but durable writes", "Fast durable writes", true),
+            ("Answer within 50 ms at 1000 requests", "Answer requests within 50 ms", true),
+            ("Answer within 50 ms at 1000 requests", "Answer requests within 5 ms", false),
+            ("Don't store passwords in the database", "Passwords are not stored in the database", true),
+            ("Don’t store passwords in the database", "Passwords are stored in the database", false),
+            ("Design a cache", "Use Kubernetes with three replicas", false),
+        ] {
+            let found = Meaning::of(statement).repeats(&Meaning::of(request));
+            assert_eq!(found, repeats, "{request:?} / {statement:?}");
+        }
+    }
+
+    #[test]
+    fn a_passage_that_says_the_opposite_is_no_support() {
+        let text = "Some words before. A worker holds a lease of 60 seconds\nand renews it. The queue is not durable.";
+        for (statement, denied) in [
+            ("A worker holds a lease of 60 seconds", false),
+            ("A worker never holds a lease", true),
+            ("The queue is durable", true),
+            ("The queue is not durable", false),
+            ("Nothing is known of clocks", false),
+        ] {
+            assert_eq!(Meaning::of(statement).is_denied_by(&sentences(text)), denied, "{statement}");
+        }
+    }
+
+    #[test]
+    fn names_of_the_teams_things_are_told_from_names_that_everybody_knows() {
+        let known = |name: &str| name == "LeaseKeeper";
+        for named in [
+            "It calls `finish`",
+            "finish_run writes the row",
+            "see Store::claim",
+            "claim() is fenced",
+            "as main.rs does",
+            "The LeaseKeeper renews",
+        ] {
+            assert!(names_something(named, known), "{named}");
+        }
+        for general in [
+            "PostgREST and GitHub are services",
+            "TCP/IP and Pub/Sub retry",
+            "Version 1.2 is out, e.g. for JavaScript.",
+            "A queue decouples its two sides",
+        ] {
+            assert!(!names_something(general, known), "{general}");
+        }
+    }
+}
