@@ -44,6 +44,7 @@ mod clean;
 mod compare;
 mod draft;
 mod finish;
+mod guess;
 #[cfg(test)]
 mod hostile;
 pub mod judge;

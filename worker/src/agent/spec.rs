@@ -7,6 +7,8 @@
 use atlas_shared::message::Task;
 use serde::{Deserialize, Serialize};
 
+use super::guess;
+
 /// What kind of document is wanted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -36,8 +38,8 @@ impl Kind {
         }
     }
 
-    /// The kind a request wants: `metadata.kind` wins; a request with a parent refines it; else the
-    /// first words decide. `Err` holds an unknown `metadata.kind`.
+    /// The kind a request wants: `metadata.kind` wins; a request with a parent refines it; else its
+    /// [first sentences](guess) decide. `Err` holds an unknown `metadata.kind`.
     pub fn of(task: &Task, has_parent: bool) -> Result<Self, String> {
         if let Some(asked) = &task.options.kind {
             return Self::ALL
@@ -48,24 +50,7 @@ impl Kind {
         if has_parent {
             return Ok(Self::Refine);
         }
-        let opening: Vec<String> = task
-            .content
-            .split(|c: char| !c.is_alphanumeric())
-            .filter(|word| !word.is_empty())
-            .take(8)
-            .map(str::to_lowercase)
-            .collect();
-        let has = |word: &str| opening.iter().any(|known| known == word);
-        Ok(if has("adr") || (has("decision") && has("record")) {
-            Self::Adr
-        } else if matches!(
-            opening.first().map(String::as_str),
-            Some("review" | "assess" | "critique" | "evaluate" | "audit")
-        ) {
-            Self::Review
-        } else {
-            Self::Spec
-        })
+        Ok(guess::kind(&task.content))
     }
 
     /// The fields of a document of this kind, in the order they are written and shown.
