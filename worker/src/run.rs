@@ -238,6 +238,7 @@ impl Run<'_> {
                     passages,
                     parent,
                     options: AgentOptions::from_config(&self.context.config),
+                    date: Some(jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC).date()),
                     degraded,
                 };
                 if self.context.calls.is_none() {

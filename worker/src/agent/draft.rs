@@ -10,6 +10,7 @@ use atlas_shared::{
     message::Task,
     model::{ChatAnswer, ChatMessage, ChatRequest, FinishReason, ResponseFormat, ToolCall, ToolSpec},
 };
+use jiff::civil::Date;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -53,6 +54,8 @@ pub struct DraftInput {
     pub parent: Option<Value>,
     /// Limits and dialect.
     pub options: AgentOptions,
+    /// The day in UTC, for a record; `None`: it gets no date.
+    pub date: Option<Date>,
     /// Why the passages are fewer or worse than they should be, in a sentence, if they are.
     pub degraded: Option<String>,
 }
@@ -153,6 +156,8 @@ pub struct DoesNotFit {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Draft {
     kind: Kind,
+    #[serde(default)]
+    date: Option<Date>,
     options: AgentOptions,
     pub(super) subject: Subject,
     /// What the parent consists of, for a refinement.
@@ -293,7 +298,7 @@ enum Stage {
 impl Draft {
     /// Starts a document.
     pub fn new(input: DraftInput) -> Self {
-        let DraftInput { task, passages, parent, options, degraded } = input;
+        let DraftInput { task, passages, parent, options, date, degraded } = input;
         let request = clean::text(&task.content);
         let fence = prompt::fence(&task, &passages);
         let (kind, stage) = match admit(&task, parent.as_ref()) {
@@ -306,6 +311,7 @@ impl Draft {
         shelf.add(passages);
         Self {
             kind,
+            date,
             subject: Subject { request, parent, max_chars: MAX_SUBJECT_CHARS, fence },
             parent: structure,
             shelf,
@@ -427,6 +433,7 @@ impl Draft {
             },
             Stage::Finished { spec, notes } => Next::Finished(Box::new(finish::finish(finish::Draft {
                 kind: self.kind,
+                date: self.date,
                 spec: (**spec).clone(),
                 request: &self.subject.request,
                 shelf: &self.shelf,

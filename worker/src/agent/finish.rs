@@ -7,6 +7,7 @@ use std::{
 };
 
 use atlas_shared::config::{SourceLines, SourceUrls};
+use jiff::civil::Date;
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -106,6 +107,7 @@ pub(super) enum Note {
 #[derive(Debug)]
 pub(super) struct Draft<'a> {
     pub(super) kind: Kind,
+    pub(super) date: Option<Date>,
     pub(super) spec: Spec,
     pub(super) request: &'a str,
     pub(super) shelf: &'a Shelf,
@@ -119,7 +121,7 @@ pub(super) struct Draft<'a> {
 
 /// Finishes a document.
 pub(super) fn finish(draft: Draft<'_>) -> Finished {
-    let Draft { kind, mut spec, request, shelf, notes, degraded, searches, repaired, token_use, source_urls } =
+    let Draft { kind, date, mut spec, request, shelf, notes, degraded, searches, repaired, token_use, source_urls } =
         draft;
 
     for item in spec.items(kind) {
@@ -170,6 +172,7 @@ pub(super) fn finish(draft: Draft<'_>) -> Finished {
     let given = shelf.entries().filter(|entry| entry.given).count();
     let markdown = render::markdown(&render::Input {
         kind,
+        date,
         spec: &spec,
         request,
         citations: &citations,

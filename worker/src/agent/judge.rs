@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     mermaid,
-    spec::{Field, Kind},
+    spec::{Field, Kind, PROS_AND_CONS},
 };
 
 /// Shorter says too little, longer is not read.
@@ -49,6 +49,9 @@ const BANNED: &[&str] = &[
     "as an ai",
     "as a language model",
 ];
+
+/// Level-3 headings of a record that other kinds have at level 2.
+const BELOW: &[&str] = &["Consequences", "Confirmation", "Diagrams", "Open questions"];
 
 /// The verdict on a document.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -180,6 +183,10 @@ impl<'a> Page<'a> {
             } else if let Some(title) = line.strip_prefix("# ") {
                 page.titled |= !title.trim().is_empty() && title.trim() != "Untitled";
             } else {
+                // What other kinds have as a section of its own, a record has below one.
+                if let Some(heading) = line.strip_prefix("### ").filter(|heading| BELOW.contains(heading)) {
+                    section = heading;
+                }
                 page.sections.entry(section).or_default().push(line);
             }
         }
@@ -200,7 +207,7 @@ impl<'a> Page<'a> {
     }
 
     fn section(&self, field: Field) -> &[&'a str] {
-        self.sections.get(field.heading()).map_or(&[], Vec::as_slice)
+        self.sections.get(field.heading_in(self.kind)).map_or(&[], Vec::as_slice)
     }
 
     /// The list items of a section.
@@ -214,6 +221,8 @@ impl<'a> Page<'a> {
             let line = line.trim();
             !line.is_empty()
                 && !line.starts_with("###")
+                // What stands between the title and a record's summary.
+                && !["> **Note:**", "- Status: ", "- Date: "].iter().any(|begin| line.starts_with(begin))
                 && !matches!(line, "*None given.*" | "*No indexed passage speaks about this.*")
         });
         said || (field == Field::Diagrams && !self.blocks.is_empty())
@@ -255,14 +264,7 @@ fn complete(page: &Page<'_>) -> Check {
 }
 
 fn headings(page: &Page<'_>) -> Check {
-    let wanted: Vec<&str> = page
-        .kind
-        .fields()
-        .iter()
-        .filter(|field| **field != Field::Title)
-        .map(|field| field.heading())
-        .chain(["Sources"])
-        .collect();
+    let wanted = page.kind.headings();
     let missing: Vec<&str> =
         wanted.iter().copied().filter(|heading| !page.headings.contains(heading)).collect();
     let foreign: Vec<&str> =
@@ -291,7 +293,8 @@ fn decisions(page: &Page<'_>) -> Check {
         return check(NAME, if count == 0 { 0.0 } else { share(advised.min(count), count) }, detail);
     }
     if page.kind == Kind::Adr {
-        let options = page.section(Field::Options).iter().filter(|line| line.starts_with("### ")).count();
+        let weighed = page.sections.get(PROS_AND_CONS).map_or(&[][..], Vec::as_slice);
+        let options = weighed.iter().filter(|line| line.starts_with("### ")).count();
         let weighed = options >= 2 && page.says(Field::Outcome);
         return check(NAME, if weighed { 1.0 } else { 0.0 }, format!("{options} options weighed"));
     }
@@ -431,7 +434,10 @@ fn grounding(page: &Page<'_>) -> Check {
         .kind
         .fields()
         .iter()
-        .filter(|field| !matches!(field, Field::OpenQuestions | Field::Decisions | Field::Options))
+        .filter(|field| {
+            // A record's status and date stand above its summary.
+            !matches!(field, Field::Summary | Field::OpenQuestions | Field::Decisions | Field::Options)
+        })
         .flat_map(|field| page.items(*field))
         .filter(|line| !line.contains("*(from the request)*"))
         .collect();

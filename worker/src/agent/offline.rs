@@ -52,6 +52,7 @@ pub fn draft(input: &DraftInput) -> Result<Finished, Failure> {
     };
     Ok(finish::finish(finish::Draft {
         kind,
+        date: input.date,
         spec,
         request: &request,
         shelf: &shelf,

@@ -4,19 +4,22 @@
 
 use std::{borrow::Cow, collections::HashMap, fmt::Write as _, sync::LazyLock};
 
+use jiff::civil::Date;
 use regex::Regex;
 
 use super::{
     clean,
     finish::{Citation, CitationFault, Note, Standing},
     provenance::Meaning,
-    spec::{Claim, Field, Kind, Severity, Spec, key},
+    spec::{Claim, Field, Kind, MORE, PROS_AND_CONS, SOURCES, Severity, Spec, key},
 };
 
 /// What is rendered.
 #[derive(Debug)]
 pub(super) struct Input<'a> {
     pub(super) kind: Kind,
+    /// When it was decided (ADR).
+    pub(super) date: Option<Date>,
     pub(super) spec: &'a Spec,
     pub(super) request: &'a str,
     pub(super) citations: &'a [Citation],
@@ -53,9 +56,11 @@ pub(super) fn markdown(input: &Input<'_>) -> String {
     page.notes(input);
     let title = inline(&input.spec.title);
     page.line(&format!("# {}", if title.is_empty() { "Untitled".to_owned() } else { title }));
-    for field in input.kind.fields() {
-        if *field != Field::Title {
-            page.section(*field, input.spec);
+    if input.kind == Kind::Adr {
+        page.record(input);
+    } else {
+        for field in input.kind.fields().iter().filter(|field| **field != Field::Title) {
+            page.section(&format!("## {}", field.heading()), *field, input.spec);
         }
     }
     page.sources(input);
@@ -138,9 +143,51 @@ impl Page<'_> {
         }
     }
 
-    fn section(&mut self, field: Field, spec: &Spec) {
-        self.line(&format!("## {}", field.heading()));
+    /// The sections of a record, as MADR 4 has them.
+    fn record(&mut self, input: &Input<'_>) {
+        let Input { spec, date, .. } = input;
+        // It is for people to accept it.
+        self.item("Status: proposed");
+        if let Some(date) = date {
+            self.item(&format!("Date: {date}"));
+        }
+        self.gap();
+        self.body(Field::Summary, spec);
+        for field in [Field::Context, Field::Drivers] {
+            self.section(&format!("## {}", field.heading_in(Kind::Adr)), field, spec);
+        }
+        self.line(&format!("## {}", Field::Options.heading()));
+        for it in &spec.options {
+            self.item(&start(&inline(&it.name)));
+        }
+        self.none_given(spec.options.is_empty());
+        self.section(&format!("## {}", Field::Outcome.heading()), Field::Outcome, spec);
+        for field in [Field::Consequences, Field::Confirmation] {
+            self.section(&format!("### {}", field.heading()), field, spec);
+        }
+        self.section(&format!("## {PROS_AND_CONS}"), Field::Options, spec);
+        self.line(&format!("## {MORE}"));
+        if !spec.diagrams.is_empty() {
+            self.section(&format!("### {}", Field::Diagrams.heading()), Field::Diagrams, spec);
+        }
+        self.section(&format!("### {}", Field::OpenQuestions.heading()), Field::OpenQuestions, spec);
+    }
+
+    fn none_given(&mut self, is_empty: bool) {
+        self.gap();
+        if is_empty {
+            self.line(if self.offline { "*No indexed passage speaks about this.*" } else { "*None given.*" });
+        }
+    }
+
+    fn section(&mut self, heading: &str, field: Field, spec: &Spec) {
+        self.line(heading);
         let before = self.out.len();
+        self.body(field, spec);
+        self.none_given(self.out.len() <= before + 1);
+    }
+
+    fn body(&mut self, field: Field, spec: &Spec) {
         match field {
             Field::Title => {}
             Field::Summary => {
@@ -181,28 +228,33 @@ impl Page<'_> {
                     let marks = self.marks(&[&it.name, &it.description], &it.citations);
                     self.line(&format!("{}{marks}", start(&sentence(&it.description))));
                     for pro in &it.pros {
-                        self.item(&format!("Good: {}", sentence(pro)));
+                        self.item(&format!("Good, because {}", because(pro)));
                     }
                     for con in &it.cons {
-                        self.item(&format!("Bad: {}", sentence(con)));
+                        self.item(&format!("Bad, because {}", because(con)));
                     }
                     self.gap();
                 }
             }
             Field::Outcome => {
                 let it = &spec.outcome;
-                if !it.is_empty() {
-                    let marks = self.marks(&[&it.chosen, &it.rationale], &it.citations);
-                    self.line(&format!("**{}.** {}{marks}", inline(&it.chosen), sentence(&it.rationale)));
+                let marks = self.marks(&[&it.chosen, &it.rationale], &it.citations);
+                match (inline(&it.chosen), because(&it.rationale)) {
+                    (chosen, why) if chosen.is_empty() && why.is_empty() => {}
+                    (chosen, _) if chosen.is_empty() => {
+                        self.line(&format!("{}{marks}", start(&sentence(&it.rationale))));
+                    }
+                    (chosen, why) if why.is_empty() => {
+                        self.line(&format!("Chosen option: \"{chosen}\".{marks}"));
+                    }
+                    (chosen, why) => self.line(&format!("Chosen option: \"{chosen}\", because {why}{marks}")),
                 }
             }
             Field::Consequences => {
-                for (heading, claims) in
-                    [("Better", &spec.consequences.good), ("Worse", &spec.consequences.bad)]
-                {
-                    if !claims.is_empty() {
-                        self.line(&format!("### {heading}"));
-                        self.claims(claims);
+                for (sign, claims) in [("Good", &spec.consequences.good), ("Bad", &spec.consequences.bad)] {
+                    for claim in claims {
+                        let marks = self.marks(&[&claim.text], &claim.citations);
+                        self.item(&format!("{sign}, because {}{marks}", because(&claim.text)));
                     }
                 }
             }
@@ -255,10 +307,6 @@ impl Page<'_> {
                     self.item(&start(&inline(question)));
                 }
             }
-        }
-        self.gap();
-        if self.out.len() <= before + 1 {
-            self.line(if self.offline { "*No indexed passage speaks about this.*" } else { "*None given.*" });
         }
     }
 
@@ -345,7 +393,7 @@ impl Page<'_> {
     }
 
     fn sources(&mut self, input: &Input<'_>) {
-        self.line("## Sources");
+        self.line(&format!("## {SOURCES}"));
         if input.citations.is_empty() {
             self.line("*No passage is cited.*");
             return;
@@ -402,6 +450,27 @@ fn sentence(text: &str) -> String {
     } else {
         format!("{text}.")
     }
+}
+
+/// A sentence as it goes on after "because": a name keeps its capital, a common word loses it.
+fn because(text: &str) -> String {
+    const COMMON: &[&str] = &[
+        "A", "All", "An", "Any", "At", "Both", "Each", "Every", "Fewer", "For", "If", "In", "It", "Its", "Less",
+        "Many", "More", "Most", "Needs", "No", "Nobody", "None", "Nothing", "On", "One", "Only", "Our", "Says",
+        "Some", "That", "The", "Their", "There", "These", "They", "This", "Those", "Two", "We", "What", "When",
+        "Where", "While", "With", "Without", "You",
+    ];
+    let text = sentence(text);
+    let text = match text.get(..8) {
+        Some(word) if word.eq_ignore_ascii_case("because ") => text[8..].trim_start(),
+        _ => &text,
+    };
+    let first = text.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default();
+    if COMMON.contains(&first) {
+        let rest = &text[first.len()..];
+        return format!("{}{rest}", first.to_lowercase());
+    }
+    text.to_owned()
 }
 
 /// A text at the start of a block or a list item, where some signs begin another block.
@@ -768,6 +837,44 @@ mod tests {
         insta::assert_snapshot!("rendered_review", shown(&review(), "review"));
         let refined = shown(&refine(), "refine");
         insta::assert_snapshot!("rendered_refine_opening", refined.split("## Context").next().unwrap());
+    }
+
+    #[test]
+    fn a_record_has_the_headings_of_madr_4_and_a_date() {
+        let mut input = input();
+        input.task = task("Look at how workers share runs", &json!({ "kind": "adr" }));
+        let mut draft = Draft::new(input);
+        let mut answer = adr();
+        answer["outcome"]["rationale"] = json!("Because Postgres has the only clock");
+        draft.answered(&says(&answer));
+        let markdown = finished(&mut draft).markdown;
+        assert_eq!(
+            headings(&markdown),
+            [
+                "h1 Keep leases in the store",
+                "h2 Context and Problem Statement",
+                "h2 Decision Drivers",
+                "h2 Considered Options",
+                "h2 Decision Outcome",
+                "h3 Consequences",
+                "h3 Confirmation",
+                "h2 Pros and Cons of the Options",
+                "h3 Leases in the store",
+                "h3 Leases in the queue",
+                "h2 More Information",
+                "h3 Open questions",
+                "h2 Sources",
+            ]
+        );
+        for line in [
+            "- Status: proposed",
+            "- Date: 2026-01-31",
+            "Chosen option: \"Leases in the store\", because Postgres has the only clock. [1]",
+            "- Good, because one clock.",
+            "- Bad, because every renewal is a write. *(general knowledge)*",
+        ] {
+            assert!(markdown.lines().any(|known| known == line), "{line}\n{markdown}");
+        }
     }
 
     #[test]

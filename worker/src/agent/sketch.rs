@@ -237,18 +237,24 @@ impl Sketch {
         if key == "mermaid" {
             return false;
         }
-        let fresh = self.head(field);
+        let part = self.open.get(1).filter(|level| level.is_object).map_or("", |level| level.key.as_str());
+        let part = part.to_owned();
+        let fresh = self.head(field, &part);
         let in_item = !in_list && self.open.len() >= 2 && !self.open[self.open.len() - 2].is_object;
         let before = if in_list || (in_item && first) {
             let sign = match key.as_str() {
-                "pros" => "- Good: ",
-                "cons" => "- Bad: ",
+                "pros" => "- Good, because ",
+                "cons" => "- Bad, because ",
+                _ if part == "good" => "- Good, because ",
+                _ if part == "bad" => "- Bad, because ",
                 _ => "- ",
             };
             let line = if fresh { "" } else { "\n" };
             format!("{line}{}{sign}", "  ".repeat(lists.saturating_sub(1)))
         } else if fresh || first {
             String::new()
+        } else if field == Field::Outcome && key == "rationale" {
+            ", because ".to_owned()
         } else {
             between_texts(&key).to_owned()
         };
@@ -257,7 +263,10 @@ impl Sketch {
             && !in_list
             && matches!(key.as_str(), "name" | "section" | "chosen" | "title")
             && field != Field::Title;
-        if is_name {
+        if is_name && field == Field::Outcome {
+            self.show("Chosen option: \"");
+            self.after = "\"";
+        } else if is_name {
             self.show("**");
             self.after = "**";
         } else if key == "severity" {
@@ -267,13 +276,10 @@ impl Sketch {
     }
 
     /// The heading of a section whose first text this is; true if it is.
-    fn head(&mut self, field: Field) -> bool {
-        let part = self.open.get(1).filter(|level| level.is_object).map_or("", |level| level.key.as_str());
+    fn head(&mut self, field: Field, part: &str) -> bool {
         let part = match part {
             "functional" => "Functional",
             "non_functional" => "Non-functional",
-            "good" => "Better",
-            "bad" => "Worse",
             _ => "",
         };
         let place = (field, part.to_owned());
@@ -287,7 +293,11 @@ impl Sketch {
         if field == Field::Title {
             self.show("# ");
         } else if !same_field {
-            self.show(&format!("## {}\n\n", field.heading()));
+            let heading = field.heading_in(self.kind);
+            let level = if matches!(field, Field::Consequences | Field::Confirmation) { "###" } else { "##" };
+            if !heading.is_empty() {
+                self.show(&format!("{level} {heading}\n\n"));
+            }
         }
         if !part.is_empty() {
             self.show(&format!("### {part}\n\n"));

@@ -9,6 +9,13 @@ use serde::{Deserialize, Serialize};
 
 use super::guess;
 
+/// Where a record weighs its options.
+pub(super) const PROS_AND_CONS: &str = "Pros and Cons of the Options";
+/// Where a record has what is not the decision itself.
+pub(super) const MORE: &str = "More Information";
+/// Where every document lists the passages that it cites.
+pub(super) const SOURCES: &str = "Sources";
+
 /// What kind of document is wanted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -16,7 +23,7 @@ pub enum Kind {
     /// A full architecture spec.
     #[default]
     Spec,
-    /// One decision, as an architecture decision record (MADR).
+    /// One decision, as an architecture decision record (MADR 4).
     Adr,
     /// An assessment of an existing design.
     Review,
@@ -51,6 +58,21 @@ impl Kind {
             return Ok(Self::Refine);
         }
         Ok(guess::kind(&task.content))
+    }
+
+    /// The level-2 headings of a document of this kind, in order. A record has those of
+    /// [MADR 4](https://adr.github.io/madr/), with the consequences and the confirmation under its outcome.
+    pub fn headings(self) -> Vec<&'static str> {
+        let shown = |field: &Field| match (self, field) {
+            (_, Field::Title) => None,
+            (
+                Self::Adr,
+                Field::Summary | Field::Consequences | Field::Confirmation | Field::Diagrams | Field::OpenQuestions,
+            ) => None,
+            (kind, field) => Some(field.heading_in(kind)),
+        };
+        let more: &[&str] = if self == Self::Adr { &[PROS_AND_CONS, MORE] } else { &[] };
+        self.fields().iter().filter_map(shown).chain(more.iter().copied()).chain([SOURCES]).collect()
     }
 
     /// The fields of a document of this kind, in the order they are written and shown.
@@ -178,9 +200,9 @@ impl Field {
             Self::Changes => "What changed",
             Self::Context => "Context",
             Self::Requirements => "Requirements",
-            Self::Drivers => "Decision drivers",
-            Self::Options => "Considered options",
-            Self::Outcome => "Decision outcome",
+            Self::Drivers => "Decision Drivers",
+            Self::Options => "Considered Options",
+            Self::Outcome => "Decision Outcome",
             Self::Consequences => "Consequences",
             Self::Confirmation => "Confirmation",
             Self::Strengths => "Strengths",
@@ -194,6 +216,16 @@ impl Field {
             Self::Observability => "Observability",
             Self::Risks => "Risks",
             Self::OpenQuestions => "Open questions",
+        }
+    }
+
+    /// The heading in a document of this kind. A record has those of MADR 4, whose summary stands right under
+    /// the title and has none.
+    pub fn heading_in(self, kind: Kind) -> &'static str {
+        match (kind, self) {
+            (Kind::Adr, Self::Summary) => "",
+            (Kind::Adr, Self::Context) => "Context and Problem Statement",
+            (_, field) => field.heading(),
         }
     }
 

@@ -70,6 +70,7 @@ pub(super) fn input() -> DraftInput {
         passages: passages(),
         parent: None,
         options: options(),
+        date: Some(jiff::civil::date(2026, 1, 31)),
         degraded: None,
     }
 }
