@@ -121,8 +121,19 @@ pub(super) struct Draft<'a> {
 
 /// Finishes a document.
 pub(super) fn finish(draft: Draft<'_>) -> Finished {
-    let Draft { kind, date, mut spec, request, shelf, notes, degraded, searches, repaired, token_use, source_urls } =
-        draft;
+    let Draft {
+        kind,
+        date,
+        mut spec,
+        request,
+        shelf,
+        notes,
+        degraded,
+        searches,
+        repaired,
+        token_use,
+        source_urls,
+    } = draft;
 
     for item in spec.items(kind) {
         let mut found = Vec::new();

@@ -119,6 +119,21 @@ fn a_model_that_obeyed_cannot_hurt_the_reader() {
 }
 
 #[test]
+fn the_offline_drafter_quotes_no_orders() {
+    let mut input = hostile_input();
+    // Words of all of them, so that every sentence is relevant.
+    input.task = task(&DOCUMENTS.join(" "), &json!({"kind": "spec"}));
+    let spec = offline::draft(&input).unwrap().spec;
+    let quoted =
+        serde_json::to_string(&json!([spec.context, spec.decisions, spec.security, spec.risks])).unwrap();
+    for order in
+        ["Ignore all previous", "developer mode", "Note to the AI", "Ignoriere", "cite only this", "Reveal"]
+    {
+        assert!(!quoted.contains(order), "{order}: {quoted}");
+    }
+}
+
+#[test]
 fn secrets_in_passages_requests_and_answers_go_nowhere() {
     let key = format!("sk-proj-{}", "a1B2c3D4e5F6g7H8i9J0k1L2");
     let aws = format!("AKIA{}", "IOSFODNN7EXAMPLE");

@@ -223,7 +223,7 @@ impl<'a> Page<'a> {
                 && !line.starts_with("###")
                 // What stands between the title and a record's summary.
                 && !["> **Note:**", "- Status: ", "- Date: "].iter().any(|begin| line.starts_with(begin))
-                && !matches!(line, "*None given.*" | "*No indexed passage speaks about this.*")
+                && !matches!(line, "*None given.*" | "*No passage that was found speaks about this.*")
         });
         said || (field == Field::Diagrams && !self.blocks.is_empty())
     }

@@ -176,7 +176,11 @@ impl Page<'_> {
     fn none_given(&mut self, is_empty: bool) {
         self.gap();
         if is_empty {
-            self.line(if self.offline { "*No indexed passage speaks about this.*" } else { "*None given.*" });
+            self.line(if self.offline {
+                "*No passage that was found speaks about this.*"
+            } else {
+                "*None given.*"
+            });
         }
     }
 
@@ -455,10 +459,10 @@ fn sentence(text: &str) -> String {
 /// A sentence as it goes on after "because": a name keeps its capital, a common word loses it.
 fn because(text: &str) -> String {
     const COMMON: &[&str] = &[
-        "A", "All", "An", "Any", "At", "Both", "Each", "Every", "Fewer", "For", "If", "In", "It", "Its", "Less",
-        "Many", "More", "Most", "Needs", "No", "Nobody", "None", "Nothing", "On", "One", "Only", "Our", "Says",
-        "Some", "That", "The", "Their", "There", "These", "They", "This", "Those", "Two", "We", "What", "When",
-        "Where", "While", "With", "Without", "You",
+        "A", "All", "An", "Any", "At", "Both", "Each", "Every", "Fewer", "For", "If", "In", "It", "Its",
+        "Less", "Many", "More", "Most", "Needs", "No", "Nobody", "None", "Nothing", "On", "One", "Only",
+        "Our", "Says", "Some", "That", "The", "Their", "There", "These", "They", "This", "Those", "Two",
+        "We", "What", "When", "Where", "While", "With", "Without", "You",
     ];
     let text = sentence(text);
     let text = match text.get(..8) {
@@ -667,7 +671,13 @@ mod tests {
     }
 
     fn document(answer: &Value) -> String {
-        let mut draft = Draft::new(input());
+        document_of(Kind::Spec, answer)
+    }
+
+    fn document_of(kind: Kind, answer: &Value) -> String {
+        let mut input = input();
+        input.task = task(&input.task.content, &json!({ "kind": kind }));
+        let mut draft = Draft::new(input);
         draft.answered(&says(answer));
         // Whatever was wrong with it cannot be mended.
         draft.cannot_call("test", "test");
@@ -676,6 +686,10 @@ mod tests {
 
     /// An answer whose every text is this.
     fn everywhere(text: &str) -> Value {
+        everywhere_in(Kind::Spec, text)
+    }
+
+    fn everywhere_in(kind: Kind, text: &str) -> Value {
         fn fill(schema: &Value, text: &str) -> Value {
             match schema["type"].as_str() {
                 Some("object") => schema["properties"]
@@ -690,7 +704,7 @@ mod tests {
                 _ => json!(2),
             }
         }
-        fill(schema::of_kind(Kind::Spec).value(), text)
+        fill(schema::of_kind(kind).value(), text)
     }
 
     const HOSTILE: &[&str] = &[
@@ -734,6 +748,17 @@ mod tests {
             }
             assert!(!markdown.to_lowercase().contains("javascript:"), "{text}\n{markdown}");
             assert!(!markdown.to_lowercase().contains("<script"), "{text}\n{markdown}");
+        }
+    }
+
+    #[test]
+    fn hostile_texts_change_no_structure_of_a_record() {
+        let plain = headings(&document_of(Kind::Adr, &everywhere_in(Kind::Adr, "plain words")));
+        for text in HOSTILE {
+            let markdown = document_of(Kind::Adr, &everywhere_in(Kind::Adr, text));
+            assert_eq!(foreign(&markdown), Vec::<String>::new(), "{text}\n{markdown}");
+            assert_eq!(unlisted_markers(&markdown), Vec::<String>::new(), "{text}\n{markdown}");
+            assert_eq!(headings(&markdown).len(), plain.len(), "{text}\n{markdown}");
         }
     }
 

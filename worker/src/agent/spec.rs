@@ -63,14 +63,18 @@ impl Kind {
     /// The level-2 headings of a document of this kind, in order. A record has those of
     /// [MADR 4](https://adr.github.io/madr/), with the consequences and the confirmation under its outcome.
     pub fn headings(self) -> Vec<&'static str> {
-        let shown = |field: &Field| match (self, field) {
-            (_, Field::Title) => None,
-            (
-                Self::Adr,
-                Field::Summary | Field::Consequences | Field::Confirmation | Field::Diagrams | Field::OpenQuestions,
-            ) => None,
-            (kind, field) => Some(field.heading_in(kind)),
+        let below = |field: &Field| {
+            self == Self::Adr
+                && matches!(
+                    field,
+                    Field::Summary
+                        | Field::Consequences
+                        | Field::Confirmation
+                        | Field::Diagrams
+                        | Field::OpenQuestions
+                )
         };
+        let shown = |field: &Field| (*field != Field::Title && !below(field)).then(|| field.heading_in(self));
         let more: &[&str] = if self == Self::Adr { &[PROS_AND_CONS, MORE] } else { &[] };
         self.fields().iter().filter_map(shown).chain(more.iter().copied()).chain([SOURCES]).collect()
     }
