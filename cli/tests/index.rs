@@ -32,6 +32,9 @@ struct FakeGateway {
     gate: Option<Semaphore>,
     /// Sources that are refused, with their whole request.
     poison: Option<&'static str>,
+    /// What it says of the collection and the configured embedding model.
+    mismatch: Option<&'static str>,
+    words_only: Option<&'static str>,
 }
 
 impl FakeGateway {
@@ -79,6 +82,8 @@ async fn list(State(gateway): State<Arc<FakeGateway>>) -> axum::response::Respon
                 chunks: 1,
             })
             .collect(),
+        mismatch: gateway.mismatch.map(str::to_owned),
+        words_only: gateway.words_only.map(str::to_owned),
     })
     .into_response()
 }
@@ -153,6 +158,29 @@ fn a_second_run_sends_nothing_a_change_sends_one_file_and_what_vanished_is_delet
     assert!(third.stdout.contains("1 unchanged, 1 deleted"), "{}", third.stdout);
     assert_eq!(gateway.take_sent(), ["a.md"]);
     assert_eq!(*gateway.deleted.lock().unwrap(), ["c.rs"]);
+}
+
+#[test]
+fn what_does_not_fit_the_embedding_model_is_told_although_nothing_is_to_be_sent() {
+    let document = Document { source: "a.md".to_owned(), text: "# A\n".to_owned(), ..Document::default() };
+    let documents = || Mutex::new([("a.md".to_owned(), document.clone())].into());
+    let other = "collection \"c\" was built with embedding model small, but large is configured";
+    let (gateway, url, _runtime) =
+        FakeGateway { documents: documents(), mismatch: Some(other), ..FakeGateway::default() }.listen();
+    let sandbox = Sandbox::new(&[(".git/HEAD", ""), ("a.md", "# A\n")]).with_env("RAG_URL", &url);
+    for arguments in [&["index", "."][..], &["index", ".", "--dry-run"]] {
+        let told = sandbox.atlas(arguments);
+        assert_eq!(told.code, Some(1), "{arguments:?}");
+        assert!(told.stderr.contains(other) && told.stdout.is_empty(), "{}", told.stderr);
+    }
+    assert_eq!(gateway.take_sent(), [] as [&str; 0]);
+
+    let words = "collection \"c\" is searched by words only: `atlas index --rebuild`";
+    let (_gateway, url, _runtime) =
+        FakeGateway { documents: documents(), words_only: Some(words), ..FakeGateway::default() }.listen();
+    let warned = sandbox.with_env("RAG_URL", &url).atlas(&["index", "."]).ok();
+    assert_eq!(warned.stdout, "Nothing to do: all 1 file are indexed already.\n");
+    assert!(warned.stderr.contains(words), "{}", warned.stderr);
 }
 
 #[test]

@@ -20,7 +20,7 @@ use crate::{
     embed::{BookedEmbedder, QueryEmbedder},
     http::{self, App},
     index::{self, VectorIndex},
-    indexing::{Indexer, mismatch},
+    indexing::{Indexer, mismatch, words_only},
     jobs::{self, Jobs},
     metrics::Metrics,
     repository::Sources,
@@ -314,16 +314,14 @@ impl Watcher {
                 .ok(COLLECTION_CHECK, format!("{} is empty: run `atlas index PATH`", self.collection)),
             Ok(Ok(Some(state))) => {
                 let model = self.embedder.as_ref().map(|embedder| embedder.model());
-                match (mismatch(&self.collection, &state.meta, model), state.meta.embedding_model, model) {
-                    (Some(error), ..) => self.checks.failed(COLLECTION_CHECK, error.to_string()),
-                    (None, None, Some(model)) => self.checks.degraded(
-                        COLLECTION_CHECK,
-                        format!(
-                            "search is lexical: {} was built without embeddings, and {model} is configured. Index into another collection (RAG_COLLECTION) to use it",
-                            self.collection
-                        ),
-                    ),
-                    _ => self.checks.ok(COLLECTION_CHECK, format!("{} chunks in {}", state.chunks, self.collection)),
+                // Where no model is configured, the embedder's own check tells.
+                let advice = model.and_then(|_| words_only(&self.collection, &state.meta, model));
+                match (mismatch(&self.collection, &state.meta, model), advice) {
+                    (Some(error), _) => self.checks.failed(COLLECTION_CHECK, error.to_string()),
+                    (None, Some(advice)) => self.checks.degraded(COLLECTION_CHECK, advice),
+                    (None, None) => self
+                        .checks
+                        .ok(COLLECTION_CHECK, format!("{} chunks in {}", state.chunks, self.collection)),
                 }
             }
             // The index's own check tells.

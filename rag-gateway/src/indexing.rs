@@ -260,7 +260,16 @@ impl Indexer {
             documents.push(IndexedDocument { source, content_hash, chunks: stored.chunks });
         }
         documents.sort_by(|a, b| a.source.cmp(&b.source));
-        Ok(DocumentList { documents })
+        let meta = self.index.meta(collection).await?;
+        let model = self.embedder.as_ref().map(|embedder| embedder.model());
+        Ok(DocumentList {
+            documents,
+            mismatch: meta
+                .as_ref()
+                .and_then(|meta| mismatch(collection, meta, model))
+                .map(|error| error.to_string()),
+            words_only: meta.as_ref().and_then(|meta| words_only(collection, meta, model)),
+        })
     }
 
     /// Looks the group up and chunks what changed. Results are in the order of the documents.
@@ -551,6 +560,22 @@ pub(crate) fn mismatch(collection: &str, meta: &CollectionMeta, model: Option<&s
                 configured: format!("{configured} is configured"),
             })
         }
+        _ => None,
+    }
+}
+
+/// Why a collection is searched by words only, although it need not be; `None`: it is not, or nothing else is configured.
+pub(crate) fn words_only(collection: &str, meta: &CollectionMeta, model: Option<&str>) -> Option<String> {
+    match (&meta.embedding_model, model) {
+        (None, Some(configured)) => Some(format!(
+            "collection {collection:?} is searched by words only: it was built without embeddings, and {configured} is \
+             configured. `atlas index --rebuild` embeds what is in it; or index into another collection (RAG_COLLECTION)"
+        )),
+        (Some(built_with), None) => Some(format!(
+            "collection {collection:?} is searched by words only, and nothing can be added to it: it was built with \
+             embedding model {built_with}, and none is configured. Set OPENAI_EMBEDDING_MODEL and its key, or make it \
+             one of words only (`atlas index --rebuild`)"
+        )),
         _ => None,
     }
 }

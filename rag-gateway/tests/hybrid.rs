@@ -182,6 +182,8 @@ async fn a_collection_of_another_model_is_a_clear_error_and_turns_readiness_red(
         "{detail}"
     );
     other.put(json!([{"source": "x.md", "text": "x"}])).await.problem(409, "embedding_mismatch");
+    let list = other.get("/v1/documents").await.ok();
+    assert_eq!(list["mismatch"], detail.as_str(), "whoever lists them to send what changed is told");
     let ready = other.get("/health/ready").await;
     assert_eq!(ready.status.as_u16(), 503);
     assert!(
@@ -199,6 +201,8 @@ async fn a_collection_of_another_model_is_a_clear_error_and_turns_readiness_red(
     assert_eq!(sources(&reply.ok()), ["budget.md"]);
     none.put(json!([{"source": "x.md", "text": "x"}])).await.problem(409, "embedding_mismatch");
     assert_eq!(none.get("/health/ready").await.status.as_u16(), 200);
+    let list = none.get("/v1/documents").await.ok();
+    assert!(list["words_only"].as_str().unwrap().contains("OPENAI_EMBEDDING_MODEL"), "{list}");
     none.gateway.shutdown().await;
 }
 
@@ -216,7 +220,11 @@ async fn a_lexical_collection_stays_lexical_and_says_so() {
     later.put(json!([{"source": "x.md", "text": "x"}])).await.ok();
     assert_eq!(sim.meter().total_tokens(), 0);
     let ready = later.get("/health/ready").await.ok();
-    assert!(ready["checks"]["collection"]["message"].as_str().unwrap().contains("without embeddings"));
+    let message = ready["checks"]["collection"]["message"].as_str().unwrap();
+    assert!(message.contains("without embeddings") && message.contains("--rebuild"), "{message}");
+    let list = later.get("/v1/documents").await.ok();
+    assert_eq!(list["words_only"], message);
+    assert_eq!(list["mismatch"], json!(null));
     later.gateway.shutdown().await;
 }
 

@@ -290,10 +290,17 @@ pub struct DeleteDocumentsResult {
 }
 
 /// `GET /v1/documents?collection=…&repo=…&tenant=…`: what is indexed, so that a client sends only what changed.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct DocumentList {
     /// One a document, by source.
     pub documents: Vec<IndexedDocument>,
+    /// Why nothing can be found or added with the embedding model that is configured, as a search says it
+    /// (`embedding_mismatch`); missing where the collection fits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mismatch: Option<String>,
+    /// Why the collection is searched by words only, although it need not be, and what to do; missing where it is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub words_only: Option<String>,
 }
 
 /// One indexed document.

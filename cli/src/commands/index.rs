@@ -14,8 +14,8 @@ use atlas_rag_gateway::source::{
     walk::{self, GlobFault, Skip, Skipped, WalkOptions, Walked},
 };
 use atlas_shared::{
-    UpstreamError,
-    gateway_api::{IndexedDocument, JobState},
+    Dependency, UpstreamError,
+    gateway_api::{DocumentList, JobState},
     message::is_name,
 };
 use globset::GlobSet;
@@ -398,13 +398,20 @@ impl Job {
         }
 
         let manifest = stop.unless_stopped(self.manifest(access, &collection)).await?;
+        // What cannot be searched is not up to date, even where nothing is to be sent.
+        if let Some(mismatch) = manifest.mismatch {
+            return Err(UpstreamError::permanent(Dependency::Gateway, "embedding_mismatch", mismatch).into());
+        }
+        if let Some(why) = manifest.words_only.filter(|_| mode != Mode::Watch) {
+            ui.warn(format_args!("Warning: {why}."));
+        }
         let prefix = self.prefix();
         let unsure: Vec<&str> = skipped
             .iter()
             .filter(|skipped| skipped.reason == Skip::Unreadable)
             .map(|skipped| skipped.source.as_str())
             .collect();
-        let plan = Plan::new(files, &manifest, |source| {
+        let plan = Plan::new(files, &manifest.documents, |source| {
             // A file, or a whole folder, that could not be read has not vanished.
             below(&prefix, source)
                 && self.options.selects(source)
@@ -462,11 +469,13 @@ impl Job {
     }
 
     /// What is indexed.
-    async fn manifest(&self, access: &GatewayAccess, collection: &str) -> Result<Vec<IndexedDocument>> {
+    async fn manifest(&self, access: &GatewayAccess, collection: &str) -> Result<DocumentList> {
         match access.client.list_documents(Some(collection), Some(&self.repo)).await {
-            Ok(manifest) => Ok(manifest.documents),
+            Ok(manifest) => Ok(manifest),
             // It is made by the first document.
-            Err(UpstreamError::Permanent { code, .. }) if code == "unknown_collection" => Ok(Vec::new()),
+            Err(UpstreamError::Permanent { code, .. }) if code == "unknown_collection" => {
+                Ok(DocumentList::default())
+            }
             Err(error) => Err(error.into()),
         }
     }

@@ -149,6 +149,7 @@ impl Search {
         let QueryAnswer { passages, degraded } = access.client.query_chat(&request).await?;
         if let Some(how) = degraded {
             context.ui.detail(format_args!("The gateway says its answer is {how}."));
+            warn_of_words_only(context, access, &collections).await;
         }
         if self.json {
             return context.ui.json(&passages);
@@ -190,6 +191,23 @@ impl Search {
         let more = passage.text.lines().count().saturating_sub(limit);
         if more > 0 {
             context.ui.out(paint(DIM, format_args!("  … {more} more (--full shows them)")));
+        }
+    }
+}
+
+/// Names the collections that have words only although an embedding model is configured: their answers look like others.
+async fn warn_of_words_only(context: &Context, access: &GatewayAccess, collections: &[String]) {
+    let model = access.config.openai.as_ref().and_then(|openai| openai.embedding_model.as_deref());
+    let Some(model) = model else { return };
+    // It only tells more: where it cannot be had, the answer stands.
+    let Ok(known) = access.client.collections().await else { return };
+    for known in known.iter().filter(|known| collections.contains(&known.name)) {
+        if known.embedding_model.is_none() {
+            context.ui.warn(format_args!(
+                "Warning: collection {:?} is searched by words only: it was built without embeddings, and {model} is \
+                 configured. `atlas index --rebuild` embeds what is in it.",
+                known.name
+            ));
         }
     }
 }
