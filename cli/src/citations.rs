@@ -3,6 +3,7 @@
 
 use std::{collections::HashMap, fmt, fs, path::Path};
 
+use atlas_rag_gateway::source::decode::decode;
 use atlas_shared::gateway_api::quote_hash;
 use serde::Deserialize;
 use serde_json::Value;
@@ -56,7 +57,10 @@ fn read(root: &Path, source: &str) -> Result<String, String> {
     if !path.starts_with(&root) {
         return Err("the file is outside the folder".to_owned());
     }
-    fs::read_to_string(path).map_err(|error| format!("the file cannot be read: {error}"))
+    let data = fs::read(path).map_err(|error| format!("the file cannot be read: {error}"))?;
+    // As it was indexed.
+    let decoded = decode(data).map_err(|why| why.unwrap_or_else(|| "the file is binary".to_owned()))?;
+    Ok(decoded.text)
 }
 
 fn check_lines(text: &str, citation: &Citation) -> Result<(), String> {

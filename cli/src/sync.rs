@@ -419,7 +419,13 @@ mod tests {
     use super::*;
 
     fn file(source: &str, hash: &str, bytes: u64) -> Candidate {
-        Candidate { path: source.into(), source: source.to_owned(), hash: hash.to_owned(), bytes }
+        Candidate {
+            path: source.into(),
+            source: source.to_owned(),
+            hash: hash.to_owned(),
+            bytes,
+            encoding: None,
+        }
     }
 
     fn indexed(source: &str, hash: &str) -> IndexedDocument {

@@ -184,6 +184,17 @@ fn what_does_not_fit_the_embedding_model_is_told_although_nothing_is_to_be_sent(
 }
 
 #[test]
+fn text_in_other_encodings_is_indexed_and_v_says_so() {
+    let (gateway, url, _runtime) = FakeGateway::default().listen();
+    let sandbox = Sandbox::new(&[(".git/HEAD", "")]).with_env("RAG_URL", &url);
+    std::fs::write(sandbox.path().join("latin-1.txt"), b"Gr\xf6\xdfe\n").unwrap();
+    let told = sandbox.atlas(&["index", ".", "-v"]).ok();
+    assert!(told.stderr.contains("latin-1.txt (decoded from windows-1252)"), "{}", told.stderr);
+    assert_eq!(gateway.documents.lock().unwrap()["latin-1.txt"].text, "Größe\n");
+    assert!(sandbox.atlas(&["index", "."]).ok().stdout.starts_with("Nothing to do"));
+}
+
+#[test]
 fn ctrl_c_stops_between_batches_and_the_next_run_goes_on() {
     let files: Vec<(String, String)> =
         (0..60).map(|n| (format!("f{n:02}.md"), format!("# File {n}\n"))).collect();

@@ -60,7 +60,8 @@ const REBUILD_POLL: Duration = Duration::from_millis(500);
 
 .gitignore and .atlasignore are obeyed. Binaries, lock files, minified and generated files, files
 over --max-file-bytes and files that look like secrets are skipped; the summary says how many, -v
-says which and why. Of PDF and DOCX files the text is indexed; their lines are pages and paragraphs. --include and --exclude limit what this run looks at; what is outside stays as
+says which and why. Text is UTF-8, UTF-16 with a byte order mark, or Windows-1252. Of PDF and DOCX
+files the text is indexed; their lines are pages and paragraphs. --include and --exclude limit what this run looks at; what is outside stays as
 it is in the index. To take files out of it, name them in .atlasignore.
 
 Ctrl-C is safe: run the same command again and it goes on. A second run touches nothing.
@@ -395,6 +396,11 @@ impl Job {
                 access.place
             ));
             summarise_skips(ui, &skipped);
+            for file in &files {
+                if let Some(encoding) = file.encoding {
+                    ui.detail(paint(DIM, format_args!("  {} (decoded from {encoding})", file.source)));
+                }
+            }
         }
 
         let manifest = stop.unless_stopped(self.manifest(access, &collection)).await?;

@@ -14,6 +14,7 @@
 //! Nothing here knows an index.
 
 pub(crate) mod clones;
+pub mod decode;
 pub(crate) mod extract;
 pub mod git;
 pub mod repo;

@@ -18,7 +18,10 @@ use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 use ignore::WalkBuilder;
 use regex::Regex;
 
-use super::extract;
+use super::{
+    decode::{Decoded, decode},
+    extract,
+};
 
 /// Larger files are data, not prose or code.
 pub const DEFAULT_MAX_FILE_BYTES: u64 = 1024 * 1024;
@@ -44,8 +47,10 @@ pub struct Candidate {
     pub source: String,
     /// [`content_hash`] of its text.
     pub hash: String,
-    /// Its size.
+    /// Its size, in UTF-8.
     pub bytes: u64,
+    /// The encoding that its text was in; `None` for UTF-8 and for documents such as PDF.
+    pub encoding: Option<&'static str>,
 }
 
 /// A file that is left out.
@@ -262,7 +267,9 @@ fn judge(
     let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let readers = cores.min(MAX_READERS).min(files.len() / FILES_A_READER).max(1);
     let one = |(path, source): (PathBuf, String)| match read(&path, &source, options) {
-        Ok(text) => Ok(Candidate { hash: content_hash(&text), bytes: text.len() as u64, path, source }),
+        Ok(Decoded { text, from: encoding }) => {
+            Ok(Candidate { hash: content_hash(&text), bytes: text.len() as u64, path, source, encoding })
+        }
         Err((reason, detail)) => Err(Skipped { source, reason, detail }),
     };
     if readers == 1 {
@@ -298,17 +305,17 @@ pub fn source_name(root: &Path, path: &Path) -> Option<String> {
 type Verdict = (Skip, Option<String>);
 
 /// Reads one file and decides. The text that comes out is what is indexed, byte for byte.
-pub fn read(path: &Path, source: &str, options: &WalkOptions) -> std::result::Result<String, Verdict> {
+pub fn read(path: &Path, source: &str, options: &WalkOptions) -> std::result::Result<Decoded, Verdict> {
     judge_name(source, options)?;
-    let text = text_of(path, source, options)?;
-    judge_text(source, &text, options)?;
-    Ok(text)
+    let decoded = text_of(path, source, options)?;
+    judge_text(source, &decoded.text, options)?;
+    Ok(decoded)
 }
 
 /// Reads a file that a walk with the same options found, and decides again if it has changed since.
 pub fn read_again(file: &Candidate, options: &WalkOptions) -> std::result::Result<String, Verdict> {
     judge_name(&file.source, options)?;
-    let text = text_of(&file.path, &file.source, options)?;
+    let Decoded { text, .. } = text_of(&file.path, &file.source, options)?;
     if content_hash(&text) != file.hash {
         judge_text(&file.source, &text, options)?;
     }
@@ -329,7 +336,7 @@ fn judge_name(source: &str, options: &WalkOptions) -> std::result::Result<(), Ve
     Ok(())
 }
 
-fn text_of(path: &Path, source: &str, options: &WalkOptions) -> std::result::Result<String, Verdict> {
+fn text_of(path: &Path, source: &str, options: &WalkOptions) -> std::result::Result<Decoded, Verdict> {
     let unreadable = |error: std::io::Error| (Skip::Unreadable, Some(error.to_string()));
     let format = extract::Format::of(file_name(source));
     // Documents carry fonts and pictures besides their text.
@@ -349,9 +356,10 @@ fn text_of(path: &Path, source: &str, options: &WalkOptions) -> std::result::Res
         return Err((Skip::TooLarge, Some("it grows".to_owned())));
     }
     match format {
-        Some(format) => extract::text(format, data).map_err(|why| (Skip::NoText, Some(why))),
-        None if data.contains(&0) => Err((Skip::Binary, None)),
-        None => String::from_utf8(data).map_err(|_| (Skip::Binary, Some("not UTF-8".to_owned()))),
+        Some(format) => extract::text(format, data)
+            .map(|text| Decoded { text, from: None })
+            .map_err(|why| (Skip::NoText, Some(why))),
+        None => decode(data).map_err(|why| (Skip::Binary, why)),
     }
 }
 
@@ -702,6 +710,32 @@ mod tests {
         for file in &walked.files {
             assert_eq!(file.hash, content_hash(&fs::read_to_string(&file.path).unwrap()));
         }
+    }
+
+    #[test]
+    fn text_in_other_encodings_is_read_and_its_secrets_are_found() {
+        let tree = Tree::with(&[("utf-8.txt", "Größe")]);
+        let path = |name: &str| tree.0.path().join(name);
+        let utf_16 = |text: &str| -> Vec<u8> {
+            "\u{feff}".encode_utf16().chain(text.encode_utf16()).flat_map(u16::to_le_bytes).collect()
+        };
+        fs::write(path("latin-1.txt"), b"eins\nGr\xf6\xdfe\n").unwrap();
+        fs::write(path("utf-16.txt"), utf_16("eins\r\nGröße\r\n")).unwrap();
+        fs::write(path("secret.txt"), utf_16(&format!("eins\nAKIA{}\n", "ABCDEFGHIJKLMNOP"))).unwrap();
+        let walked = tree.walk();
+        let found: Vec<_> = walked.files.iter().map(|file| (file.source.as_str(), file.encoding)).collect();
+        assert_eq!(
+            found,
+            [("latin-1.txt", Some("windows-1252")), ("utf-16.txt", Some("UTF-16LE")), ("utf-8.txt", None)]
+        );
+        assert_eq!(skipped(&walked), [("secret.txt", Skip::Secret)]);
+        assert_eq!(walked.skipped[0].detail.as_deref(), Some("an AWS access key in line 2"));
+        let options = WalkOptions::of(tree.0.path());
+        assert_eq!(read_again(&walked.files[0], &options).unwrap(), "eins\nGröße\n");
+        assert_eq!(read_again(&walked.files[1], &options).unwrap(), "eins\r\nGröße\r\n");
+        let again = tree.walk().files;
+        assert_eq!(again, walked.files, "unchanged files stay so");
+        assert_eq!(again[0].hash, content_hash("eins\nGröße\n"));
     }
 
     #[test]
