@@ -124,6 +124,8 @@ impl Step {
 pub(crate) enum State {
     /// Not applied yet.
     Pending,
+    /// Not applied, or its row is gone, although a newer one is applied.
+    Missing,
     /// Applied.
     Applied {
         /// When.
@@ -194,6 +196,18 @@ pub(crate) enum MigrateError {
     /// There is no file to undo it with.
     #[error("migration {version:04}_{name} was applied by a newer Atlas; undo it with that one")]
     Unknown {
+        /// Its version.
+        version: i32,
+        /// Its name.
+        name: String,
+    },
+    /// Applying it after a newer one is not what was tested, and its objects may be there.
+    #[error(
+        "migration {version:04}_{name} is not applied according to atlas_migrations, but a newer one is. Either its row \
+         was deleted, or another Atlas migrated this database. Restore the row (or the database) from a backup, or \
+         migrate with the Atlas that applied the newer one"
+    )]
+    Missing {
         /// Its version.
         version: i32,
         /// Its name.
@@ -420,6 +434,11 @@ pub(crate) async fn status(
         StatusRow { version, name: row.name, state }
     }));
     rows.sort_by_key(|row| row.version);
+    // They are applied in order: a hole was made by something else.
+    let newest = rows.iter().rposition(|row| row.state != State::Pending).unwrap_or(0);
+    for row in rows[..newest].iter_mut().filter(|row| row.state == State::Pending) {
+        row.state = State::Missing;
+    }
     Ok(rows)
 }
 
@@ -445,8 +464,11 @@ pub(crate) async fn plan(
             State::Unknown { .. } if direction == Direction::Down => {
                 return Err(MigrateError::Unknown { version, name });
             }
+            State::Missing if direction == Direction::Up => {
+                return Err(MigrateError::Missing { version, name });
+            }
             // Migrations only add, so an older Atlas may run beside a newer schema.
-            State::Unknown { .. } | State::Pending | State::Applied { .. } => {}
+            State::Unknown { .. } | State::Pending | State::Missing | State::Applied { .. } => {}
         }
     }
     let is_applied = |version: i32| {
@@ -828,6 +850,39 @@ mod tests {
         assert!(run(&mut client, older, Direction::Up, Target::All, |_| {}).await.unwrap().is_empty());
         let error = run(&mut client, older, Direction::Down, Target::Steps(1), |_| {}).await.unwrap_err();
         assert!(matches!(error, MigrateError::Unknown { version: 4, .. }), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_hole_in_the_history_is_said_and_nothing_is_applied() {
+        let Some((mut client, _)) = empty("a_hole_in_the_history_is_said_and_nothing_is_applied").await
+        else {
+            return;
+        };
+        up(&mut client, Target::Version(4)).await.unwrap();
+        client.batch_execute("delete from public.atlas_migrations where version = 3").await.unwrap();
+        let rows = status(&client, MIGRATIONS).await.unwrap();
+        let missing: Vec<i32> =
+            rows.iter().filter(|row| row.state == State::Missing).map(|row| row.version).collect();
+        assert_eq!(missing, [3]);
+        let error = up(&mut client, Target::All).await.unwrap_err();
+        assert!(matches!(error, MigrateError::Missing { version: 3, .. }), "{error}");
+
+        // One of a newer Atlas, without what is between.
+        let Some((mut client, _)) = empty("a_hole_in_the_history_is_said_and_nothing_is_applied").await
+        else {
+            return;
+        };
+        up(&mut client, Target::Version(1)).await.unwrap();
+        client
+            .batch_execute(
+                "insert into public.atlas_migrations select 42, 'of_tomorrow', checksum, applied_at, false
+                   from public.atlas_migrations",
+            )
+            .await
+            .unwrap();
+        let error = up(&mut client, Target::All).await.unwrap_err();
+        assert!(matches!(error, MigrateError::Missing { version: 2, .. }), "{error}");
+        assert_eq!(applied(&client).await, [1]);
     }
 
     #[tokio::test]

@@ -7,7 +7,7 @@ use crate::{
     error::{CliError, Result},
     migrations::{self, Direction, MIGRATIONS, MigrateError, State, StatusRow, Step, Target},
     signals::Stop,
-    ui::{DIM, GREEN, RED, Ui, YELLOW, count, paint, table},
+    ui::{DIM, GREEN, Ui, YELLOW, count, paint, table},
 };
 
 /// Create or change the tables and functions in a Supabase database
@@ -68,12 +68,15 @@ enum Action {
         yes: bool,
     },
     /// After a migration was left half done and you have looked: say what is true now
-    #[command(after_help = "Example:\n  atlas migrate resolve 7 --applied")]
+    #[command(
+        after_help = "Example:\n  atlas migrate resolve 7 --applied",
+        group = clap::ArgGroup::new("state").required(true).args(["applied", "pending"])
+    )]
     Resolve {
         /// The dirty version
         version: i32,
         /// It is complete
-        #[arg(long, required_unless_present = "pending", conflicts_with = "pending")]
+        #[arg(long)]
         applied: bool,
         /// Nothing of it is left
         #[arg(long)]
@@ -99,10 +102,11 @@ impl Migrate {
             Action::Status { json } => {
                 let rows = migrations::status(&client, MIGRATIONS).await?;
                 if json {
-                    return status_json(ui, &rows);
+                    status_json(ui, &rows)?;
+                } else {
+                    status(ui, &rows);
                 }
-                status(ui, &rows);
-                return Ok(());
+                return sound(&rows);
             }
             Action::Resolve { version, applied, .. } => {
                 migrations::resolve(&client, version, applied).await?;
@@ -160,6 +164,7 @@ fn show(ui: Ui, step: &Step, would: &str) {
 fn words(state: &State) -> (&'static str, Option<String>) {
     match state {
         State::Pending => ("pending", None),
+        State::Missing => ("missing", None),
         State::Applied { at } => ("applied", Some(at.to_string())),
         State::Changed { at } => ("changed", Some(at.to_string())),
         State::Dirty { at } => ("dirty", Some(at.to_string())),
@@ -188,9 +193,8 @@ fn status(ui: Ui, rows: &[StatusRow]) {
         .collect();
     ui.out(table(&["VERSION", "NAME", "STATE", "SINCE"], &cells));
     let pending = rows.iter().filter(|row| row.state == State::Pending).count();
-    let broken = rows.iter().any(|row| matches!(row.state, State::Dirty { .. } | State::Changed { .. }));
-    if broken {
-        ui.note(paint(RED, "A migration is dirty or was changed: `atlas migrate up` says what to do."));
+    if rows.iter().any(is_broken) {
+        // Told as the error.
     } else if pending > 0 {
         ui.note(paint(YELLOW, format_args!("{} pending: atlas migrate up", count(pending, "migration"))));
     } else {
@@ -198,11 +202,34 @@ fn status(ui: Ui, rows: &[StatusRow]) {
     }
 }
 
+/// True where `atlas migrate up` refuses to go on.
+fn is_broken(row: &StatusRow) -> bool {
+    matches!(row.state, State::Dirty { .. } | State::Changed { .. } | State::Missing)
+}
+
+/// A database that a person must look at is no success, for scripts either.
+fn sound(rows: &[StatusRow]) -> Result<()> {
+    let broken: Vec<String> = rows
+        .iter()
+        .filter(|row| is_broken(row))
+        .map(|row| format!("{:04}_{} is {}", row.version, row.name, words(&row.state).0))
+        .collect();
+    if broken.is_empty() {
+        return Ok(());
+    }
+    Err(CliError::failure("the database's migrations are not sound")
+        .because(broken.join("; "))
+        .fix("`atlas migrate up` says what to do; it changes nothing as long as this is so"))
+}
+
 impl From<MigrateError> for CliError {
     fn from(error: MigrateError) -> Self {
         match error {
-            MigrateError::Url(_) | MigrateError::Connect(..) => {
+            MigrateError::Url(_) => {
                 Self::usage("cannot use the database that SUPABASE_DB_URL names").because(error)
+            }
+            MigrateError::Connect(..) => {
+                Self::failure("cannot use the database that SUPABASE_DB_URL names").because(error)
             }
             other => Self::failure("the database was not migrated").because(other),
         }
