@@ -702,7 +702,11 @@ fn records(
     hash: &str,
     cut: &str,
 ) -> Vec<ChunkRecord> {
-    let lang = document.lang.clone().or_else(|| chunk::language_of(&document.source).map(str::to_owned));
+    let lang = document
+        .lang
+        .as_ref()
+        .map(|lang| lang.to_lowercase())
+        .or_else(|| chunk::language_of(&document.source).map(str::to_owned));
     let chunks = chunker.chunk(lang.as_deref(), &document.text);
     let number = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
     let of = number(chunks.len());

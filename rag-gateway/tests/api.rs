@@ -129,6 +129,7 @@ async fn filters_narrow_and_collapse_keeps_one_passage_a_file() {
     assert_eq!(query(json!({})).await, ["docs/a.md", "src/b.rs"], "a tenant's passages are not everybody's");
     assert!(query(json!({"collapse_by_file": false, "passage_tokens": 0})).await.len() > 2);
     assert_eq!(query(json!({"filter": {"lang": "rust"}})).await, ["src/b.rs"]);
+    assert_eq!(query(json!({"filter": {"lang": "Rust"}})).await, ["src/b.rs"], "without case");
     assert_eq!(query(json!({"filter": {"repo": "one"}})).await, ["docs/a.md"]);
     assert_eq!(query(json!({"filter": {"path": "docs/*.md"}})).await, ["docs/a.md"]);
     assert_eq!(query(json!({"filter": {"path": "**/*.rs"}})).await, ["src/b.rs"]);

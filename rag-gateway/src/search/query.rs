@@ -109,7 +109,8 @@ impl Query {
             diversity: diversity.unwrap_or_default() + 0.0,
             passage_tokens,
             path,
-            lang,
+            // As chunks have it.
+            lang: lang.map(|lang| lang.to_lowercase()),
             repo,
             tenant: tenant.filter(|tenant| !tenant.is_empty()),
         };
