@@ -49,6 +49,10 @@ fn what_the_gateway_cannot_serve_is_said_and_not_measured() {
         assert!(run["left_out"][mode].as_str().unwrap().contains("OPENAI_EMBEDDING_MODEL"), "{run}");
     }
 
+    let nothing = sandbox.atlas(&["eval", "--dataset", "small", "--mode", "dense"]);
+    assert_eq!(nothing.code, Some(1));
+    assert!(nothing.stderr.contains("OPENAI_EMBEDDING_MODEL"), "{}", nothing.stderr);
+
     let table = sandbox.atlas(&["eval", "--dataset", "small", "--compare", "run.json"]).ok().stdout;
     assert!(table.contains("small: 3 documents, embeddings: none"), "{table}");
     assert!(table.contains("dense: not measured, the gateway has no embedding model"), "{table}");

@@ -96,6 +96,11 @@ async fn a_failed_run_is_retried_as_one_other_task() {
     let would = sandbox.atlas(&["runs", "retry", "--all-failed", "--since", "1h"]).ok();
     assert!(would.stdout.contains(&id) && !would.stdout.contains(&cancelled.to_string()), "{}", would.stdout);
     assert!(would.stderr.contains("add --yes"), "{}", would.stderr);
+    assert!(
+        would.stdout.contains("would be retried as") && !would.stdout.contains("is retried"),
+        "{}",
+        would.stdout
+    );
     let first = sandbox.atlas(&["runs", "retry", &id, "--json"]).ok().json();
     assert_eq!(first[0]["outcome"], "retried");
     let new = first[0]["new_task_id"].as_str().unwrap().to_owned();
@@ -252,6 +257,13 @@ async fn a_dead_letter_is_shown_and_replayed_so_that_it_really_runs_again() {
     let forced = sandbox.atlas(&["dlq", "replay", &killed, "--force", "--json"]).ok().json();
     assert_eq!((&forced[0]["outcome"], &forced[0]["task_id"]), (&json!("served"), &json!(tasks[1])));
 
+    for yes in [&["--yes"][..], &[]] {
+        let unknown = Uuid::new_v4().to_string();
+        let arguments = [&["dlq", "purge", "--id", unknown.as_str()], yes].concat();
+        let told = sandbox.atlas(&arguments);
+        assert_eq!(told.code, Some(1));
+        assert!(told.stderr.contains(&unknown) && told.stdout.is_empty(), "{}", told.stderr);
+    }
     let dry = sandbox.atlas(&["dlq", "purge"]).ok();
     assert_eq!(dry.stdout, "Would delete 3 dead letters.\n");
     assert_eq!(sandbox.atlas(&["dlq", "purge", "--yes"]).ok().stdout, "Deleted 3 dead letters.\n");

@@ -85,6 +85,22 @@ fn wrong_settings_are_named_all_at_once_and_nothing_is_tried() {
 }
 
 #[test]
+fn a_collection_is_named_by_one_rule_everywhere() {
+    let with = |name: &str| Sandbox::new(&[]).with_env("RAG_COLLECTION", name).atlas(&["runs", "list"]);
+    // There is no store yet, but the settings are right.
+    assert_eq!(with("t").code, Some(1));
+    for wrong in [".t", "a b"] {
+        let told = with(wrong);
+        assert_eq!(told.code, Some(2), "{wrong}");
+        assert!(
+            told.stderr.contains("RAG_COLLECTION") && told.stderr.contains("1 to 128"),
+            "{}",
+            told.stderr
+        );
+    }
+}
+
+#[test]
 fn a_new_key_and_its_line_belong_together() {
     let sandbox = Sandbox::new(&[]);
     let made = sandbox.atlas(&["--quiet", "key", "new", "ci", "--tenant", "acme"]).ok();
@@ -104,6 +120,19 @@ fn a_wrong_command_line_ends_with_2() {
     assert_eq!(sandbox.atlas(&["runs", "show", "no-uuid"]).code, Some(2));
     assert_eq!(sandbox.atlas(&["ask", "  "]).code, Some(2));
     assert_eq!(sandbox.atlas(&["index", "missing"]).code, Some(2));
+    for number in ["0", "-1"] {
+        for list in ["runs", "dlq"] {
+            let wrong = sandbox.atlas(&[list, "list", "-n", number]);
+            assert_eq!(wrong.code, Some(2));
+            assert!(
+                wrong.stderr.contains("--limit <N>") && wrong.stderr.contains("1..=10000"),
+                "{}",
+                wrong.stderr
+            );
+        }
+    }
+    let wrong = sandbox.atlas(&["migrate", "resolve", "5"]);
+    assert!(wrong.code == Some(2) && wrong.stderr.contains("<--applied|--pending>"), "{}", wrong.stderr);
 }
 
 #[test]
@@ -114,7 +143,7 @@ fn migrate_says_what_it_needs_and_shows_no_password() {
     let sandbox = Sandbox::new(&[("url", "postgres://u:very-secret@127.0.0.1:9/db\n")])
         .with_env("SUPABASE_DB_URL_FILE", "url");
     let unreachable = sandbox.atlas(&["migrate", "up"]);
-    assert_eq!(unreachable.code, Some(2));
+    assert_eq!(unreachable.code, Some(1));
     assert!(unreachable.stderr.contains("cannot connect"), "{}", unreachable.stderr);
     assert!(!unreachable.stderr.contains("very-secret"), "{}", unreachable.stderr);
 }

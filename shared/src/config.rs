@@ -706,7 +706,7 @@ impl Reader<'_> {
         RagConfig {
             url,
             api_key: self.secret("RAG_API_KEY"),
-            collection: self.resource("RAG_COLLECTION"),
+            collection: self.collection("RAG_COLLECTION"),
             top_k: self.size("RAG_TOP_K", 1..=100),
             relevancy_threshold,
             fail_open: self.flag("RAG_FAIL_OPEN"),
@@ -1000,6 +1000,19 @@ impl Reader<'_> {
                 name,
                 format!("{text:?} is not a name"),
                 "use 3 to 128 letters, digits, '.', '_' or '-'",
+            );
+        }
+        text
+    }
+
+    /// By the rule of the gateway's API.
+    fn collection(&mut self, name: &'static str) -> String {
+        let text = self.text(name).unwrap_or_default();
+        if !crate::message::is_name(&text) || text.starts_with('.') {
+            self.fault(
+                name,
+                format!("{text:?} is not a name"),
+                "use 1 to 128 letters, digits, '.', '_' or '-', and no dot at the start",
             );
         }
         text

@@ -208,12 +208,16 @@ async fn change(
     if !waiting.is_empty() {
         let number = usize::try_from(after.0.deferred_runs).unwrap_or(usize::MAX);
         ui.note(format_args!(
-            "{} waiting for tokens; what fits goes on by itself, the oldest first:",
+            "{} waiting for tokens; what fits goes on by itself, the oldest first. The newest of them:",
             count(number, "run")
         ));
+        let others = number.saturating_sub(waiting.len());
         for run in waiting {
             let needs = thousands(run.tokens_needed.unwrap_or_default().0);
             ui.note(format_args!("  {} needs {needs}", run.task_id));
+        }
+        if others > 0 {
+            ui.note(format_args!("  … and {others} more: atlas runs list --status deferred -n {number}"));
         }
     }
     Ok(())

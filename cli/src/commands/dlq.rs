@@ -25,6 +25,9 @@ use crate::{
     ui::{BOLD, Ui, bytes, count, paint, table},
 };
 
+/// Of a message so much is shown; `--raw` prints all of it.
+const SHOWN_BYTES: usize = 8 << 10;
+
 /// Bytes of a message that is no text, as `show` prints them.
 const HEX_BYTES: usize = 512;
 /// Rows that one call deletes.
@@ -65,7 +68,7 @@ enum Action {
         #[arg(short, long)]
         all: bool,
         /// How many at most
-        #[arg(short = 'n', long, value_name = "N", default_value_t = 50)]
+        #[arg(short = 'n', long, value_name = "N", default_value_t = 50, value_parser = clap::builder::RangedI64ValueParser::<usize>::new().range(1..=10_000), allow_negative_numbers = true)]
         limit: usize,
         /// Print JSON
         #[arg(long)]
@@ -189,6 +192,10 @@ impl Dlq {
             }
             Action::Purge { ids, reason, older_than, unreplayed, yes, json } => {
                 let named = !ids.is_empty();
+                // A mistyped id is told before anything is deleted.
+                for id in &ids {
+                    find(store, *id).await?;
+                }
                 let purge = DeadLetterPurge {
                     ids: named.then_some(ids),
                     reason,
@@ -295,7 +302,19 @@ fn show(ui: Ui, detail: &DeadLetterDetail, data: &[u8], run: Option<&RunDetail>)
     field("size", &bytes(data.len() as u64));
     field("next", &next_step(detail, run));
     ui.out("");
-    ui.out(readable(data));
+    ui.out(shortened(readable(data), id));
+}
+
+/// What a person reads of a message; a broken one can be megabytes.
+fn shortened(mut text: String, id: &Uuid) -> String {
+    let all = text.len();
+    if all > SHOWN_BYTES {
+        text.truncate(text.floor_char_boundary(SHOWN_BYTES));
+        let left = bytes((all - text.len()) as u64);
+        // Writing to a String cannot fail.
+        let _ = write!(text, "\n… {left} more: atlas dlq show {id} --raw (or --json)");
+    }
+    text
 }
 
 /// What an operator does about it.
@@ -412,7 +431,8 @@ async fn replay(context: &Context, store: &dyn RunStore, ids: &[Uuid], mode: Mod
             }
         }
         if !mode.json {
-            ui.out(format_args!("{id}  {}", outcome.detail));
+            let would = if !mode.act && outcome.outcome == "replayed" { "would be " } else { "" };
+            ui.out(format_args!("{id}  {would}{}", outcome.detail));
         }
         outcomes.push(outcome);
     }
@@ -514,6 +534,19 @@ fn outcome(id: Uuid, plan: &Plan) -> Told {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_large_message_does_not_flood_the_terminal() {
+        let id = Uuid::nil();
+        assert_eq!(shortened("short".to_owned(), &id), "short");
+        let shown = shortened("é".repeat(1 << 20), &id);
+        assert!(shown.len() < SHOWN_BYTES + 200, "{}", shown.len());
+        assert!(
+            shown.ends_with(&format!("more: atlas dlq show {id} --raw (or --json)")),
+            "{}",
+            &shown[SHOWN_BYTES..]
+        );
+    }
 
     #[test]
     fn a_message_cannot_drive_the_terminal() {

@@ -132,6 +132,10 @@ impl Eval {
                     .fix("atlas eval --compare BEFORE.json AFTER.json, or name a --dataset"));
             }
         };
+        if run.modes.is_empty() {
+            let why: Vec<String> = run.left_out.iter().map(|(mode, why)| format!("{mode}: {why}")).collect();
+            return Err(CliError::failure("nothing was measured").because(why.join("; ")));
+        }
         if let Some(path) = &self.save {
             run.save(path)?;
         }

@@ -63,7 +63,7 @@ enum Action {
         #[arg(long, value_name = "WHEN", value_parser = parse_since)]
         since: Option<Timestamp>,
         /// How many at most
-        #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
+        #[arg(short = 'n', long, value_name = "N", default_value_t = 20, value_parser = clap::builder::RangedI64ValueParser::<usize>::new().range(1..=10_000), allow_negative_numbers = true)]
         limit: usize,
         /// Print JSON
         #[arg(long)]
@@ -336,9 +336,15 @@ async fn retry(context: &Context, store: &dyn RunStore, task_ids: &[TaskId], act
                                 let data = again::renamed(request.clone(), new, Some(of.run.task_id));
                                 requests.publish(data, &again::attributes_of(&of.run), Some(new)).await?;
                             }
-                            format!("is retried as {new}: atlas runs show {new}")
-                        } else {
+                            if act {
+                                format!("is retried as {new}: atlas runs show {new}")
+                            } else {
+                                format!("would be retried as {new}")
+                            }
+                        } else if act {
                             format!("is retried as {new} already")
+                        } else {
+                            format!("would be retried as {new}, as another one")
                         };
                         outcome("retried", Some(new), false, text)
                     }
