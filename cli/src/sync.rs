@@ -372,6 +372,8 @@ fn read_batch(batch: &[Candidate], target: &Target, options: &WalkOptions, share
                 text,
                 repo: Some(target.repo.clone()),
                 commit: target.commit_of(&file.source),
+                // The walk has looked, or was told not to.
+                not_secret: true,
                 ..Document::default()
             }),
             Err((reason, detail)) => {

@@ -251,7 +251,7 @@ fn secrets_never_leave_the_machine_and_the_user_is_told() {
     let ran = sandbox.atlas(&["index", ".", "-v"]).ok();
     assert_eq!(gateway.sources(), ["README.md"]);
     assert!(ran.stderr.contains("3 looks like a secret"), "{}", ran.stderr);
-    assert!(ran.stderr.contains("notes.md (looks like a secret: an OpenAI key in line 1)"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("notes.md (looks like a secret: an API key in line 1)"), "{}", ran.stderr);
     assert!(!format!("{}{}", ran.stdout, ran.stderr).contains(&key));
 }
 

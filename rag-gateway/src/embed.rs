@@ -4,7 +4,7 @@
 //! the same daily limit as the workers' chat calls (kind `embedding`). A call runs in a task of its
 //! own: a client that hangs up cannot leave a reservation open.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{borrow::Cow, collections::BTreeMap, sync::Arc, time::Duration};
 
 use atlas_shared::{
     Dependency, Ledger, UpstreamError,
@@ -12,6 +12,7 @@ use atlas_shared::{
     ledger::{CallKind, Closing, LedgerError, Limits, ReserveOutcome, ReserveRequest},
     model::{Billed, Embedder},
     resilience::{self, CircuitBreaker, RetryPolicy},
+    secrets,
 };
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use moka::future::Cache;
@@ -144,11 +145,18 @@ impl BookedEmbedder {
     }
 
     /// Reserve, call, settle. A denied budget is an answer (inner error), not a failure of the server.
+    ///
+    /// All that leaves for the API goes through here: documents, what a rebuild reads from the index, queries.
     async fn attempt(
         self: &Arc<Self>,
-        texts: Vec<String>,
+        mut texts: Vec<String>,
         tenant: Option<&str>,
     ) -> Result<Result<Embedded, GatewayError>, UpstreamError> {
+        for text in &mut texts {
+            if let Cow::Owned(redacted) = secrets::redact(text) {
+                *text = redacted;
+            }
+        }
         let (this, tenant) = (Arc::clone(self), tenant.map(str::to_owned));
         tokio::spawn(async move { this.reserve_call_settle(&texts, tenant).await })
             .await

@@ -21,6 +21,7 @@ use atlas_shared::{
         DeleteDocuments, DeleteDocumentsResult, Document, DocumentList, DocumentOutcome, DocumentResult,
         IndexedDocument, PutDocumentsResult, content_hash,
     },
+    secrets,
 };
 use futures::{StreamExt as _, future::try_join_all, stream};
 use jiff::Timestamp;
@@ -682,6 +683,12 @@ fn prepare_blocking(
             results.push(result);
             continue;
         }
+        if let Some(why) = secret(&document) {
+            result.outcome = DocumentOutcome::Failed;
+            result.error = Some(why);
+            results.push(result);
+            continue;
+        }
         let records = records((chunker, weighing), &document, &doc, &hash, &cut);
         if records.is_empty() && known.is_none() {
             // Nothing to quote, and nothing to forget.
@@ -693,6 +700,18 @@ fn prepare_blocking(
         results.push(result);
     }
     (results, prepared)
+}
+
+/// Why a document is not indexed although nothing is wrong with it: whoever searches would read a credential.
+fn secret(document: &Document) -> Option<String> {
+    if document.not_secret {
+        return None;
+    }
+    let (what, line) = secrets::find(&document.text)?;
+    Some(format!(
+        "holds {what} in line {line}, so it was not indexed; take it out, or send `\"not_secret\": true` with it \
+         if it is none"
+    ))
 }
 
 fn records(

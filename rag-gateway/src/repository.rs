@@ -196,6 +196,8 @@ impl Sources {
                         source,
                         text,
                         repo: Some(name.clone()),
+                        // The walk has looked, or was told not to.
+                        not_secret: true,
                         ..Document::default()
                     }),
                     Err((reason, _)) => progress.fault(&format!("{source}: {}", reason.describe())),

@@ -7,6 +7,7 @@ use atlas_shared::{
     config::{RerankConfig, ResilienceConfig},
     rerank::Reranker,
     resilience::CircuitBreaker,
+    secrets,
 };
 use futures::future::try_join_all;
 
@@ -62,8 +63,11 @@ impl QueryReranker {
         if count == 0 {
             return Ok(());
         }
+        // They leave for somebody else's server.
+        let harmless = |text: &str| secrets::redact(text).into_owned();
         let texts: Vec<String> =
-            fused[..count].iter().map(|fused| fused.hit.record.contextual_text()).collect();
+            fused[..count].iter().map(|fused| harmless(&fused.hit.record.contextual_text())).collect();
+        let query = &*harmless(query);
         let permit = self.breaker.try_acquire()?;
         let result =
             tokio::time::timeout(self.timeout, self.scores(query, &texts)).await.unwrap_or_else(|_| {

@@ -5,11 +5,17 @@
 
 mod support;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use atlas_openai_sim::{RunningSim, Sim, SimOptions};
 use atlas_rag_gateway::Gateway;
-use atlas_shared::ledger;
+use atlas_shared::{
+    Tokens, ledger,
+    model::{Embedder, Embeddings, ModelError},
+};
 use serde_json::{Value, json};
 use support::{Stand, config, sources};
 
@@ -237,5 +243,78 @@ async fn an_address_that_is_taken_is_told_with_its_variable() {
     let ledger = ledger::open(&config).await.unwrap();
     let error = Gateway::start(&config, ledger).await.expect_err("the port is taken").to_string();
     assert!(error.contains("GATEWAY_LISTEN"), "{error}");
+    stand.gateway.shutdown().await;
+}
+
+/// Remembers what it was asked to embed.
+#[derive(Default)]
+struct Recorder(Mutex<Vec<String>>);
+
+#[async_trait::async_trait]
+impl Embedder for Recorder {
+    async fn embed(&self, texts: &[String], _: &str) -> Result<Embeddings, ModelError> {
+        self.0.lock().unwrap().extend(texts.iter().cloned());
+        Ok(Embeddings {
+            vectors: texts.iter().map(|text| vec![1.0, text.len() as f32]).collect(),
+            usage: None,
+        })
+    }
+
+    fn model(&self) -> &'static str {
+        "recorder"
+    }
+
+    fn tokens_upper_bound(&self, texts: &[String]) -> Tokens {
+        Tokens(texts.len() as u64)
+    }
+}
+
+#[tokio::test]
+async fn no_secret_leaves_for_the_embeddings_api_and_no_credential_is_stored() {
+    let dir = Arc::new(tempfile::tempdir().unwrap());
+    let config = config(&dir, &FAST);
+    let recorder = Arc::new(Recorder::default());
+    let embedder = Arc::clone(&recorder) as Arc<dyn Embedder>;
+    let ledger = ledger::open(&config).await.unwrap();
+    let gateway = Gateway::start_with(&config, ledger, Some(embedder)).await.unwrap();
+    let stand = Stand { gateway, http: reqwest::Client::new(), dir };
+
+    // Put together here, so that no scanner takes this file for a leak.
+    let (aws, openai) = (format!("AKIA{}", "ABCDEFGHIJ234567"), format!("sk-proj-{}", "a1B2c3D4".repeat(5)));
+    let documents = json!([
+        {"source": "aws.md", "text": format!("one\nThe apple key is {aws}.\n")},
+        {"source": "openai.md", "text": format!("The apple key is {openai}.\n"), "not_secret": true},
+        {"source": "app.yml", "text": "apple:\n  password: letmein99\n"},
+    ]);
+    let put = stand.put(documents.clone()).await.ok();
+    let outcomes: Vec<&str> =
+        put["results"].as_array().unwrap().iter().map(|result| result["outcome"].as_str().unwrap()).collect();
+    assert_eq!(outcomes, ["failed", "indexed", "indexed"]);
+    let error = put["results"][0]["error"].as_str().unwrap();
+    assert!(error.contains("an AWS access key in line 2") && error.contains("not_secret"), "{error}");
+    assert!(!error.contains(&aws), "{error}");
+
+    let batch = stand.post("/v1/embed_batch", json!([format!("apple {aws}")])).await.ok();
+    let job = format!("/v1/jobs/{}", batch["job_id"].as_str().unwrap());
+    let status = tokio::time::timeout(Duration::from_secs(60), async {
+        loop {
+            let status = stand.get(&job).await.ok();
+            if status["state"] == "done" {
+                return status;
+            }
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .expect("the job ends");
+    assert!(status["errors"][0].as_str().unwrap().contains("an AWS access key in line 1"), "{status}");
+
+    let passages = stand.query(&format!("apple password: hunter22 {openai}")).await.ok();
+    assert!(!passages.to_string().contains(&aws), "{passages}");
+    let asked = recorder.0.lock().unwrap().join("\n");
+    assert!(asked.contains("(redacted API key)") && asked.contains("password: (redacted)"), "{asked}");
+    for secret in [&*aws, &openai, "letmein99", "hunter22"] {
+        assert!(!asked.contains(secret), "{secret}: {asked}");
+    }
     stand.gateway.shutdown().await;
 }

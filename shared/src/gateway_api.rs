@@ -160,6 +160,10 @@ pub struct Document {
     /// Tenant it belongs to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tenant: Option<String>,
+    /// The sender has looked for credentials itself, or knows that these are none. Without it a document that
+    /// holds what an issuer of credentials gives out (an AWS access key, a private key, a token) is not indexed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub not_secret: bool,
 }
 
 /// `POST /v1/embed_batch?collection=…`: an array of these.

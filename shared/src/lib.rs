@@ -24,6 +24,7 @@ pub mod process;
 pub mod rerank;
 pub mod resilience;
 pub mod secret;
+pub mod secrets;
 pub mod sqlite;
 pub mod telemetry;
 pub mod tokenizer;

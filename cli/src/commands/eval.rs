@@ -231,6 +231,8 @@ impl Eval {
                     source: source(at),
                     text,
                     lang: Some("markdown".to_owned()),
+                    // A public dataset, all of which must be there.
+                    not_secret: true,
                     ..Document::default()
                 });
                 at += 1;

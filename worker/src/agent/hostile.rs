@@ -149,7 +149,7 @@ fn secrets_in_passages_requests_and_answers_go_nowhere() {
     let mut draft = Draft::new(input.clone());
     let text = super::testing::transcript(&call(&mut draft).request);
     assert!(!text.contains(&key) && !text.contains(&aws), "{text}");
-    assert!(text.contains("(redacted API key)") && text.contains("(redacted AWS key)"), "{text}");
+    assert!(text.contains("(redacted API key)") && text.contains("(redacted AWS access key)"), "{text}");
     let checkpoint = draft.checkpoint();
     assert!(!checkpoint.contains(&key) && !checkpoint.contains(&aws));
 
