@@ -344,6 +344,7 @@ fn value(
     let place = Place {
         // Nothing but a comment behind it: code would go on, or end its line with a sign.
         last: behind.is_empty() || behind.starts_with('#'),
+        prose: bytes.get(end) == Some(&b' ') && behind.starts_with(|c: char| c.is_alphanumeric()),
         tight,
         followed: bytes.get(end).copied().unwrap_or(b'\n'),
         file: tight && is_setting(&text[name_line..sign_at]),
@@ -380,6 +381,8 @@ fn boundary(text: &str, at: usize) -> usize {
 #[derive(Clone, Copy)]
 struct Place {
     last: bool,
+    /// A word follows.
+    prose: bool,
     tight: bool,
     followed: u8,
     /// Looks like a line of an environment or properties file, or a part of a connection string.
@@ -575,7 +578,8 @@ fn bare(value: &str, class: Class, place: Place) -> bool {
         return false;
     }
     let written = match place.sign {
-        Sign::Colon => place.last,
+        // In a sentence, too; after a value of code a sign follows.
+        Sign::Colon => place.last || (class == Class::Password && place.prose),
         Sign::Tight => place.tight,
         Sign::Flag | Sign::Element => true,
         Sign::Equals | Sign::Call => false,
