@@ -315,14 +315,14 @@ fn content(
         return if format["type"] == "json_object" { json!({"answer": prose}).to_string() } else { prose };
     };
     // Asked to mend what it wrote, it gives what it meant to write.
-    if prompt.mends
-        && let Some(meant) = sim.books().meant(&admitted.request_id)
-    {
-        return generate::fitted(&schema, prompt, &meant).to_string();
-    }
+    let meant = prompt.earlier.as_ref().and_then(|_| sim.books().meant(&admitted.request_id));
     let mut text = String::new();
     for list_len in LIST_LENGTHS {
-        text = generate::instance(&schema, prompt, *list_len, admitted.is(Fault::BadCitations)).to_string();
+        let written = match &meant {
+            Some(meant) => generate::fitted(&schema, prompt, meant),
+            None => generate::instance(&schema, prompt, *list_len, admitted.is(Fault::BadCitations)),
+        };
+        text = generate::as_far_as_shown(&schema, prompt, written).to_string();
         if cap.is_none_or(|cap| tokens::count(model, &text) <= cap) {
             break;
         }

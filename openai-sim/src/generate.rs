@@ -42,6 +42,65 @@ pub(crate) fn fitted(schema: &Value, prompt: &Prompt, written: &Value) -> Value 
     generator.fitted(schema, Some(written), "", 0)
 }
 
+/// Of what was written to mend an earlier answer, what a model can write that has no memory: a field that
+/// the earlier answer does not show is made from the request, what changed from the document before it, and
+/// only passages that are shown are cited. The rest is left empty.
+pub(crate) fn as_far_as_shown(schema: &Value, prompt: &Prompt, mut written: Value) -> Value {
+    let Some(earlier) = &prompt.earlier else { return written };
+    // Remarks may follow it.
+    let earlier = serde_json::Deserializer::from_str(earlier).into_iter::<Value>().next();
+    let earlier = earlier.and_then(Result::ok).unwrap_or_default();
+    let mut known: Vec<Value> = prompt.passages.iter().map(|passage| json!(passage.number)).collect();
+    each_citations(&mut earlier.clone(), &mut |numbers| known.append(numbers));
+    for (name, value) in written.as_object_mut().into_iter().flatten() {
+        let can_be_made = prompt.shows_request && (name != "changes" || prompt.shows_parent);
+        if !can_be_made && is_blank(&earlier[name]) {
+            *value = blank(&schema["properties"][name]);
+        }
+    }
+    each_citations(&mut written, &mut |numbers| numbers.retain(|number| known.contains(number)));
+    written
+}
+
+fn each_citations(value: &mut Value, see: &mut dyn FnMut(&mut Vec<Value>)) {
+    match value {
+        Value::Object(object) => {
+            for (name, value) in object {
+                match value {
+                    Value::Array(numbers) if name == "citations" => see(numbers),
+                    value => each_citations(value, see),
+                }
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(|item| each_citations(item, see)),
+        _ => {}
+    }
+}
+
+fn is_blank(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::String(text) => text.trim().is_empty(),
+        Value::Array(items) => items.iter().all(is_blank),
+        Value::Object(object) => object.values().all(is_blank),
+        Value::Bool(_) | Value::Number(_) => false,
+    }
+}
+
+/// The least that fits the schema of a document's field.
+fn blank(schema: &Value) -> Value {
+    match schema["type"].as_str() {
+        Some("object") => schema["properties"]
+            .as_object()
+            .into_iter()
+            .flatten()
+            .map(|(name, inner)| (name.clone(), blank(inner)))
+            .collect(),
+        Some("array") => json!([]),
+        _ => json!(""),
+    }
+}
+
 /// A scripted answer whose citations may name passages by their places ([`Prompt::number_of`]). A passage
 /// that was not given is not cited.
 pub(crate) fn cited(written: &Value, prompt: &Prompt) -> Value {
@@ -556,6 +615,30 @@ mod tests {
         assert_eq!(value[1]["citations"], json!([7]));
         assert_eq!(instance(&schema, &prompt(), 1, true)[0]["citations"], json!([9001, 9002]));
         assert_eq!(instance(&schema, &Prompt::default(), 1, false)[0]["citations"], json!([]));
+    }
+
+    #[test]
+    fn an_earlier_answer_is_mended_from_what_the_prompt_shows() {
+        let schema = json!({"type": "object", "properties": {
+            "title": {"type": "string"}, "changes": {"type": "array"}, "risks": {"type": "array"},
+            "requirements": {"type": "object", "properties": {"functional": {"type": "array"}}}}});
+        let meant = json!({
+            "title": "T", "changes": ["c"], "risks": [{"risk": "r", "citations": [4, 7, 9]}],
+            "requirements": {"functional": ["f"]}});
+        let mended = |shown: &[&str]| {
+            let earlier = "<<<data-1 earlier answer\n{\"title\": \"Old\", \"context\": [{\"citations\": [7]}]}\ndata-1>>>";
+            let text = format!("{}\n{earlier}", shown.join("\n"));
+            let prompt = Prompt::read(&[json!({"role": "user", "content": text})]);
+            as_far_as_shown(&schema, &prompt, meant.clone())
+        };
+        let request = "<<<data-1 request\nDesign it\ndata-1>>>\n<<<data-1 [4] a.md:1-2\nx\ndata-1>>>";
+        let parent = "<<<data-1 earlier document\n# Old\ndata-1>>>";
+        let nothing = json!({"title": "T", "changes": [], "risks": [], "requirements": {"functional": []}});
+        assert_eq!(mended(&[]), nothing, "only what the earlier answer shows");
+        let from_request = mended(&[request]);
+        assert_eq!(from_request["changes"], json!([]));
+        assert_eq!(from_request["risks"][0]["citations"], json!([4, 7]), "9 is shown nowhere");
+        assert_eq!(mended(&[request, parent])["changes"], json!(["c"]));
     }
 
     #[test]

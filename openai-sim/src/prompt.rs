@@ -23,8 +23,12 @@ pub(crate) struct Prompt {
     /// Its telling words, most frequent first.
     pub(crate) words: Vec<String>,
     pub(crate) passages: Vec<Passage>,
-    /// It shows an earlier answer that is to be mended, and no passages.
-    pub(crate) mends: bool,
+    /// An earlier answer, which is to be mended.
+    pub(crate) earlier: Option<String>,
+    /// It holds the request itself, not only an earlier answer to it.
+    pub(crate) shows_request: bool,
+    /// It holds the document that the request wants changed.
+    pub(crate) shows_parent: bool,
     /// A JSON schema that the prompt spells out.
     pub(crate) schema: Option<Value>,
     /// Everything, for a script's `match`.
@@ -66,12 +70,16 @@ impl Prompt {
                 Some(body.lines().take_while(|line| !line.ends_with(">>>")).collect::<Vec<_>>().join("\n"))
             })
         };
-        let request = fenced(" request").or_else(|| users.last().cloned()).unwrap_or_default();
+        let asked = fenced(" request");
+        let shows_request = asked.is_some();
+        let request = asked.or_else(|| users.last().cloned()).unwrap_or_default();
         let all: Vec<String> = messages.iter().map(|message| content_text(&message["content"])).collect();
         Self {
             words: telling_words(&request),
             passages: passages(&data),
-            mends: fenced(" earlier answer").is_some(),
+            earlier: fenced(" earlier answer"),
+            shows_request,
+            shows_parent: fenced(" earlier document").is_some(),
             schema: all.iter().find_map(|text| spelt_schema(text)),
             request,
             all: all.join("\n"),

@@ -144,6 +144,75 @@ async fn a_wrong_schema_is_mended_or_fails() {
     assert_eq!(done.error_code(), "invalid_answer");
 }
 
+/// What a model without memory can mend: the simulator writes a field anew only where the prompt of the
+/// repair holds the request, and cites only passages that it shows.
+#[tokio::test]
+async fn prose_of_which_nothing_can_be_used_is_written_anew_from_request_and_passages() {
+    let done = exactly(Stack::start().await.script(json!([{"content": "Sure! Use Redis."}]))).await;
+    assert_eq!(done.meta("repaired"), true);
+    assert_eq!(done.meta("incomplete"), false, "{}", done.markdown());
+    assert!(done.markdown().starts_with("# Event bus of our billing platform\n"), "{}", done.markdown());
+    assert_eq!(done.meta("citations").as_array().unwrap().len(), 2);
+    assert!(done.meta("token_use")["prompt"]["passages"].as_u64().unwrap() > 0);
+}
+
+#[tokio::test]
+async fn missing_sections_are_written_from_request_and_passages() {
+    let whole = exactly(Stack::start().await).await.answer.extra["spec"].clone();
+    let mut thin = whole.clone();
+    for field in ["decisions", "security"] {
+        thin.as_object_mut().unwrap().remove(field).unwrap();
+    }
+    let done = exactly(Stack::start().await.script(json!([{"content": thin}]))).await;
+    assert_eq!(done.meta("incomplete"), false, "{}", done.markdown());
+    let spec = &done.answer.extra["spec"];
+    assert!(
+        !spec["decisions"].as_array().unwrap().is_empty() && !spec["security"].as_array().unwrap().is_empty()
+    );
+    assert_eq!(spec["context"], whole["context"], "what was right is kept");
+}
+
+#[tokio::test]
+async fn changes_that_were_not_listed_are_listed_from_request_and_parent() {
+    let stack = Stack::start().await;
+    let worker = stack.worker().await;
+    let parent = stack.ask(REQUEST, json!({})).await;
+    let good = stack.ask("Use one topic per tenant", json!({"parent_id": parent.task_id})).await;
+    let mut silent = good.extra["spec"].clone();
+    silent["changes"] = json!([]);
+    stack.sim.script(json!([{"content": silent}])).unwrap();
+    let done = stack.ask("Use one topic per tenant", json!({"parent_id": parent.task_id})).await;
+    assert_eq!(done.metadata["repaired"], true, "{done:?}");
+    assert_eq!(done.metadata["incomplete"], false, "{done:?}");
+    assert!(!done.extra["spec"]["changes"].as_array().unwrap().is_empty());
+    worker.drain().await;
+}
+
+#[tokio::test]
+async fn a_rich_draft_that_broke_off_is_kept_when_the_shorter_one_is_a_stub() {
+    let whole = exactly(Stack::start().await).await.answer.extra["spec"].clone();
+    let mut rich = serde_json::Map::new();
+    for field in ["title", "summary", "context", "requirements", "components", "decisions", "deployment"] {
+        rich.insert(field.to_owned(), whole[field].clone());
+    }
+    let text = Value::Object(rich).to_string();
+    let cut = format!("{}, \"observability\": [{{\"text\": \"Count how", text.trim_end_matches('}'));
+    let mut stub = whole.clone();
+    for field in ["components", "decisions", "diagrams", "deployment", "scaling", "security"] {
+        stub[field] = json!([]);
+    }
+    let script = json!([{"content": cut, "finish_reason": "length"}, {"content": stub}]);
+    let done = exactly(Stack::start().await.script(script)).await;
+    let spec = &done.answer.extra["spec"];
+    assert_eq!(
+        spec["decisions"].as_array().unwrap().len(),
+        whole["decisions"].as_array().unwrap().len(),
+        "{}",
+        done.markdown()
+    );
+    assert!(done.markdown().contains("broke off at its length limit"), "{}", done.markdown());
+}
+
 #[tokio::test]
 async fn a_truncated_answer_is_asked_for_again_shorter() {
     let done = exactly(Stack::start().await.script(fault("length", 1))).await;

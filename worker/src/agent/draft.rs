@@ -288,7 +288,15 @@ enum Stage {
     /// Searches wait.
     Searching { pending: Vec<Search> },
     /// The model mends some fields of its answer, shown to it with its faults.
-    Mending { fields: Vec<Field>, faults: Vec<String>, shown: String },
+    Mending {
+        fields: Vec<Field>,
+        faults: Vec<String>,
+        shown: String,
+        /// True when something has to be written that is not there: then the prompt is the one that the
+        /// answer was for, and goes on from there.
+        #[serde(default)]
+        anew: bool,
+    },
     /// Written.
     Finished { spec: Box<Spec>, notes: Vec<Note> },
     /// Given up.
@@ -384,14 +392,17 @@ impl Draft {
                 }
             }
         }
-        let own = match &self.stage {
-            Stage::Mending { shown, .. } => vec![("earlier_answer", bytes(shown))],
-            _ => vec![
+        let mut own = Vec::new();
+        if let Stage::Mending { shown, anew, .. } = &self.stage {
+            own.push(("earlier_answer", if *anew { cut(shown) } else { bytes(shown) }));
+        }
+        if self.shows_passages() {
+            own.extend([
                 ("request", cut(&self.subject.request)),
                 ("parent", self.subject.parent.as_deref().map_or(0, cut)),
                 ("passages", self.shelf.packed_bytes()),
-            ],
-        };
+            ]);
+        }
         // What is between and around them: headings, fences, the order to write.
         let framing = said.saturating_sub(own.iter().map(|(_, bytes)| bytes).sum());
         parts.extend(own);
@@ -491,19 +502,27 @@ impl Draft {
             && matches!(self.stage, Stage::Drafting { again: None })
     }
 
+    /// True where the prompt of the pending call holds the request and the passages.
+    fn shows_passages(&self) -> bool {
+        !matches!(self.stage, Stage::Mending { anew: false, .. })
+    }
+
     fn request(&self) -> Result<ChatRequest, minijinja::Error> {
         let in_prompt = self.options.response_format != ResponseFormatSetting::JsonSchema;
         let schema = match &self.stage {
             Stage::Mending { fields, .. } => schema::made(fields),
             _ => schema::of_kind(self.kind),
         };
+        // What goes on from the first call begins as that did, so that a prompt cache knows it.
+        let spelt = if self.shows_passages() { schema::of_kind(self.kind) } else { schema.clone() };
         let mut messages = vec![ChatMessage::System {
-            content: prompt::system(self.kind, in_prompt.then_some(schema.text()))?,
+            content: prompt::system(self.kind, in_prompt.then_some(spelt.text()))?,
         }];
         let words = self.completion_cap / 2;
         match &self.stage {
-            Stage::Mending { fields, faults, shown, .. } => messages
-                .push(ChatMessage::User { content: prompt::mend(&self.subject, fields, faults, shown)? }),
+            Stage::Mending { fields, faults, shown, anew: false } => messages.push(ChatMessage::User {
+                content: prompt::mend(&self.subject, fields, faults, shown, false)?,
+            }),
             stage => {
                 messages
                     .push(ChatMessage::User { content: prompt::request(&self.subject, &self.shelf, words)? });
@@ -516,8 +535,16 @@ impl Draft {
                         });
                     }
                 }
-                if let Stage::Drafting { again: Some(again) } = stage {
-                    messages.push(ChatMessage::User { content: prompt::again(*again, words)? });
+                match stage {
+                    Stage::Drafting { again: Some(again) } => {
+                        messages.push(ChatMessage::User { content: prompt::again(*again, words)? });
+                    }
+                    Stage::Mending { fields, faults, shown, .. } => {
+                        let shown = clean::cut(shown, self.subject.max_chars);
+                        let content = prompt::mend(&self.subject, fields, faults, &shown, true)?;
+                        messages.push(ChatMessage::User { content });
+                    }
+                    _ => {}
                 }
             }
         }
@@ -572,7 +599,9 @@ impl Draft {
             match self.fit(budget, &count) {
                 Ok(fitted) => {
                     let kept = self.shelf.packed();
-                    if index == last || kept >= candidates.min(PASSAGES_WORTH_KEEPING) {
+                    // A repair has little left to spend, and half a cap holds a whole document.
+                    let long_enough = self.is_repairing() && cap <= most / 2;
+                    if index == last || long_enough || kept >= candidates.min(PASSAGES_WORTH_KEEPING) {
                         return Ok(fitted.map(|fitted| self.finally(fitted, available, &count)));
                     }
                 }
@@ -581,8 +610,11 @@ impl Draft {
         }
         // Nothing fits with the subject at full length, or too little of the context does.
         while self.subject.max_chars > MIN_SUBJECT_CHARS {
-            self.subject.max_chars =
-                (self.subject.max_chars.min(self.subject.longest()) / 2).max(MIN_SUBJECT_CHARS);
+            let longest = self.subject.longest().max(match &self.stage {
+                Stage::Mending { shown, anew: true, .. } => shown.chars().count(),
+                _ => 0,
+            });
+            self.subject.max_chars = (self.subject.max_chars.min(longest) / 2).max(MIN_SUBJECT_CHARS);
             let budget = available.saturating_sub(Tokens(u64::from(least)));
             match self.fit(budget, &count) {
                 Ok(fitted) => return Ok(fitted.map(|fitted| self.finally(fitted, available, &count))),
@@ -674,7 +706,9 @@ impl Draft {
 
     /// Takes the model's answer to the call that [`next`](Self::next) gave.
     pub fn answered(&mut self, answer: &ChatAnswer) {
-        self.shelf.mark_given();
+        if self.shows_passages() {
+            self.shelf.mark_given();
+        }
         let unfenced = self.without_fence(answer);
         let answer = unfenced.as_ref().unwrap_or(answer);
         match self.stage.clone() {
@@ -735,22 +769,24 @@ impl Draft {
                 }
             }
             reading => {
-                let (fields, faults, shown) = match &reading {
+                let (fields, faults, shown, anew) = match &reading {
                     Some(reading) => {
                         let fields = reading.faulty_fields(self.kind);
-                        let mut shown = reading.shown(&fields);
+                        let anew = reading.lacks_content();
+                        let mut shown = if anew { reading.shown_whole() } else { reading.shown(&fields) };
                         let gone =
                             self.parent.as_ref().and_then(|parent| compare::gone(parent, &reading.spec));
                         if let Some(gone) = gone {
                             shown.push_str("\n\nIn the earlier document, and not in this answer:\n");
                             shown.push_str(&gone);
                         }
-                        (fields, reading.fault_lines(), shown)
+                        (fields, reading.fault_lines(), shown, anew)
                     }
                     None => (
                         self.kind.fields().to_vec(),
-                        vec!["The answer is not a JSON object.".to_owned()],
+                        vec![read::instead_of_a_document(content).to_owned()],
                         clean::text(content),
+                        true,
                     ),
                 };
                 self.keep_the_better(reading);
@@ -759,7 +795,7 @@ impl Draft {
                 }
                 self.repaired = Some("faults".to_owned());
                 let shown = clean::cut(&shown, MAX_MEND_CHARS);
-                self.stage = Stage::Mending { fields, faults, shown };
+                self.stage = Stage::Mending { fields, faults, shown, anew };
             }
         }
     }
@@ -790,7 +826,7 @@ impl Draft {
 
     fn keep_the_better(&mut self, reading: Option<Reading>) {
         if let Some(reading) = reading
-            && self.fallback.as_ref().is_none_or(|known| known.is_worse_than(&reading))
+            && self.fallback.as_ref().is_none_or(|known| known.is_worse_than(&reading, self.kind))
         {
             self.fallback = Some(reading);
         }
@@ -1183,6 +1219,83 @@ mod tests {
     }
 
     #[test]
+    fn what_has_to_be_written_anew_is_written_from_the_request_and_the_passages() {
+        let parent = json!({"msg_type": "spec", "content": "# Old\n\nIt was so [1]."});
+        let refinement = DraftInput { parent: Some(parent), ..input() };
+        let mut unchanged = super::super::testing::refine();
+        unchanged["changes"] = json!([]);
+        let mut thin = good_spec();
+        for field in ["decisions", "security"] {
+            thin.as_object_mut().unwrap().remove(field);
+        }
+        for (input, answer, fields, fault) in [
+            (input(), "Sure! Use Redis.".to_owned(), None, "not a JSON object"),
+            (input(), json!({"answer": "Use Redis."}).to_string(), None, "none of the fields"),
+            (input(), thin.to_string(), Some(json!(["decisions", "security"])), "`security` is missing"),
+            (refinement, unchanged.to_string(), Some(json!(["changes"])), "There is no change"),
+        ] {
+            let has_parent = input.parent.is_some();
+            let mut draft = Draft::new(input);
+            let first = transcript(&call(&mut draft).request);
+            draft.answered(&says(answer));
+            let repair = call(&mut draft).request;
+            let shown = transcript(&repair);
+            assert_eq!(call(&mut draft).step, "repair.0");
+            let same = first.split("======== at most").next().unwrap();
+            assert!(shown.starts_with(same), "it goes on from the first call: {shown}");
+            assert!(shown.contains("so that no run is lost when a worker dies"), "{shown}");
+            assert!(shown.contains("[3] deploy/README.md:1-"), "{shown}");
+            assert_eq!(shown.contains("It was so."), has_parent);
+            assert!(shown.contains(fault), "{shown}");
+            if let Some(fields) = fields {
+                let ResponseFormat::JsonSchema { schema, .. } = &repair.response_format else { panic!() };
+                let mut required: Vec<&str> =
+                    schema.value()["required"].as_array().unwrap().iter().flat_map(Value::as_str).collect();
+                required.sort_unstable();
+                assert_eq!(json!(required), fields, "no more than that");
+                assert!(shown.contains("Workers are added without coordination"), "what is right is shown");
+            }
+            let parts = draft.prompt_parts(&repair).0;
+            let part = |name: &str| parts.iter().find(|(known, _)| *known == name).map(|(_, bytes)| *bytes);
+            assert!(part("passages") > Some(0) && part("earlier_answer") > Some(0), "{parts:?}");
+        }
+    }
+
+    #[test]
+    fn a_repair_shows_as_many_passages_as_fit_into_what_is_left() {
+        let mut draft = Draft::new(DraftInput { passages: many_passages(), ..input() });
+        draft.squeeze(Tokens(20_000), count).unwrap();
+        let all = count(&call(&mut draft).request);
+        draft.answered(&says("Sure! Use Redis."));
+        draft.squeeze(Tokens(6_000), count).unwrap();
+        let request = call(&mut draft).request;
+        assert!(count(&request) + Tokens(u64::from(request.max_completion_tokens)) <= Tokens(6_000));
+        assert!(count(&request) < all);
+        assert!((1..15).contains(&draft.shelf.packed()), "{}", draft.shelf.packed());
+        assert!(request.max_completion_tokens >= 2_000, "and still leaves room for a whole document");
+        let shown = transcript(&request);
+        for entry in draft.shelf.entries().filter(|entry| entry.packed) {
+            assert!(shown.contains(&format!("[{}] {}", entry.n, entry.place())), "the numbers are kept");
+        }
+    }
+
+    #[test]
+    fn a_small_repair_shows_no_passages_so_none_becomes_citable_by_it() {
+        let mut draft = Draft::new(DraftInput { passages: many_passages(), ..input() });
+        draft.squeeze(Tokens(6_000), count).unwrap();
+        let shown = draft.shelf.packed();
+        let mut answer = good_spec();
+        answer["diagrams"][0]["mermaid"] = json!("flowchart LR\n  a[broken (label)] --> b");
+        answer["context"] = json!([{"text": "topic14 leases word14", "citations": [15]}]);
+        draft.answered(&says(&answer));
+        draft.squeeze(Tokens(6_000), count).unwrap();
+        draft.answered(&says(json!({"diagrams": [{"title": "P", "mermaid": "flowchart LR\n  a --> b"}]})));
+        let done = finished(&mut draft);
+        assert_eq!(done.metadata["passages_given"], json!(shown));
+        assert_eq!(done.metadata["citations_invalid"], json!(1));
+    }
+
+    #[test]
     fn a_decision_without_alternatives_is_asked_for_again() {
         let mut answer = good_spec();
         answer["decisions"][0]["alternatives"] = json!([]);
@@ -1232,6 +1345,21 @@ mod tests {
         assert!(done.markdown.contains("broke off at its length limit"), "{}", done.markdown);
         assert_eq!(done.spec.decisions.len(), 1, "the longer half is kept");
         assert_eq!(done.metadata["repair_reason"], json!("shorter"));
+    }
+
+    #[test]
+    fn a_rich_draft_that_was_cut_is_not_given_for_a_whole_stub() {
+        let whole = good_spec().to_string();
+        let mut draft = Draft::new(input());
+        draft.answered(&cut(&whole[..whole.find("\"observability\"").unwrap() + 20]));
+        let mut stub = good_spec();
+        for field in ["components", "decisions", "diagrams", "deployment", "scaling", "security"] {
+            stub[field] = json!([]);
+        }
+        draft.answered(&says(stub));
+        let done = finished(&mut draft);
+        assert_eq!((done.spec.components.len(), done.spec.decisions.len()), (2, 1), "{}", done.markdown);
+        assert!(done.markdown.contains("broke off at its length limit"), "{}", done.markdown);
     }
 
     #[test]

@@ -253,12 +253,14 @@ pub(super) fn found(
     )
 }
 
-/// The message that asks for some fields again.
+/// The message that asks for some fields again. `anew`: it comes after the request and the passages, from
+/// which what is missing is to be written; else it stands alone.
 pub(super) fn mend(
     subject: &Subject,
     fields: &[Field],
     faults: &[String],
     shown: &str,
+    anew: bool,
 ) -> Result<String, minijinja::Error> {
     let fields: Vec<String> = fields.iter().map(|field| format!("`{}`", field.name())).collect();
     let faults: Vec<String> =
@@ -270,6 +272,7 @@ pub(super) fn mend(
             faults,
             shown => unfenced(shown, &subject.fence),
             fields => fields.join(", "),
+            anew,
         },
     )
 }

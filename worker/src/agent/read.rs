@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{
-    clean, mermaid, schema,
+    clean, mermaid,
+    schema::{self, Cure},
     spec::{Decision, Field, Kind, Spec},
 };
 
@@ -19,6 +20,8 @@ const MAX_ITEMS: usize = 40;
 const MAX_TEXT_CHARS: usize = 3_000;
 /// Characters of all texts together.
 const MAX_TOTAL_CHARS: usize = 150_000;
+/// Places at which an answer's JSON object may begin.
+const MAX_STARTS: usize = 16;
 /// Fault lines shown to a model or a reader.
 const MAX_FAULT_LINES: usize = 16;
 
@@ -42,6 +45,9 @@ pub(super) struct Fault {
     pub(super) field: Option<Field>,
     /// What, for the model and for the reader.
     pub(super) text: String,
+    /// What it takes to mend it.
+    #[serde(default)]
+    pub(super) cure: Cure,
 }
 
 /// Reads an answer that should hold these fields. `None`: it holds none of them.
@@ -51,11 +57,12 @@ pub(super) fn document(content: &str, fields: &[Field]) -> Option<Reading> {
     if cut {
         // The field that was being written is incomplete even where its shape fits.
         let last = value.as_object().and_then(|map| map.keys().rev().find_map(|key| Field::named(key)));
-        faults.push(Fault { field: last, text: "The answer breaks off here.".to_owned() });
+        let text = "The answer breaks off here.".to_owned();
+        faults.push(Fault { field: last, text, cure: Cure::Content });
     }
-    let mut bent = schema::coerce(value, schema::made(fields).value(), &mut |text| {
+    let mut bent = schema::coerce(value, schema::made(fields).value(), &mut |cure, text| {
         let name = text.trim_start_matches('`').split(['`', '.', '[']).next().unwrap_or_default();
-        faults.push(Fault { field: Field::named(name), text: format!("{text}.") });
+        faults.push(Fault { field: Field::named(name), text: format!("{text}."), cure });
     });
     let mut left = MAX_TOTAL_CHARS;
     let mut shortened = false;
@@ -67,7 +74,25 @@ pub(super) fn document(content: &str, fields: &[Field]) -> Option<Reading> {
     Some(Reading { spec, faults, cut, shortened })
 }
 
+/// What an answer is in which [`document`] found none.
+pub(super) fn instead_of_a_document(content: &str) -> &'static str {
+    let is_object = content.match_indices('{').take(MAX_STARTS).any(|(start, _)| {
+        let mut stream = serde_json::Deserializer::from_str(&content[start..]).into_iter::<Value>();
+        matches!(stream.next(), Some(Ok(Value::Object(map))) if !map.is_empty())
+    });
+    if is_object {
+        "The answer is a JSON object, but it has none of the fields that were asked for."
+    } else {
+        "The answer is not a JSON object."
+    }
+}
+
 impl Reading {
+    /// True when a fault cannot be mended without knowing what the document is about.
+    pub(super) fn lacks_content(&self) -> bool {
+        self.faults.iter().any(|fault| fault.cure == Cure::Content)
+    }
+
     /// The fields to ask for again. All of them where a fault has no place.
     pub(super) fn faulty_fields(&self, kind: Kind) -> Vec<Field> {
         if self.faults.iter().any(|fault| fault.field.is_none()) {
@@ -97,7 +122,14 @@ impl Reading {
         lines
     }
 
-    /// The answer as it is shown for mending: these fields, and title and summary to know what about.
+    /// The answer as it is shown where some of it is to be written anew: all of it, so that the rest
+    /// agrees with it.
+    pub(super) fn shown_whole(&self) -> String {
+        serde_json::to_string(&self.spec).unwrap_or_default()
+    }
+
+    /// The answer as it is shown where only the form of these fields is at fault: they, and title and
+    /// summary to know what about.
     pub(super) fn shown(&self, fields: &[Field]) -> String {
         let Ok(Value::Object(map)) = serde_json::to_value(&self.spec) else { return String::new() };
         let shown: Map<String, Value> = map
@@ -109,21 +141,23 @@ impl Reading {
         Value::Object(shown).to_string()
     }
 
-    /// This document with `fields` taken from `patch`, where that has no more faults there.
+    /// This document with `fields` taken from `patch`, where that has no more faults there and says
+    /// something where this does.
     pub(super) fn patched(&self, patch: &Self, fields: &[Field], kind: Kind) -> Self {
         let faults_at = |reading: &Self, field: Field| {
             reading.faults.iter().filter(|fault| fault.field.is_none_or(|at| at == field)).count()
         };
-        let taken: Vec<Field> = fields
-            .iter()
-            .copied()
-            .filter(|field| faults_at(patch, *field) <= faults_at(self, *field))
-            .collect();
         let (Ok(Value::Object(mut base)), Ok(Value::Object(mut new))) =
             (serde_json::to_value(&self.spec), serde_json::to_value(&patch.spec))
         else {
             return self.clone();
         };
+        let taken: Vec<Field> = fields
+            .iter()
+            .copied()
+            .filter(|field| faults_at(patch, *field) <= faults_at(self, *field))
+            .filter(|field| says(&new, *field) || !says(&base, *field))
+            .collect();
         for field in &taken {
             match new.remove(field.name()) {
                 Some(value) => base.insert(field.name().to_owned(), value),
@@ -145,10 +179,36 @@ impl Reading {
         Self { spec, faults, cut: still_cut, shortened: self.shortened || patch.shortened }
     }
 
-    /// True when the other one should be kept instead.
-    pub(super) fn is_worse_than(&self, other: &Self) -> bool {
+    /// True when the other one should be kept instead: it says more of what a document of this kind must
+    /// say; as much of that and more of the rest; or as much of all, with fewer faults. Of two that broke
+    /// off alike, the longer is kept; else the later.
+    pub(super) fn is_worse_than(&self, other: &Self, kind: Kind) -> bool {
+        let (here, there) = (self.said(kind), other.said(kind));
+        if here != there {
+            return here < there;
+        }
         let rank = |reading: &Self| (reading.faults.len(), reading.cut);
-        rank(other) < rank(self) || (rank(other) == rank(self) && !self.spec.eq(&other.spec))
+        if rank(self) != rank(other) {
+            return rank(self) > rank(other);
+        }
+        let length = |reading: &Self| reading.shown_whole().len();
+        self.spec != other.spec && !(self.cut && length(self) > length(other))
+    }
+
+    /// How much is said: of the fields that no document may lack, then of all. A field counts twice where it
+    /// has no fault.
+    fn said(&self, kind: Kind) -> (usize, usize) {
+        let Ok(Value::Object(map)) = serde_json::to_value(&self.spec) else { return (0, 0) };
+        let said = |field: &Field| {
+            let at_fault = |fault: &Fault| fault.field.is_none_or(|at| at == *field);
+            match says(&map, *field) {
+                false => 0,
+                true if self.faults.iter().any(at_fault) => 1,
+                true => 2,
+            }
+        };
+        let fields = kind.fields().iter();
+        (fields.clone().filter(|field| is_required(**field)).map(said).sum(), fields.map(said).sum())
     }
 
     /// True when there is enough to show: a name or a summary, and something below it.
@@ -193,7 +253,7 @@ fn find_object(content: &str, fields: &[Field]) -> Option<(Value, bool)> {
     // An inner object may have a field of the same name, so the fullest candidate wins, not the first
     // that is whole.
     let mut best: (usize, Value, bool) = (0, Value::Null, false);
-    for (start, _) in text.match_indices('{').take(16) {
+    for (start, _) in text.match_indices('{').take(MAX_STARTS) {
         if best.0 == fields.len() {
             // Nothing can hold more.
             break;
@@ -340,11 +400,37 @@ fn drop_blanks(spec: &mut Spec) {
     }
 }
 
+/// True when this document, as an object, says something in a field. Empty lists are not in it.
+fn says(spec: &Map<String, Value>, field: Field) -> bool {
+    match spec.get(field.name()) {
+        None => false,
+        Some(Value::String(text)) => !text.trim().is_empty(),
+        Some(_) => true,
+    }
+}
+
+/// True for the fields that [`check`] wants to say something.
+fn is_required(field: Field) -> bool {
+    matches!(
+        field,
+        Field::Title
+            | Field::Summary
+            | Field::Components
+            | Field::Decisions
+            | Field::Findings
+            | Field::Changes
+            | Field::Options
+            | Field::Outcome
+    )
+}
+
 /// What a document of the right shape may still lack.
 fn check(spec: &Spec, fields: &[Field]) -> Vec<Fault> {
     let mut faults = Vec::new();
     for field in fields {
-        let mut fault = |text: String| faults.push(Fault { field: Some(*field), text });
+        // A diagram is there and does not render; all else that is found here was not written.
+        let cure = if *field == Field::Diagrams { Cure::Form } else { Cure::Content };
+        let mut fault = |text: String| faults.push(Fault { field: Some(*field), text, cure });
         let mut wanted = |missing: bool, what: &str| {
             if missing {
                 fault(format!("There is no {what}."));
@@ -415,8 +501,9 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
     use proptest::prelude::*;
+    use serde_json::json;
 
-    use super::*;
+    use super::{super::testing::good_spec, *};
 
     const FIELDS: &[Field] = &[Field::Title, Field::Summary, Field::Context, Field::OpenQuestions];
     const GOOD: &str = r#"{"title":"T","summary":"S","context":[{"text":"A fact","citations":[1]}],"open_questions":["Why?"]}"#;
@@ -487,6 +574,68 @@ mod tests {
         let worse = document(r#"{"decisions":[]}"#, &[Field::Decisions]).unwrap();
         let kept = base.patched(&worse, &[Field::Decisions], Kind::Spec);
         assert_eq!(kept.faults.len(), 1);
+        assert_eq!(kept.spec.decisions.len(), 1, "nothing is no mend");
+    }
+
+    #[test]
+    fn what_a_document_must_say_counts_more_than_the_number_of_faults() {
+        let kind = Kind::Spec;
+        let whole = good_spec().to_string();
+        let rich = document(&whole[..whole.find("\"observability\"").unwrap() + 20], kind.fields()).unwrap();
+        let stub = document(
+            r#"{"title":"T","summary":"S","context":[{"text":"c","citations":[]}],"requirements":{"functional":[],"non_functional":[]},"components":[],"decisions":[],"diagrams":[],"deployment":[],"scaling":[],"security":[],"observability":[],"risks":[],"open_questions":["Why?"]}"#,
+            kind.fields(),
+        )
+        .unwrap();
+        assert!(rich.faults.len() > stub.faults.len(), "{:?} {:?}", rich.faults, stub.faults);
+        assert!(stub.is_worse_than(&rich, kind) && !rich.is_worse_than(&stub, kind));
+
+        let longer =
+            document(&whole[..whole.find("\"Count takeovers").unwrap() + 12], kind.fields()).unwrap();
+        let shorter =
+            document(&whole[..whole.find("\"Count takeovers").unwrap() + 8], kind.fields()).unwrap();
+        assert!(shorter.is_worse_than(&longer, kind) && !longer.is_worse_than(&shorter, kind));
+    }
+
+    #[test]
+    fn a_fault_says_whether_something_has_to_be_written() {
+        let reading = |change: fn(&mut Value)| {
+            let mut answer = good_spec();
+            change(&mut answer);
+            document(&answer.to_string(), Kind::Spec.fields()).unwrap()
+        };
+        let form = [
+            reading(|answer| answer["diagrams"][0]["mermaid"] = json!("flowchart LR\n a[(] --> b")),
+            reading(|answer| answer["risks"][0]["severity"] = json!("grave")),
+            reading(|answer| answer["summary"] = json!(["S"])),
+        ];
+        let content = [
+            reading(|answer| answer["decisions"] = json!([])),
+            reading(|answer| answer["decisions"][0]["alternatives"] = json!([])),
+            reading(|answer| answer["security"] = Value::Null),
+            reading(|answer| answer["security"][0]["citations"] = json!(["docs/a.md"])),
+            reading(|answer| _ = answer.as_object_mut().unwrap().remove("scaling")),
+        ];
+        for reading in form {
+            assert!(!reading.faults.is_empty() && !reading.lacks_content(), "{:?}", reading.faults);
+        }
+        for reading in content {
+            assert!(reading.lacks_content(), "{:?}", reading.faults);
+        }
+    }
+
+    #[test]
+    fn what_is_no_document_is_called_what_it_is() {
+        for (answer, what) in [
+            ("Sure! Use Redis.", "not a JSON object"),
+            ("[1, 2]", "not a JSON object"),
+            ("{\"title\"", "not a JSON object"),
+            ("{\"answer\": \"Use Redis\"}", "none of the fields"),
+            ("I thought: {\"answer\": 1}", "none of the fields"),
+        ] {
+            assert_eq!(document(answer, Kind::Spec.fields()), None);
+            assert!(instead_of_a_document(answer).contains(what), "{answer}");
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@
 use std::sync::LazyLock;
 
 use atlas_shared::model::JsonSchema;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::spec::{Field, Kind};
@@ -116,16 +117,33 @@ fn claims() -> Value {
     array(object([("text", string()), ("citations", citations())]))
 }
 
+/// What it takes to mend a fault.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Cure {
+    /// Something has to be written that is not there: nobody can without knowing what the document is about.
+    #[default]
+    Content,
+    /// What is there has to be put in another form.
+    Form,
+}
+
 /// Deeper values than this are dropped: no schema of ours nests as deep.
 const MAX_DEPTH: usize = 12;
 
 /// Bends `value` into the shape of `schema`. The result always fits; every place where something
-/// was missing, of another type or not known is told to `fault` by its path.
-pub(super) fn coerce(value: Value, schema: &Value, fault: &mut dyn FnMut(String)) -> Value {
+/// was missing, of another type or not known is told to `fault` by its path, with what it takes to mend it.
+pub(super) fn coerce(value: Value, schema: &Value, fault: &mut dyn FnMut(Cure, String)) -> Value {
     bend(value, schema, "", MAX_DEPTH, fault)
 }
 
-fn bend(value: Value, schema: &Value, path: &str, depth: usize, fault: &mut dyn FnMut(String)) -> Value {
+fn bend(
+    value: Value,
+    schema: &Value,
+    path: &str,
+    depth: usize,
+    fault: &mut dyn FnMut(Cure, String),
+) -> Value {
     let here = if path.is_empty() { "the answer" } else { path };
     if depth == 0 {
         return empty(schema);
@@ -135,12 +153,12 @@ fn bend(value: Value, schema: &Value, path: &str, depth: usize, fault: &mut dyn 
             let mut given = match value {
                 Value::Object(map) => map,
                 Value::Null => {
-                    fault(format!("`{here}` must be an object, not null"));
+                    fault(Cure::Content, format!("`{here}` must be an object, not null"));
                     Map::new()
                 }
                 // A bare text where a claim is wanted: the text is what was meant.
                 other => {
-                    fault(format!("`{here}` must be an object"));
+                    fault(Cure::Form, format!("`{here}` must be an object"));
                     first_text_property(schema)
                         .map(|name| Map::from_iter([(name.to_owned(), other)]))
                         .unwrap_or_default()
@@ -152,7 +170,7 @@ fn bend(value: Value, schema: &Value, path: &str, depth: usize, fault: &mut dyn 
                 let bent = if let Some(value) = given.remove(name) {
                     bend(value, schema, &inner, depth - 1, fault)
                 } else {
-                    fault(format!("`{inner}` is missing"));
+                    fault(Cure::Content, format!("`{inner}` is missing"));
                     empty(schema)
                 };
                 shaped.insert(name.clone(), bent);
@@ -163,12 +181,12 @@ fn bend(value: Value, schema: &Value, path: &str, depth: usize, fault: &mut dyn 
             let items = match value {
                 Value::Array(items) => items,
                 Value::Null => {
-                    fault(format!("`{here}` must be an array, not null"));
+                    fault(Cure::Content, format!("`{here}` must be an array, not null"));
                     Vec::new()
                 }
                 Value::String(text) if text.trim().is_empty() => Vec::new(),
                 single => {
-                    fault(format!("`{here}` must be an array"));
+                    fault(Cure::Form, format!("`{here}` must be an array"));
                     vec![single]
                 }
             };
@@ -177,7 +195,7 @@ fn bend(value: Value, schema: &Value, path: &str, depth: usize, fault: &mut dyn 
                 if schema["items"]["type"] == "integer" {
                     match as_integer(&item) {
                         Some(number) => shaped.push(json!(number)),
-                        None => fault(format!("`{here}[{index}]` must be a passage number")),
+                        None => fault(Cure::Content, format!("`{here}[{index}]` must be a passage number")),
                     }
                 } else {
                     shaped.push(bend(item, &schema["items"], &format!("{path}[{index}]"), depth - 1, fault));
@@ -189,11 +207,11 @@ fn bend(value: Value, schema: &Value, path: &str, depth: usize, fault: &mut dyn 
             let text = match value {
                 Value::String(text) => text,
                 Value::Null => {
-                    fault(format!("`{here}` must be a string, not null"));
+                    fault(Cure::Content, format!("`{here}` must be a string, not null"));
                     String::new()
                 }
                 other => {
-                    fault(format!("`{here}` must be a string"));
+                    fault(Cure::Form, format!("`{here}` must be a string"));
                     flatten(&other, depth)
                 }
             };
@@ -202,7 +220,7 @@ fn bend(value: Value, schema: &Value, path: &str, depth: usize, fault: &mut dyn 
                 Some(words) => {
                     let wanted = text.trim().to_lowercase();
                     words.iter().find(|word| word.as_str() == Some(&wanted)).cloned().unwrap_or_else(|| {
-                        fault(format!("`{here}` must be one of {}", Value::Array(words.clone())));
+                        fault(Cure::Form, format!("`{here}` must be one of {}", Value::Array(words.clone())));
                         // A word we do not know is no reason to call something harmless.
                         if wanted == "critical" { json!("high") } else { json!("medium") }
                     })
@@ -338,7 +356,7 @@ mod tests {
             "risks": {"risk": "r", "severity": "CRITICAL", "mitigation": "m", "citations": 4},
         });
         let fields = [Field::Title, Field::Summary, Field::Context, Field::Risks, Field::OpenQuestions];
-        let bent = coerce(given, &of_fields(&fields), &mut |fault| faults.push(fault));
+        let bent = coerce(given, &of_fields(&fields), &mut |_, fault| faults.push(fault));
         let spec: Spec = serde_json::from_value(bent).unwrap();
         assert_eq!(spec.title, "A; B");
         assert_eq!(spec.context[0].text, "plain text");
@@ -381,7 +399,7 @@ mod tests {
         #[test]
         fn whatever_comes_fits_the_types_after_bending(value in any_json()) {
             for kind in Kind::ALL {
-                let bent = coerce(value.clone(), of_kind(kind).value(), &mut |_| {});
+                let bent = coerce(value.clone(), of_kind(kind).value(), &mut |_, _| {});
                 prop_assert!(serde_json::from_value::<Spec>(bent).is_ok());
             }
         }
