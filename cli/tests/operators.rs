@@ -292,7 +292,7 @@ async fn the_budget_is_set_for_the_fleet_and_its_history_kept() {
     store.defer_run(run.lease, Tokens(9000), "architect_out", &answer(waiting, "wait"), &[]).await.unwrap();
 
     let set = sandbox.atlas(&["budget", "set", "--daily", "500000", "--per-run", "20000"]).ok();
-    assert_eq!(set.stdout, "daily limit: 250,000 -> 500,000\nlimit a run: 12,000 -> 20,000\n");
+    assert_eq!(set.stdout, "daily limit: 250,000 -> 500,000\nlimit a run: 24,000 -> 20,000\n");
     assert!(set.stderr.contains(&waiting.to_string()) && set.stderr.contains("9,000"), "{}", set.stderr);
     let tenant = sandbox.atlas(&["budget", "set", "--tenant", "acme", "--daily", "50000"]).ok();
     assert_eq!(tenant.stdout, "daily limit of tenant acme: none -> 50,000\n");
@@ -321,7 +321,7 @@ async fn the_budget_is_set_for_the_fleet_and_its_history_kept() {
     assert!(daily.stderr.contains(&waiting.to_string()), "{}", daily.stderr);
     sandbox.atlas(&["budget", "set", "--daily", "7"]).ok();
     let both = sandbox.atlas(&["budget", "reset"]).ok().stdout;
-    assert_eq!(both, "daily limit: 7 -> 250,000\nlimit a run: 20,000 -> 12,000\n");
+    assert_eq!(both, "daily limit: 7 -> 250,000\nlimit a run: 20,000 -> 24,000\n");
     let again = sandbox.atlas(&["budget", "reset", "--json"]).ok().json();
     assert_eq!(again["before"], again["after"]);
     sandbox.atlas(&["budget", "set", "--tenant", "acme", "--daily", "5"]).ok();

@@ -198,9 +198,9 @@ pub static SETTINGS: &[Setting] = &[
     ),
     setting(
         "TOKEN_BUDGET_PER_RUN",
-        Some("12000"),
+        Some("24000"),
         Group::Budget,
-        "Tokens one run may bill, all its calls together.",
+        "Tokens one run may bill, all its calls together: a ceiling, with room for a search and a repair; most runs need half.",
     ),
     setting(
         "DAILY_TOKEN_BUDGET",
