@@ -123,6 +123,7 @@ pub(crate) async fn execute(
         began,
         model: None,
         fallbacks: Vec::new(),
+        token_use: Value::Null,
         stages: Map::new(),
         chunks: Arc::new(AtomicU32::new(context.config.worker.stream_chunks)),
         rest: None,
@@ -178,6 +179,8 @@ struct Run<'a> {
     model: Option<String>,
     /// Why models of the chain were given up.
     fallbacks: Vec<String>,
+    /// What the answered calls billed, and for what.
+    token_use: Value,
     /// Milliseconds a stage, for the answer's metadata.
     stages: Map<String, Value>,
     /// Messages with text that may still be sent.
@@ -219,6 +222,7 @@ impl Run<'_> {
         let mut draft = match restore(&self.task, steps) {
             Some(draft) => {
                 self.fallbacks.extend(draft.refusals());
+                self.token_use = draft.token_use();
                 draft
             }
             None => {
@@ -406,8 +410,7 @@ impl Run<'_> {
         let mut counted = calls.models(self.task.options.model.as_deref(), &refused_by);
         if counted.is_empty() {
             // Another worker's chain was longer.
-            let why = draft.refusals().last().unwrap_or_default();
-            draft.cannot_call("model_refused", &why);
+            draft.cannot_call("model_refused", "no other one is configured.");
             return Ok(None);
         }
         let mut others = counted.split_off(1);
@@ -415,12 +418,8 @@ impl Run<'_> {
             let bound = |model: &String| calls.model.prompt_tokens_upper_bound(model, request);
             models.iter().map(bound).max().unwrap_or_default()
         };
-        if draft.is_repairing() {
-            self.progress(
-                "repairing",
-                draft.percent(),
-                "The answer has faults: asking for them to be mended.",
-            );
+        if let Some(why) = draft.repair() {
+            self.progress("repairing", draft.percent(), why);
         }
         // Set once a whole day's limit is less than the call wants.
         let mut too_large_for_any_day = None;
@@ -557,12 +556,13 @@ impl Run<'_> {
         self.waited += waited;
         self.spent += usage.total();
         draft.billed(&sent.parts, &model, usage, matches!(settlement.closing, Closing::Assumed));
+        self.token_use = draft.token_use();
         self.fallbacks.extend(fallbacks);
-        if self.has_others(draft, &model) && draft.refused(&model, &answer) {
-            tracing::warn!(task_id = %self.task.task_id, model, error_code = "model_refused", "asking the next model");
-            self.fallbacks.extend(draft.refusals().last());
-        } else {
+        if !self.has_others(draft, &model) {
             draft.answered(&answer);
+        } else if draft.refused(&model, &answer) || draft.answered_by(&model, &answer) {
+            tracing::warn!(task_id = %self.task.task_id, model, error_code = "model_given_up", "asking the next model");
+            self.fallbacks.extend(draft.refusals().last());
         }
         self.model = Some(model);
         let checkpoint =
@@ -636,6 +636,10 @@ impl Run<'_> {
         }
         if !self.fallbacks.is_empty() {
             answer.metadata.insert("fallbacks".to_owned(), json!(self.fallbacks));
+        }
+        let answered = answer.metadata.remove("token_use").unwrap_or_else(|| self.token_use.clone());
+        if let Some(token_use) = token_use(answered, self.spent) {
+            answer.metadata.insert("token_use".to_owned(), token_use);
         }
         let mut timings = self.stages.clone();
         timings.insert("total".to_owned(), json!(millis(self.began.elapsed())));
@@ -837,6 +841,25 @@ impl Run<'_> {
         answer.metadata.insert("attempt".to_owned(), json!(self.lease.attempt));
         answer
     }
+}
+
+/// Where a run's tokens went, so that it adds up to what it `spent`: what the `answered` calls billed, and
+/// what was booked for calls that brought no answer.
+fn token_use(mut answered: Value, spent: Tokens) -> Option<Value> {
+    if spent == Tokens(0) {
+        return None;
+    }
+    let tokens = |call: &Value| ["prompt", "completion"].map(|name| call[name].as_u64().unwrap_or(0));
+    let calls = answered["calls"].as_array();
+    let billed: u64 = calls.into_iter().flatten().flat_map(tokens).sum();
+    if answered.is_null() {
+        answered = json!({"calls": [], "prompt": {}});
+    }
+    let lost = spent.saturating_sub(Tokens(billed));
+    if lost > Tokens(0) {
+        answered["lost"] = json!(lost);
+    }
+    Some(answered)
 }
 
 /// Why passages did not come.

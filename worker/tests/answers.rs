@@ -23,7 +23,7 @@ use support::Stack;
 
 const REQUEST: &str = "Design the event bus of our billing platform. No event may be lost.";
 /// `TOKEN_BUDGET_PER_RUN`'s default.
-const RUN_LIMIT: u64 = 12_000;
+const RUN_LIMIT: u64 = 24_000;
 
 /// What came of a request, after the checks that every scenario has in common.
 struct Outcome {
@@ -75,7 +75,26 @@ async fn within(stack: Stack, check: impl Fn(u64, u64)) -> Outcome {
     let metrics = worker.registry.render().unwrap();
     worker.drain().await;
     assert_eq!(answer.metadata["tokens"], ledger, "the answer says what the run cost");
+    assert_eq!(accounted(&answer), ledger, "and where it went: {:?}", answer.metadata.get("token_use"));
+    if answer.msg_type == AnswerType::Spec && answer.metadata.get("fallbacks").is_none() {
+        let paid = steps(&answer).iter().any(|step| step.starts_with("repair"));
+        assert_eq!(answer.metadata["repaired"], paid, "{:?}", steps(&answer));
+    }
     Outcome { answer, billed, metrics }
+}
+
+/// What `token_use` adds up to.
+fn accounted(answer: &Answer) -> u64 {
+    let Some(token_use) = answer.metadata.get("token_use") else { return 0 };
+    let tokens = |call: &Value| call["prompt"].as_u64().unwrap() + call["completion"].as_u64().unwrap();
+    let calls: u64 = token_use["calls"].as_array().into_iter().flatten().map(tokens).sum();
+    calls + token_use["lost"].as_u64().unwrap_or(0)
+}
+
+/// The calls that were answered.
+fn steps(answer: &Answer) -> Vec<&str> {
+    let calls = answer.metadata.get("token_use").and_then(|token_use| token_use["calls"].as_array());
+    calls.into_iter().flatten().map(|call| call["step"].as_str().unwrap()).collect()
 }
 
 /// The fault strikes the first `times` calls.
@@ -328,6 +347,100 @@ async fn an_empty_answer_is_asked_for_once_more() {
     assert_eq!(done.error_code(), "empty_answer");
 }
 
+/// Two fallbacks, and a first model whose answers are of no use, twice.
+#[tokio::test]
+async fn a_model_that_is_of_no_use_twice_is_given_up_for_the_next() {
+    for (fault_name, times, steps_before, why) in [
+        ("empty", 2, 2, "gave an empty answer, twice"),
+        ("tool_loop", 5, 5, "asked for searches that were not on offer"),
+        ("not_json", 2, 2, "did not give a document"),
+    ] {
+        let stack = Stack::start().await.with("OPENAI_FALLBACK_MODELS", "gpt-4.1-mini,gpt-4o");
+        let stack = stack.with("TOKEN_BUDGET_PER_RUN", "60000");
+        let done = within(stack.script(fault(fault_name, times)), |ledger, billed| {
+            assert_eq!(ledger, billed);
+        })
+        .await;
+        assert_eq!(done.meta("incomplete"), false, "{}", done.markdown());
+        assert_eq!(done.meta("model"), "gpt-4.1-mini");
+        let reasons = done.meta("fallbacks").as_array().unwrap();
+        assert_eq!(reasons.len(), 1, "{reasons:?}");
+        let reason = reasons[0].as_str().unwrap();
+        assert!(reason.starts_with("gpt-4.1: ") && reason.contains(why), "{reason}");
+        let token_use = &done.meta("token_use")["calls"];
+        assert_eq!(token_use.as_array().unwrap().len(), steps_before + 1, "{token_use}");
+    }
+}
+
+#[tokio::test]
+async fn when_no_model_is_of_use_the_error_says_what_happened() {
+    let stack = Stack::start().await.with("OPENAI_FALLBACK_MODELS", "gpt-4.1-mini");
+    let stack = stack.with("TOKEN_BUDGET_PER_RUN", "60000").script(fault("tool_loop", ALWAYS));
+    let done = within(stack, |ledger, billed| assert_eq!(ledger, billed)).await;
+    assert_eq!(done.error_code(), "empty_answer");
+    let message = done.answer.content.as_str().unwrap();
+    assert!(message.starts_with("None of the 2 models that were asked wrote a document"), "{message}");
+    assert!(message.contains("searches that were not on offer") && !message.contains("empty"), "{message}");
+    assert_eq!(done.meta("fallbacks").as_array().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_next_model_that_cannot_be_paid_is_named_besides_what_the_first_one_did() {
+    let stack = Stack::start().await.with("OPENAI_FALLBACK_MODELS", "gpt-4.1-mini");
+    let done = exactly(stack.with("TOKEN_BUDGET_PER_RUN", "5000").script(fault("empty", ALWAYS))).await;
+    let message = done.answer.content.as_str().unwrap();
+    assert_eq!(done.error_code(), "empty_answer", "{message}");
+    assert!(
+        message.contains("gave an empty answer, twice") && message.contains("Raise TOKEN_BUDGET_PER_RUN"),
+        "{message}"
+    );
+}
+
+#[tokio::test]
+async fn a_repair_that_cannot_be_paid_is_not_called_one() {
+    let stack = Stack::start().await.with("TOKEN_BUDGET_PER_RUN", "7000").script(fault("endless", ALWAYS));
+    let done = exactly(stack).await;
+    assert_eq!(steps(&done.answer), ["draft.0"]);
+    assert_eq!(done.meta("repaired"), false);
+    assert!(!done.markdown().contains("one repair"), "{}", done.markdown());
+    assert!(done.markdown().contains("could not be made"), "{}", done.markdown());
+}
+
+/// Fifteen passages of the longest that the gateway gives (`RAG_TOP_K`, `PASSAGE_TOKENS`).
+fn as_much_as_is_found(request: &QueryChatRequest) -> Vec<Passage> {
+    let collection = request.collection.clone().unwrap_or_default();
+    let text = |n: u32| (0..100).map(|word| format!("part{n}word{word}")).collect::<Vec<_>>().join(" ");
+    (0..15).map(|n| Passage::of_lines(&collection, &format!("docs/{n}.md"), 1, &text(n))).collect()
+}
+
+#[tokio::test]
+async fn the_default_limit_leaves_room_for_a_search_beside_all_that_was_found() {
+    let search = json!([{"tool_calls": [{"arguments": {"query": "dead letters"}}]}]);
+    let stack = Stack::with_search(Arc::new(as_much_as_is_found)).await.script(search.clone());
+    let done = exactly(stack).await;
+    assert_eq!(done.meta("searches"), 1, "{:?}", done.answer.metadata);
+    assert_eq!(done.meta("passages_left_out"), 0);
+    assert_eq!(done.meta("incomplete"), false);
+    let why = done.meta("search_left_out").as_str().unwrap();
+    assert!(why.contains("no room for another search"), "{why}");
+
+    let stack = Stack::with_search(Arc::new(as_much_as_is_found)).await;
+    let done = exactly(stack.with("TOKEN_BUDGET_PER_RUN", "12000")).await;
+    assert_eq!(done.meta("searches"), 0);
+    let why = done.meta("search_left_out").as_str().unwrap();
+    assert!(why.contains("TOKEN_BUDGET_PER_RUN"), "{why}");
+}
+
+#[tokio::test]
+async fn the_default_limit_leaves_room_for_a_second_try_after_a_lost_answer() {
+    for lost in ["truncated", "drop"] {
+        let stack = Stack::with_search(Arc::new(as_much_as_is_found)).await.script(fault(lost, 1));
+        let done = at_most(stack).await;
+        assert!(done.markdown().contains("## Decisions"));
+        assert!(done.meta("token_use")["lost"].as_u64().unwrap() > 4_000, "{:?}", done.meta("token_use"));
+    }
+}
+
 #[tokio::test]
 async fn an_answer_of_50_000_tokens_is_stopped_by_the_cap_and_asked_for_again_shorter() {
     let done = exactly(Stack::start().await.script(fault("endless", 1))).await;
@@ -539,7 +652,29 @@ async fn a_deadline_stops_a_call_under_way_and_books_it() {
     let (ledger, billed) = stack.books().await;
     assert!(ledger >= billed && billed > 0, "the call that was in flight is booked as spent");
     assert_eq!(answer.metadata["tokens"], ledger, "and its requester is told");
+    assert_eq!(accounted(&answer), ledger);
     worker.drain().await;
+}
+
+#[tokio::test]
+async fn watchers_are_told_what_a_second_call_is_for() {
+    for (script, told) in [
+        (fault("empty", 1), "The answer was empty"),
+        (fault("length", 1), "The answer was cut off"),
+        (fault("tool_loop", 4), "The model asked for more searches"),
+        (fault("broken_mermaid", 1), "The answer has faults"),
+    ] {
+        let stack = Stack::start().await.script(script);
+        let worker = stack.worker().await;
+        let messages = stack.messages(REQUEST, json!({})).await;
+        let repairs: Vec<&str> = messages
+            .iter()
+            .filter(|message| message.metadata.get("stage").is_some_and(|stage| stage == "repairing"))
+            .map(|message| message.content.as_str().unwrap())
+            .collect();
+        assert!(repairs.len() == 1 && repairs[0].starts_with(told), "{told}: {repairs:?}");
+        worker.drain().await;
+    }
 }
 
 #[tokio::test]

@@ -443,10 +443,18 @@ fn show(ui: Ui, detail: &RunDetail) {
     if let Some(model) = &detail.run.model {
         field("model", model);
     }
-    field(
-        "tokens",
-        &format!("{} prompt, {} completion", thousands(tokens_prompt.0), thousands(tokens_completion.0)),
+    // What a call billed that was cut off nobody knows: its bound is what counts.
+    let assumed = detail.ledger.iter().filter(|call| call.state == EntryState::Assumed);
+    let assumed = match assumed.map(|call| call.actual.0).sum::<u64>() {
+        0 => String::new(),
+        tokens => format!(", {} assumed", thousands(tokens)),
+    };
+    let tokens = format!(
+        "{} prompt, {} completion{assumed}",
+        thousands(tokens_prompt.0),
+        thousands(tokens_completion.0)
     );
+    field("tokens", &tokens);
     if let Some(code) = &detail.run.error_code {
         field("error", &format!("{code}: {}", detail.run.error_message.as_deref().unwrap_or_default()));
     }

@@ -10,6 +10,7 @@ use super::{
     clean,
     prompt::parent_text,
     read::{Fault, Reading},
+    schema::Cure,
     spec::{Change, Field, Kind, Spec},
     words,
 };
@@ -175,9 +176,9 @@ pub(super) fn set_faults(parent: &Spec, reading: &mut Reading) {
         );
         // What is gone can be mended in two places.
         if it.dropped {
-            reading.faults.push(Fault { field: Some(it.field), text: text.clone() });
+            reading.faults.push(Fault { field: Some(it.field), text: text.clone(), cure: Cure::Content });
         }
-        reading.faults.push(Fault { field: Some(Field::Changes), text });
+        reading.faults.push(Fault { field: Some(Field::Changes), text, cure: Cure::Content });
     }
 }
 

@@ -178,20 +178,30 @@ pub struct Draft {
     /// What the calls so far billed, and for what.
     #[serde(default)]
     token_use: TokenUse,
-    /// Who would not write it.
+    /// Who would not write it, or could not.
     #[serde(default)]
     refusals: Vec<Refusal>,
+    /// True when the last call that could have asked for a search was not offered one, for want of tokens.
+    #[serde(default)]
+    search_left_out: bool,
     /// The best document so far, from an answer that had faults.
     fallback: Option<Reading>,
     stage: Stage,
 }
 
-/// A model that would not write the document.
+/// A model that would not write the document, or whose answers were of no use, twice.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Refusal {
     model: String,
     why: String,
+    /// The error code of a document that nobody writes after it; empty in a checkpoint of an earlier
+    /// version.
+    #[serde(default)]
+    code: String,
 }
+
+/// Codes of answers that are of no use: another model may do better.
+const OF_NO_USE: &[&str] = &["empty_answer", "invalid_answer", "answer_too_long"];
 
 /// What a prompt is made of, in bytes.
 #[derive(Clone, Debug)]
@@ -332,6 +342,7 @@ impl Draft {
             repaired: None,
             token_use: TokenUse::default(),
             refusals: Vec::new(),
+            search_left_out: false,
             fallback: None,
             stage,
         }
@@ -361,7 +372,38 @@ impl Draft {
 
     /// True while the pending call is the one repair round.
     pub fn is_repairing(&self) -> bool {
-        matches!(self.stage, Stage::Drafting { again: Some(_) } | Stage::Mending { .. })
+        self.repair_reason().is_some()
+    }
+
+    /// Why the pending call is the one repair round, in a word.
+    fn repair_reason(&self) -> Option<&'static str> {
+        match &self.stage {
+            Stage::Drafting { again } => again.map(prompt::Again::as_str),
+            Stage::Mending { .. } => Some("faults"),
+            Stage::Searching { .. } | Stage::Finished { .. } | Stage::Failed(_) => None,
+        }
+    }
+
+    /// What the pending call is for if it is the one repair round, for whoever watches.
+    pub fn repair(&self) -> Option<&'static str> {
+        Some(match &self.stage {
+            Stage::Drafting { again } => match (*again)? {
+                prompt::Again::Shorter => {
+                    "The answer was cut off at its length limit: asking for a shorter one."
+                }
+                prompt::Again::Empty => "The answer was empty: asking once more.",
+                prompt::Again::NoTools => {
+                    "The model asked for more searches than it may make: asking it to write."
+                }
+            },
+            Stage::Mending { .. } => "The answer has faults: asking for them to be mended.",
+            Stage::Searching { .. } | Stage::Finished { .. } | Stage::Failed(_) => return None,
+        })
+    }
+
+    /// What the calls that were answered billed, and for what: `metadata.token_use`.
+    pub fn token_use(&self) -> Value {
+        json!(self.token_use)
     }
 
     /// Notes what the pending call billed, whose request was made of these [parts](Self::prompt_parts);
@@ -452,6 +494,7 @@ impl Draft {
                 degraded: self.degraded.as_deref(),
                 searches: self.searches,
                 repaired: self.repaired.as_deref(),
+                search_left_out: self.search_left_out,
                 token_use: &self.token_use,
                 source_urls: &self.options.source_urls,
             }))),
@@ -477,22 +520,44 @@ impl Draft {
         }
     }
 
-    /// Models that refused and are not to be asked again.
+    /// Models that refused, or were of no use, and are not to be asked again.
     pub fn refused_by(&self) -> Vec<String> {
         self.refusals.iter().map(|refusal| refusal.model.clone()).collect()
     }
 
-    /// Why they refused, one a model: for `metadata.fallbacks`.
+    /// Why, one a model: for `metadata.fallbacks`.
     pub fn refusals(&self) -> impl Iterator<Item = String> {
-        self.refusals.iter().map(|Refusal { model, why }| format!("{model}: {why}"))
+        self.refusals.iter().map(|Refusal { model, why, .. }| format!("{model}: {why}"))
     }
 
     /// Takes the answer of `model` if it is a refusal: the pending call is then to be made with another
     /// one. False: it is none; give it to [`answered`](Self::answered).
     pub fn refused(&mut self, model: &str, answer: &ChatAnswer) -> bool {
-        let Some(Failure { message, .. }) = refused(answer) else { return false };
-        self.refusals.push(Refusal { model: model.to_owned(), why: message });
+        let Some(Failure { code, message }) = refused(answer) else { return false };
+        self.refusals.push(Refusal { model: model.to_owned(), why: message, code });
         true
+    }
+
+    /// As [`answered`](Self::answered), where another model may be asked after this one. True: the answers of
+    /// `model` are of no use, and the pending call is to be made with another one, which starts afresh.
+    pub fn answered_by(&mut self, model: &str, answer: &ChatAnswer) -> bool {
+        if self.pending_call().is_none() {
+            return false;
+        }
+        self.take(answer);
+        match &self.stage {
+            Stage::Failed(Failure { code, message }) if OF_NO_USE.contains(&code.as_str()) => {
+                let (why, code) = (message.clone(), code.clone());
+                self.refusals.push(Refusal { model: model.to_owned(), why, code });
+                self.repaired = None;
+                self.stage = Stage::Drafting { again: None };
+                true
+            }
+            _ => {
+                self.explain();
+                false
+            }
+        }
     }
 
     /// True while the model is offered the search tool in the next call.
@@ -693,6 +758,7 @@ impl Draft {
         // Without passages it is at most as long: most requests need no closer look.
         if prompt + prompt + rest <= available {
             self.may_search = true;
+            self.search_left_out = false;
             return;
         }
         let bare = {
@@ -702,12 +768,46 @@ impl Draft {
         };
         let passages = Tokens(prompt.saturating_sub(bare).0 / 2);
         self.may_search = prompt + bare + passages + rest <= available;
+        self.search_left_out = !self.may_search;
     }
 
     /// Takes the model's answer to the call that [`next`](Self::next) gave.
     pub fn answered(&mut self, answer: &ChatAnswer) {
+        if self.pending_call().is_some() {
+            self.take(answer);
+            self.explain();
+        }
+    }
+
+    /// Says of a failure what others did before, and what can be done about it.
+    fn explain(&mut self) {
+        let asked = self.refusals.len() + 1;
+        let Stage::Failed(Failure { code, message }) = &mut self.stage else { return };
+        if asked > 1 {
+            *message = format!(
+                "None of the {asked} models that were asked wrote a document (metadata.fallbacks says why). \
+                 The last one: {message}"
+            );
+        }
+        let advice = match code.as_str() {
+            "empty_answer" => "Try again, or try another model (OPENAI_MODEL, OPENAI_FALLBACK_MODELS).",
+            "invalid_answer" => {
+                "Try another model (OPENAI_MODEL, OPENAI_FALLBACK_MODELS) or another OPENAI_RESPONSE_FORMAT."
+            }
+            "answer_too_long" => {
+                "Raise OPENAI_MAX_COMPLETION_TOKENS and TOKEN_BUDGET_PER_RUN, or ask for less."
+            }
+            _ => return,
+        };
+        *message = format!("{message} {advice}");
+    }
+
+    fn take(&mut self, answer: &ChatAnswer) {
         if self.shows_passages() {
             self.shelf.mark_given();
+        }
+        if let Some(reason) = self.repair_reason() {
+            self.repaired = Some(reason.to_owned());
         }
         let unfenced = self.without_fence(answer);
         let answer = unfenced.as_ref().unwrap_or(answer);
@@ -747,10 +847,7 @@ impl Draft {
                     self.start_over(prompt::Again::Shorter);
                 }
                 None => self.start_over(why),
-                Some(_) => self.settle_for_fallback(failure(
-                    "empty_answer",
-                    "The model gave an empty answer twice. Try again, or try another model (OPENAI_MODEL).",
-                )),
+                Some(first) => self.settle_for_fallback(failure("empty_answer", &nothing_twice(first, why))),
             };
         }
 
@@ -790,10 +887,13 @@ impl Draft {
                     ),
                 };
                 self.keep_the_better(reading);
-                if again.is_some() {
-                    return self.settle_for_fallback(not_a_document());
+                if let Some(first) = again {
+                    let message = format!(
+                        "The model {}; asked again, it gave no document of the wanted shape.",
+                        did(first)
+                    );
+                    return self.settle_for_fallback(failure("invalid_answer", &message));
                 }
-                self.repaired = Some("faults".to_owned());
                 let shown = clean::cut(&shown, MAX_MEND_CHARS);
                 self.stage = Stage::Mending { fields, faults, shown, anew };
             }
@@ -816,11 +916,13 @@ impl Draft {
             }
             self.keep_the_better(Some(whole));
         }
-        self.settle_for_fallback(not_a_document());
+        self.settle_for_fallback(failure(
+            "invalid_answer",
+            "The model did not give a document of the wanted shape, and mending it failed too.",
+        ));
     }
 
     fn start_over(&mut self, again: prompt::Again) {
-        self.repaired = Some(again.as_str().to_owned());
         self.stage = Stage::Drafting { again: Some(again) };
     }
 
@@ -847,7 +949,12 @@ impl Draft {
             notes.push(Note::Shortened);
         }
         if reading.faults.iter().any(|fault| fault.field != Some(Field::Diagrams)) {
-            notes.push(Note::Incomplete(reading.fault_lines()));
+            let faults = reading.fault_lines();
+            notes.push(if self.repaired.is_some() {
+                Note::Incomplete(faults)
+            } else {
+                Note::Unmended(faults)
+            });
         }
         if self.subject.is_cut() {
             notes.push(Note::SubjectCut);
@@ -866,9 +973,28 @@ impl Draft {
     /// The pending call cannot be made (budget, or every model failed for good): the best document
     /// so far is the result, or the run fails with this code and message.
     pub fn cannot_call(&mut self, code: &str, message: &str) {
-        if matches!(self.stage, Stage::Drafting { .. } | Stage::Mending { .. }) {
-            self.settle_for_fallback(failure(code, message));
+        if !matches!(self.stage, Stage::Drafting { .. } | Stage::Mending { .. }) {
+            return;
         }
+        let failure = match self.refusals.last() {
+            _ if self.is_repairing() => {
+                let did = match &self.stage {
+                    Stage::Drafting { again: Some(first) } => did(*first),
+                    _ => "gave no document of the wanted shape",
+                };
+                failure(code, &format!("The model {did}. It could not be asked again: {message}"))
+            }
+            // What the models did is the reason; that no other one could be asked comes after it.
+            Some(last) if !last.code.is_empty() => failure(
+                &last.code,
+                &format!(
+                    "{}. The call to the next model could not be made: {message}",
+                    last.why.trim_end_matches('.')
+                ),
+            ),
+            _ => failure(code, message),
+        };
+        self.settle_for_fallback(failure);
     }
 
     fn asked_for_searches(&mut self, calls: &[ToolCall]) {
@@ -970,20 +1096,25 @@ fn failure(code: &str, message: &str) -> Failure {
     Failure { code: code.to_owned(), message: message.to_owned() }
 }
 
-fn not_a_document() -> Failure {
-    failure(
-        "invalid_answer",
-        "The model did not give a document of the wanted shape, and mending it failed too. \
-         Try another model (OPENAI_MODEL) or another OPENAI_RESPONSE_FORMAT.",
-    )
+fn cut_off() -> Failure {
+    failure("answer_too_long", "The model's answer was cut at the completion cap twice.")
 }
 
-fn cut_off() -> Failure {
-    failure(
-        "answer_too_long",
-        "The model's answer was cut at the completion cap twice. \
-         Raise OPENAI_MAX_COMPLETION_TOKENS and TOKEN_BUDGET_PER_RUN, or ask for less.",
-    )
+/// What a model did that was asked to start over, after "The model".
+fn did(again: prompt::Again) -> &'static str {
+    match again {
+        prompt::Again::Shorter => "was cut off at the completion cap",
+        prompt::Again::Empty => "gave an empty answer",
+        prompt::Again::NoTools => "asked for searches that were not on offer instead of writing",
+    }
+}
+
+fn nothing_twice(first: prompt::Again, second: prompt::Again) -> String {
+    if first == second {
+        format!("The model {}, twice.", did(first))
+    } else {
+        format!("The model {}; asked again, it {}.", did(first), did(second))
+    }
 }
 
 fn refused(answer: &ChatAnswer) -> Option<Failure> {
@@ -1250,7 +1381,7 @@ mod tests {
             if let Some(fields) = fields {
                 let ResponseFormat::JsonSchema { schema, .. } = &repair.response_format else { panic!() };
                 let mut required: Vec<&str> =
-                    schema.value()["required"].as_array().unwrap().iter().flat_map(Value::as_str).collect();
+                    schema.value()["required"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
                 required.sort_unstable();
                 assert_eq!(json!(required), fields, "no more than that");
                 assert!(shown.contains("Workers are added without coordination"), "what is right is shown");
@@ -1306,7 +1437,9 @@ mod tests {
         draft.cannot_call("run_budget", "gone");
         let done = finished(&mut draft);
         assert!(done.markdown.starts_with("> **Note:** The model's answer had faults"), "{}", done.markdown);
+        assert!(done.markdown.contains("could not be made"), "{}", done.markdown);
         assert_eq!(done.metadata["incomplete"], json!(true));
+        assert_eq!(done.metadata["repaired"], json!(false), "no repair was made");
     }
 
     #[test]
@@ -1409,6 +1542,46 @@ mod tests {
     }
 
     #[test]
+    fn the_next_model_starts_afresh_after_two_answers_of_no_use() {
+        let mut draft = Draft::new(input());
+        let first = transcript(&call(&mut draft).request);
+        assert!(!draft.answered_by("a", &says("")), "one may happen");
+        assert!(draft.answered_by("a", &says("")));
+        assert_eq!(draft.refused_by(), ["a"]);
+        assert_eq!(draft.refusals().collect::<Vec<_>>(), ["a: The model gave an empty answer, twice."]);
+        let next = call(&mut draft);
+        assert_eq!((next.step.as_str(), transcript(&next.request)), ("draft.0.other.1", first));
+
+        let mut once = Draft::new(input());
+        once.answered(&says(""));
+        once.cannot_call("run_budget_exhausted", "no tokens are left.");
+        assert_eq!(
+            failed(&mut once).message,
+            "The model gave an empty answer. It could not be asked again: no tokens are left."
+        );
+
+        let mut good = draft.clone();
+        assert!(!good.answered_by("b", &says(good_spec())));
+        assert_eq!(finished(&mut good).metadata["repaired"], json!(false), "this one wrote it at once");
+
+        let mut broke = draft.clone();
+        broke.cannot_call("run_budget_exhausted", "no tokens are left.");
+        let failure = failed(&mut broke);
+        assert_eq!(failure.code, "empty_answer");
+        assert_eq!(
+            failure.message,
+            "The model gave an empty answer, twice. The call to the next model could not be made: no tokens are left."
+        );
+
+        draft.answered(&says("prose"));
+        assert_eq!(call(&mut draft).step, "repair.0.other.1");
+        draft.answered(&says("prose"));
+        let failure = failed(&mut draft);
+        assert_eq!(failure.code, "invalid_answer");
+        assert!(failure.message.starts_with("None of the 2 models"), "{}", failure.message);
+    }
+
+    #[test]
     fn a_call_that_cannot_be_made_fails_with_the_callers_reason() {
         let mut draft = Draft::new(input());
         draft.cannot_call("run_budget", "No tokens are left.");
@@ -1464,6 +1637,9 @@ mod tests {
         let needed = count(&call(&mut draft).request).0 + 4_000;
         draft.squeeze(Tokens(needed), count).unwrap();
         assert_eq!(call(&mut draft).request.tools.len(), 0);
+        draft.answered(&says(good_spec()));
+        let left_out = finished(&mut draft).metadata["search_left_out"].clone();
+        assert!(left_out.as_str().unwrap().contains("no room for a search"), "{left_out}");
     }
 
     #[test]

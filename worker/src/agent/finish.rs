@@ -95,6 +95,8 @@ pub(super) enum Note {
     CutOff,
     /// The model's answer has faults that mending did not cure.
     Incomplete(Vec<String>),
+    /// It has faults, and the call that should mend them could not be made.
+    Unmended(Vec<String>),
     /// The model's answer held more than a document may hold.
     Shortened,
     /// So many differences from the parent that the author did not name.
@@ -115,6 +117,8 @@ pub(super) struct Draft<'a> {
     pub(super) degraded: Option<&'a str>,
     pub(super) searches: u32,
     pub(super) repaired: Option<&'a str>,
+    /// No search was on offer, for want of tokens.
+    pub(super) search_left_out: bool,
     pub(super) token_use: &'a TokenUse,
     pub(super) source_urls: &'a SourceUrls,
 }
@@ -131,6 +135,7 @@ pub(super) fn finish(draft: Draft<'_>) -> Finished {
         degraded,
         searches,
         repaired,
+        search_left_out,
         token_use,
         source_urls,
     } = draft;
@@ -217,6 +222,15 @@ pub(super) fn finish(draft: Draft<'_>) -> Finished {
         set("changes_found_by_comparison", json!(found));
     }
     set("searches", json!(searches));
+    if search_left_out {
+        set(
+            "search_left_out",
+            json!(format!(
+                "The run's budget (TOKEN_BUDGET_PER_RUN) leaves no room for {} search and a whole document after it.",
+                if searches == 0 { "a" } else { "another" }
+            )),
+        );
+    }
     set("diagrams_broken", json!(broken));
     set("context_degraded", json!(degraded.is_some()));
     if let Some(why) = degraded {
@@ -228,8 +242,10 @@ pub(super) fn finish(draft: Draft<'_>) -> Finished {
     }
     set(
         "incomplete",
-        json!(notes.iter().any(|note| {
-            matches!(note, Note::CutOff | Note::Incomplete(_) | Note::Shortened | Note::Unnamed(_))
+        json!(notes.iter().any(|note| match note {
+            Note::CutOff | Note::Incomplete(_) | Note::Unmended(_) | Note::Shortened | Note::Unnamed(_) =>
+                true,
+            Note::Offline | Note::SubjectCut => false,
         })),
     );
     Finished { spec, markdown, metadata, citations }

@@ -62,6 +62,7 @@ pub fn draft(input: &DraftInput) -> Result<Finished, Failure> {
         degraded: input.degraded.as_deref(),
         searches: 0,
         repaired: None,
+        search_left_out: false,
         token_use: &TokenUse::default(),
         source_urls: &input.options.source_urls,
     }))

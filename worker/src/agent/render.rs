@@ -95,6 +95,9 @@ impl Page<'_> {
 
     fn notes(&mut self, input: &Input<'_>) {
         let mut notes: Vec<String> = Vec::new();
+        let lines = |faults: &[String]| {
+            faults.iter().take(5).map(|fault| inline(fault)).collect::<Vec<_>>().join(" ")
+        };
         for note in input.notes {
             notes.push(match note {
                 Note::Offline => "No language model was configured: this is an extract, not a design. \
@@ -107,12 +110,12 @@ impl Page<'_> {
                         .to_owned()
                 }
                 Note::Incomplete(faults) => {
-                    let faults: Vec<String> = faults.iter().take(5).map(|fault| inline(fault)).collect();
-                    format!(
-                        "The model's answer had faults that one repair did not cure: {}",
-                        faults.join(" ")
-                    )
+                    format!("The model's answer had faults that one repair did not cure: {}", lines(faults))
                 }
+                Note::Unmended(faults) => format!(
+                    "The model's answer had faults, and the call that should mend them could not be made: {}",
+                    lines(faults)
+                ),
                 Note::Shortened => {
                     "The model's answer was longer than a document may be; it was shortened.".to_owned()
                 }
