@@ -109,7 +109,7 @@ const UNMARKED_RUN: usize = 34;
 const PRIVATE_KEY: Form = form(
     "a private key",
     "-----BEGIN ",
-    r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----\s*\r?\n?[\s>#*+]*[A-Za-z0-9+/=:\-]{16}",
+    r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----(?:[\s>#*+]|\\[nr])*[A-Za-z0-9+/=:\-]{16}",
 );
 
 /// Regexes of one list, and all of them in one.
@@ -142,8 +142,11 @@ fn at_word(pattern: &str) -> String {
     format!("(?-u:\\b){pattern}")
 }
 
-/// What documents are left out for, by its first byte: its first signs, and all of it from there on.
-static REFUSED: LazyLock<Vec<Vec<(&'static str, &'static Form, Regex)>>> = LazyLock::new(|| {
+/// Its first signs, what it is, and all of it from its first sign on.
+type Refused = (&'static str, &'static Form, Regex);
+
+/// What documents are left out for, by its first byte.
+static REFUSED: LazyLock<Vec<Vec<Refused>>> = LazyLock::new(|| {
     let mut by_byte: Vec<Vec<_>> = std::iter::repeat_with(Vec::new).take(256).collect();
     for form in [&PRIVATE_KEY].into_iter().chain(FORMS) {
         let regex = form.refused.and_then(|pattern| Regex::new(&format!("^(?:{pattern})")).ok());
@@ -174,7 +177,7 @@ pub fn find(text: &str) -> Option<(&'static str, usize)> {
             if bytes[at..].starts_with(mark.as_bytes())
                 && regex.find(&text[at..]).is_some_and(|found| is_key(form.what, found.as_str()))
             {
-                return Some((form.what, bytes[..at].iter().filter(|byte| **byte == b'\n').count() + 1));
+                return Some((form.what, text[..at].matches('\n').count() + 1));
             }
         }
     }

@@ -258,6 +258,9 @@ fn a_key_that_was_cut_into_passages_is_redacted_in_each() {
     let escaped = private_key("").replace('\n', "\\n");
     let redacted = redact(&escaped).into_owned();
     assert_eq!(redacted, "(redacted private key)");
+    // As in the file of a Google service account.
+    let account = format!("{{\n  \"type\": \"service_account\",\n  \"private_key\": \"{escaped}\"\n}}");
+    assert_eq!(find(&account).map(|(_, line)| line), Some(3));
     for part in [&escaped[..400], &escaped[200..900], &escaped[900..]] {
         assert!(!redact(part).contains(&line_of_key(8)[10..40]), "{}", redact(part));
         assert!(!redact(part).contains(&line_of_key(4)[10..40]), "{}", redact(part));
