@@ -62,6 +62,15 @@ impl Request {
 /// The request text of a command: an argument, `-` for standard input, or a file. Bounded by
 /// `MAX_MESSAGE_BYTES`, because no worker takes more.
 pub(crate) fn read_text(text: Option<&str>, file: Option<&Path>, max_bytes: usize) -> Result<String> {
+    let text = read_any(text, file, max_bytes)?;
+    if text.trim().is_empty() {
+        return Err(CliError::usage("the request is empty").fix("say what to design, in a sentence or more"));
+    }
+    Ok(text)
+}
+
+/// The same, which may be empty.
+pub(crate) fn read_any(text: Option<&str>, file: Option<&Path>, max_bytes: usize) -> Result<String> {
     let read = |what: String, input: &mut dyn std::io::Read| {
         let mut bytes = Vec::new();
         input
@@ -76,21 +85,17 @@ pub(crate) fn read_text(text: Option<&str>, file: Option<&Path>, max_bytes: usiz
         String::from_utf8(bytes)
             .map_err(|error| CliError::usage(format!("{what} is not UTF-8")).because(error))
     };
-    let text = match (text, file) {
+    match (text, file) {
         (_, Some(path)) => {
             let what = path.display().to_string();
             let mut file = std::fs::File::open(path)
                 .map_err(|error| CliError::usage(format!("cannot read {what}")).because(error))?;
-            read(what, &mut file)?
+            read(what, &mut file)
         }
-        (Some("-"), None) => read("standard input".to_owned(), &mut std::io::stdin().lock())?,
-        (Some(text), None) => text.to_owned(),
-        (None, None) => String::new(),
-    };
-    if text.trim().is_empty() {
-        return Err(CliError::usage("the request is empty").fix("say what to design, in a sentence or more"));
+        (Some("-"), None) => read("standard input".to_owned(), &mut std::io::stdin().lock()),
+        (Some(text), None) => Ok(text.to_owned()),
+        (None, None) => Ok(String::new()),
     }
-    Ok(text)
 }
 
 #[cfg(test)]

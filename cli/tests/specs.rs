@@ -84,6 +84,12 @@ fn a_score_below_the_minimum_fails() {
     {
         assert_eq!(sandbox.atlas(wrong).code, Some(2), "{wrong:?}");
     }
+    let some = sandbox.atlas(&["judge", "gone.md", "bad.md", "empty.md"]);
+    assert_eq!(some.code, Some(2));
+    assert!(some.stdout.contains("bad.md"), "one that can be read has its card: {}", some.stdout);
+    for told in ["cannot read gone.md", "empty.md is empty"] {
+        assert!(some.stderr.contains(told), "{}", some.stderr);
+    }
     let no_model = sandbox.atlas(&["judge", "bad.md", "--model"]);
     assert_eq!(no_model.code, Some(2));
     assert!(no_model.stderr.contains("OPENAI_API_KEY"), "{}", no_model.stderr);

@@ -22,8 +22,8 @@ use serde::Serialize;
 use crate::{
     context::Context,
     error::{CliError, Result},
-    request::read_text,
-    ui::{BOLD, DIM, GREEN, RED, Ui, YELLOW, paint, thousands},
+    request::read_any,
+    ui::{BOLD, DIM, GREEN, RED, Ui, YELLOW, paint, print_error, thousands},
 };
 
 /// No spec is longer.
@@ -89,11 +89,12 @@ struct Paid {
 impl Judge {
     pub(crate) async fn run(self, context: &Context) -> Result<()> {
         // Every file is read before a model is paid.
-        let mut texts = Vec::new();
+        let (mut texts, mut unreadable) = (Vec::new(), Vec::new());
         for path in &self.files {
-            let stdin = path.as_os_str() == "-";
-            let text = read_text(stdin.then_some("-"), (!stdin).then_some(path), MAX_FILE_BYTES)?;
-            texts.push((path.display().to_string(), text));
+            match read(path) {
+                Ok(text) => texts.push((path.display().to_string(), text)),
+                Err(error) => unreadable.push(error),
+            }
         }
         let court = if self.model { Some(Court::open(context).await?) } else { None };
         let mut results = Vec::new();
@@ -112,6 +113,11 @@ impl Judge {
                 show(context.ui, judged);
             }
         }
+        // The others have their cards all the same.
+        if let Some(last) = unreadable.pop() {
+            unreadable.iter().for_each(print_error);
+            return Err(last);
+        }
         let Some(min) = self.min else { return Ok(()) };
         let below: Vec<String> = results
             .iter()
@@ -124,6 +130,18 @@ impl Judge {
         Err(CliError::failure(format!("below {min}: {}", below.join(", ")))
             .fix("the checks without full marks say what is missing"))
     }
+}
+
+/// The document in a file, or in standard input.
+fn read(path: &Path) -> Result<String> {
+    let stdin = path.as_os_str() == "-";
+    let text = read_any(stdin.then_some("-"), (!stdin).then_some(path), MAX_FILE_BYTES)?;
+    if text.trim().is_empty() {
+        return Err(
+            CliError::usage(format!("{} is empty", path.display())).fix("name a document in Markdown")
+        );
+    }
+    Ok(text)
 }
 
 fn show(ui: Ui, judged: &Judged) {

@@ -10,6 +10,7 @@ use std::{
     sync::LazyLock,
 };
 
+use pulldown_cmark::{Event, Options, Parser, Tag};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 
@@ -127,7 +128,7 @@ pub fn judge(markdown: &str) -> ScoreCard {
         diagrams(&page),
         length(&page),
         language(&page),
-        safety(&page),
+        safety(markdown, &page),
     ];
     ScoreCard { kind: page.kind, checks }
 }
@@ -158,11 +159,11 @@ impl<'a> Page<'a> {
             prose: Vec::new(),
         };
         let mut section = "";
-        let mut fence: Option<(String, &str, Vec<&str>)> = None;
+        let mut fence: Option<(&str, &str, Vec<&str>)> = None;
         for line in markdown.lines() {
-            let ticks: String = line.chars().take_while(|c| *c == '`').collect();
+            let marks = fence_marks(line);
             if let Some((open, language, content)) = &mut fence {
-                if line.trim_end() == open.as_str() {
+                if marks.starts_with(*open) && line.trim() == marks {
                     page.blocks.push((*language, content.join("\n")));
                     fence = None;
                 } else {
@@ -170,9 +171,11 @@ impl<'a> Page<'a> {
                 }
                 continue;
             }
-            if ticks.len() >= 3 {
-                let language = line[ticks.len()..].trim();
-                fence = Some((ticks, language, Vec::new()));
+            if !marks.is_empty() {
+                // ```` ```mermaid {theme: dark} ```` is Mermaid too.
+                let info = line.trim_start()[marks.len()..].trim_start();
+                let language = info.split(|c: char| c.is_whitespace() || c == '{').next().unwrap_or_default();
+                fence = Some((marks, language, Vec::new()));
                 continue;
             }
             page.prose.push(line);
@@ -212,7 +215,7 @@ impl<'a> Page<'a> {
 
     /// The list items of a section.
     fn items(&self, field: Field) -> impl Iterator<Item = &'a str> {
-        self.section(field).iter().filter_map(|line| line.strip_prefix("- "))
+        self.section(field).iter().filter_map(|line| item(line))
     }
 
     /// True when the section says something.
@@ -227,6 +230,26 @@ impl<'a> Page<'a> {
         });
         said || (field == Field::Diagrams && !self.blocks.is_empty())
     }
+}
+
+/// The marks that open or close a fenced block, if this line has some; however far it is indented.
+fn fence_marks(line: &str) -> &str {
+    let line = line.trim_start();
+    let mark = if line.starts_with('~') { '~' } else { '`' };
+    let rest = line.trim_start_matches(mark);
+    let marks = &line[..line.len() - rest.len()];
+    // Backticks further on make it code within a line.
+    if marks.len() < 3 || (mark == '`' && rest.contains('`')) { "" } else { marks }
+}
+
+/// The text of a list's item.
+fn item(line: &str) -> Option<&str> {
+    ["- ", "* ", "+ "].iter().find_map(|bullet| line.strip_prefix(bullet))
+}
+
+/// True of what is more than a filler.
+fn says_something(text: &str) -> bool {
+    text.split_whitespace().count() >= 2
 }
 
 fn check(name: &str, score: f64, detail: impl Into<String>) -> Check {
@@ -312,12 +335,18 @@ fn decisions(page: &Page<'_>) -> Check {
         match line.trim() {
             "**Alternatives**" => weighing.list = List::Alternatives,
             "**Consequences**" => weighing.list = List::Consequences,
-            line if line.starts_with("- ") => match weighing.list {
-                List::Alternatives => weighing.alternatives += 1,
-                List::Consequences => weighing.consequences += 1,
-                List::None => {}
+            line => match (item(line), &weighing.list) {
+                (Some(text), List::Alternatives) => {
+                    weighing.alternatives += usize::from(says_something(text));
+                }
+                (Some(text), List::Consequences) => {
+                    weighing.consequences += usize::from(says_something(text));
+                }
+                (Some(_), List::None) => {}
+                (None, _) => {
+                    weighing.reason |= line.split_once("*Why:*").is_some_and(|(_, why)| says_something(why));
+                }
             },
-            line => weighing.reason |= line.contains("*Why:*"),
         }
     }
     let detail = format!("{good} of {count} have a reason, two alternatives and consequences");
@@ -389,7 +418,7 @@ pub fn sources(markdown: &str) -> Vec<Source> {
 
 fn source(line: &str) -> Option<Source> {
     static SOURCE: LazyLock<Option<Regex>> =
-        LazyLock::new(|| Regex::new(r"^- \[(\d{1,5})\] `([^`]+):(\d+)-(\d+)`").ok());
+        LazyLock::new(|| Regex::new(r"^[-*+] \[(\d{1,5})\] `([^`]+):(\d+)-(\d+)`").ok());
     let found = SOURCE.as_ref()?.captures(line)?;
     let source = Source {
         n: found[1].parse().ok()?,
@@ -403,7 +432,7 @@ fn source(line: &str) -> Option<Source> {
 fn citations(page: &Page<'_>) -> Check {
     let sources = page.sections.get("Sources").map_or(&[][..], Vec::as_slice);
     let (mut listed, mut malformed) = (BTreeSet::new(), 0);
-    for line in sources.iter().filter(|line| line.starts_with("- ")) {
+    for line in sources.iter().filter(|line| item(line).is_some()) {
         match source(line) {
             Some(source) => {
                 listed.insert(source.n);
@@ -503,23 +532,55 @@ fn language(page: &Page<'_>) -> Check {
     check("language", 1.0 - 0.25 * found.len() as f64, format!("says {}", found.join(", ")))
 }
 
-/// What must never be in a document, whoever wrote it.
-fn safety(page: &Page<'_>) -> Check {
-    static HTML: LazyLock<Option<Regex>> = LazyLock::new(|| {
+/// What must never be in a document, whoever wrote it: HTML, a link that is more than a link, a picture from
+/// elsewhere (who reads the document would be seen there).
+fn safety(markdown: &str, page: &Page<'_>) -> Check {
+    let mut found = BTreeMap::new();
+    for event in Parser::new_ext(markdown, Options::ENABLE_TABLES | Options::ENABLE_STRIKETHROUGH) {
+        let what = match event {
+            Event::Html(_) | Event::InlineHtml(_) => "HTML",
+            Event::Start(Tag::Link { dest_url, .. }) if !is_plain_link(&dest_url) => "script links",
+            Event::Start(Tag::Image { dest_url, .. }) if !is_relative(&dest_url) => "pictures from elsewhere",
+            _ => continue,
+        };
+        *found.entry(what).or_insert(0) += 1;
+    }
+    // Diagrams and examples are drawn and copied.
+    let in_blocks = page.blocks.iter().flat_map(|(_, source)| source.lines()).filter(|line| is_active(line));
+    match in_blocks.count() {
+        0 => {}
+        lines => *found.entry("HTML").or_insert(0) += lines,
+    }
+    if found.is_empty() {
+        return check("safety", 1.0, "no HTML, no script links");
+    }
+    let found: Vec<String> = found.iter().map(|(what, count)| format!("{count} × {what}")).collect();
+    check("safety", 0.0, found.join(", "))
+}
+
+/// HTML that does something, or a script link, in a fenced block.
+fn is_active(line: &str) -> bool {
+    static ACTIVE: LazyLock<Option<Regex>> = LazyLock::new(|| {
         Regex::new(r"(?i)<\s*/?\s*(?:script|img|iframe|svg|object|embed|style|link|form|a|div|span)\b|\]\(\s*(?:javascript|data|vbscript):").ok()
     });
-    let all: Vec<&str> = page
-        .prose
-        .iter()
-        .copied()
-        .chain(page.blocks.iter().flat_map(|(_, source)| source.lines()))
-        .filter(|line| HTML.as_ref().is_some_and(|html| html.is_match(line)))
-        .collect();
-    if all.is_empty() {
-        check("safety", 1.0, "no HTML, no script links")
-    } else {
-        check("safety", 0.0, format!("{} lines with HTML or script links", all.len()))
-    }
+    ACTIVE.as_ref().is_some_and(|active| active.is_match(line))
+}
+
+/// The scheme of an address as a browser reads it: without white space and control characters. None where it is
+/// relative.
+fn scheme(address: &str) -> Option<String> {
+    let read: String = address.chars().filter(|c| !c.is_whitespace() && !c.is_control()).collect();
+    let (scheme, _) = read.split_once(':')?;
+    let is_one = !scheme.contains(['/', '?', '#']);
+    is_one.then(|| scheme.to_ascii_lowercase())
+}
+
+fn is_plain_link(address: &str) -> bool {
+    scheme(address).is_none_or(|scheme| matches!(scheme.as_str(), "http" | "https" | "mailto"))
+}
+
+fn is_relative(address: &str) -> bool {
+    scheme(address).is_none() && !address.trim_start().starts_with(['/', '\\'])
 }
 
 #[cfg(test)]
@@ -592,6 +653,66 @@ mod tests {
         .map(|(name, markdown)| format!("{name}: {}", judge(&markdown)))
         .collect();
         insta::assert_snapshot!(cards.join("\n"));
+    }
+
+    fn safe(markdown: &str) -> bool {
+        judge(markdown).checks.iter().any(|check| check.name == "safety" && check.passed())
+    }
+
+    #[test]
+    fn no_html_and_no_link_that_acts_is_safe() {
+        for bad in [
+            "<video onerror=alert(1)>",
+            "text <details ontoggle=alert(1)>",
+            "<base href=x>",
+            "a <math> b",
+            "<!-- hidden -->",
+            "[x][y]\n\n[y]: javascript:alert(1)",
+            "<javascript:alert(1)>",
+            "[x](<javascript:alert(1)>)",
+            "[x](java&#115;cript:alert(1))",
+            "[x](&Tab;javascript:alert(1))",
+            "[x](JavaScript:alert(1))",
+            "[x](data:text/html,x)",
+            "![x](https://example.org/seen.png)",
+            "![x](//example.org/seen.png)",
+            "```js\n<script>alert(1)</script>\n```",
+        ] {
+            assert!(!safe(bad), "{bad}");
+        }
+        for good in [
+            "[x](https://example.org/a:b) [y](#part) [z](docs/a.md) <https://example.org> <me@example.org>",
+            "`<script>` and `Vec<T>`, a < b, 1 <2",
+            "![plan](plan.png)",
+            "```rust\nlet a: Vec<u8> = b;\n```",
+        ] {
+            assert!(safe(good), "{good}");
+        }
+    }
+
+    #[test]
+    fn a_broken_diagram_is_found_in_any_fence() {
+        let broken = "flowchart LR\n a[(] --> ";
+        for (open, close) in [
+            ("```mermaid", "```"),
+            ("~~~mermaid", "~~~"),
+            ("  ```mermaid", "  ```"),
+            ("````mermaid {a: 1}", "````"),
+        ] {
+            let text = format!("# T\n\n## Diagrams\n\n{open}\n{broken}\n{close}\n");
+            let card = judge(&text);
+            let diagrams = card.checks.iter().find(|check| check.name == "diagrams").unwrap();
+            assert!(!diagrams.passed(), "{open}: {}", diagrams.detail);
+        }
+    }
+
+    #[test]
+    fn fillers_weigh_nothing_and_any_bullet_lists() {
+        let document = document(&good_spec(), "x y z", "spec");
+        let score = |text: &str| judge(text).score();
+        assert_eq!(score(&document.replace("\n- ", "\n* ")), score(&document));
+        let empty = document.replace("*Why:*", "*Why:* x\n\n*Because:*");
+        assert!(score(&empty) < score(&document));
     }
 
     #[test]

@@ -97,7 +97,8 @@ fn is_id(text: &str) -> bool {
         && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-')
 }
 
-/// Words that a parser takes for statements, also before a `-`.
+/// Words that a parser takes for statements, also before a `-`; and what every object of JavaScript has, which
+/// Mermaid 11 finds when it looks for a node of that name.
 fn is_reserved(id: &str) -> bool {
     const RESERVED: &[&str] = &[
         "end",
@@ -142,6 +143,14 @@ fn is_reserved(id: &str) -> bool {
         "acctitle",
         "accdescr",
         "sequencediagram",
+        "__proto__",
+        "constructor",
+        "hasownproperty",
+        "isprototypeof",
+        "propertyisenumerable",
+        "tolocalestring",
+        "tostring",
+        "valueof",
     ];
     let lower = id.to_ascii_lowercase();
     RESERVED.contains(&lower.as_str())
@@ -784,6 +793,8 @@ mod tests {
             "stateDiagram-v2\n  a --> b\n  note right of c : here",
             "stateDiagram-v2\n  a --> root",
             "sequenceDiagram\n  activate a\n  b->>c: x",
+            "flowchart LR\n  a --> toString",
+            "flowchart LR\n  __proto__ --> a",
         ];
         let told: Vec<String> = broken
             .iter()
