@@ -628,9 +628,9 @@ mod tests {
     use super::*;
 
     const BROKEN: Migration =
-        Migration { version: 9, name: "broken", up: "create table t6 (x int); select 1/0;", down: "" };
+        Migration { version: 99, name: "broken", up: "create table t6 (x int); select 1/0;", down: "" };
     const HALF_DONE: Migration = Migration {
-        version: 9,
+        version: 99,
         name: "half_done",
         up: "-- atlas: no-transaction\ncreate index concurrently i6 on public.no_such_table (x)",
         down: "-- atlas: no-transaction\ndrop index concurrently public.i6",
@@ -796,7 +796,7 @@ mod tests {
         .await
         .unwrap_err();
         assert!(
-            error.to_string().contains("0009_broken failed and was rolled back: division by zero"),
+            error.to_string().contains("0099_broken failed and was rolled back: division by zero"),
             "{error}"
         );
         assert_eq!(done, all());
@@ -830,10 +830,10 @@ mod tests {
         assert!(error.to_string().contains("dirty now"), "{error}");
         for direction in [Direction::Up, Direction::Down] {
             let error = run(&mut client, &migrations, direction, Target::All, |_| {}).await.unwrap_err();
-            assert!(matches!(error, MigrateError::Dirty { version: 9, .. }), "{error}");
+            assert!(matches!(error, MigrateError::Dirty { version: 99, .. }), "{error}");
         }
         assert!(matches!(resolve(&client, 6, true).await.unwrap_err(), MigrateError::NoSuchVersion(6)));
-        resolve(&client, 9, false).await.unwrap();
+        resolve(&client, 99, false).await.unwrap();
         client.batch_execute("create table public.no_such_table (x int)").await.unwrap();
         run(&mut client, &migrations, Direction::Up, Target::All, |_| {}).await.unwrap();
         assert_eq!(
