@@ -109,7 +109,7 @@ const UNMARKED_RUN: usize = 34;
 const PRIVATE_KEY: Form = form(
     "a private key",
     "-----BEGIN ",
-    r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----(?:[\s>#*+]|\\[nr])*[A-Za-z0-9+/=:\-]{16}",
+    r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----(?:[\s>#*+]|\\[nr])*[A-Za-z0-9+/=]{16}",
 );
 
 /// Regexes of one list, and all of them in one.

@@ -71,20 +71,28 @@ fn whole(text: &str, begin: &Regex, end: &Regex, found: &mut Vec<Found>) {
                     from = begin.end();
                     continue;
                 };
-                let end = last.map_or(body, |last| last.end());
-                found.push(Found { at: begin.start()..end.max(body), name: PRIVATE_KEY });
-                from = end.max(body);
+                let end = with_tail(text, last.map_or(body, |last| last.end().max(body)));
+                found.push(Found { at: begin.start()..end, name: PRIVATE_KEY });
+                from = end;
             }
             (_, Some(last)) => {
                 let start = body_start(text, from, last.start());
+                let mut end = last.end();
                 if start < last.start() {
-                    found.push(Found { at: start..last.end(), name: PRIVATE_KEY });
+                    end = with_tail(text, end);
+                    found.push(Found { at: start..end, name: PRIVATE_KEY });
                 }
-                from = last.end();
+                from = end;
             }
             (_, None) => return,
         }
     }
+}
+
+/// The end of what follows a key without a break, where it could be more of one.
+fn with_tail(text: &str, end: usize) -> usize {
+    let run = text.as_bytes()[end..].iter().take_while(|byte| is_base64(**byte)).count();
+    if run >= LEAST_BODY { end + run } else { end }
 }
 
 fn is_base64(byte: u8) -> bool {
@@ -107,8 +115,10 @@ fn body_end(text: &str, from: usize) -> Option<usize> {
     let rest = &text[from..];
     let line = rest.split('\n').next().unwrap_or_default();
     let signs = |byte: u8| is_base64(byte) || byte == b'\\' || byte == b' ';
-    let inline = line.bytes().take_while(|byte| signs(*byte)).count();
-    if line[..inline].bytes().filter(|byte| is_base64(*byte)).count() >= LEAST_BODY {
+    // What quotes and lists of Markdown put in front.
+    let skipped = line.len() - line.trim_start_matches([' ', '\t', '>', '#', '*', '+']).len();
+    let inline = skipped + line[skipped..].bytes().take_while(|byte| signs(*byte)).count();
+    if line[skipped..inline].bytes().filter(|byte| is_base64(*byte)).count() >= LEAST_BODY {
         return Some(from + inline);
     }
     let mut end = None;
