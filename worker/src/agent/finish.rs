@@ -310,7 +310,6 @@ fn check_citations(spec: &mut Spec, kind: Kind, shelf: &Shelf) -> Checked {
     let given: HashMap<u32, &Entry> =
         shelf.entries().filter(|entry| entry.given).map(|entry| (entry.n, entry)).collect();
     let is_known = |name: &str| given.values().any(|entry| entry.passage.text.contains(name));
-    let mut sentences: HashMap<u32, Vec<Meaning>> = HashMap::new();
     let mut checked = Checked {
         order: Vec::new(),
         invalid: 0,
@@ -356,10 +355,8 @@ fn check_citations(spec: &mut Spec, kind: Kind, shelf: &Shelf) -> Checked {
                 checked.order.len() - 1
             });
             let number = u32::try_from(index + 1).unwrap_or(u32::MAX);
-            let mut is_denied = || {
-                let says = sentences.entry(n).or_insert_with(|| provenance::sentences(&entry.passage.text));
-                meaning.get_or_insert_with(|| Meaning::of(&claim)).is_denied_by(says)
-            };
+            let mut is_denied =
+                || meaning.get_or_insert_with(|| Meaning::of(&claim)).is_denied_by(entry.sentences());
             if !entry.speaks_of(&said) || is_denied() {
                 checked.weak += 1;
                 checked.faults.push(fault("weak", number));

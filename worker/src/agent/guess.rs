@@ -11,7 +11,7 @@
 //!    a design verb.
 //! 4. **spec**: everything else.
 
-use super::spec::Kind;
+use super::{spec::Kind, words::plain};
 
 /// Sentences that are looked at.
 const SENTENCES: usize = 3;
@@ -154,7 +154,7 @@ fn sentences(request: &str) -> Vec<Sentence> {
     };
     for line in request.lines().filter(|line| !line.trim().is_empty()).take(2 * SENTENCES) {
         for token in line.split_whitespace().take(SENTENCES * WORDS) {
-            let word = token.trim_matches(|c: char| !c.is_alphanumeric()).to_lowercase().replace('’', "'");
+            let word = plain(token);
             let stop = token.trim_end_matches(['"', '”', '\'', ')', '*', '_']).chars().last();
             if !word.is_empty() && words.len() < WORDS {
                 words.push(word);

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     clean,
+    provenance::{self, Meaning},
     words::{self, Bag},
 };
 
@@ -32,8 +33,10 @@ const RANK_OFFSET: f64 = 3.0;
 const ASKED_FOR: f64 = 1.1;
 /// KiB of tidied passages that are remembered. A team's documents are found again and again.
 const REMEMBERED_KIB: u64 = 8 << 10;
-/// Bytes that one costs besides its text, words included.
+/// Bytes that one costs besides its text and what is read in it.
 const REMEMBERED_EACH: usize = 2_000;
+/// Bytes for each byte of its text: the text, its words, and the words of its sentences once it is cited.
+const REMEMBERED_PER_BYTE: usize = 4;
 /// A shorter passage counts as this long: a snippet is no bargain only because it is short.
 const LEAST_SIZE: usize = 600;
 
@@ -95,12 +98,14 @@ struct Bags {
     text: Bag,
     /// Of the text, its path and its heading.
     whole: Bag,
+    /// What each sentence of the text says, once somebody asked: most passages are not cited.
+    sentences: OnceLock<Vec<Meaning>>,
 }
 
 impl Bags {
     fn of(Passage { text, source, heading, .. }: &Passage) -> Self {
         let whole = words::of(&format!("{source} {} {text}", heading.as_deref().unwrap_or_default()));
-        Self { text: words::of(text), whole }
+        Self { text: words::of(text), whole, sentences: OnceLock::new() }
     }
 }
 
@@ -141,6 +146,11 @@ impl Entry {
             words::list(heading).iter().any(|word| statement.contains(word) && !text.contains(word))
         };
         shared >= needed || (shared > 0 && shared + 1 == needed && in_heading())
+    }
+
+    /// What each sentence of the passage says. Documents that were given the same passage share it.
+    pub(super) fn sentences(&self) -> &[Meaning] {
+        self.bags().sentences.get_or_init(|| provenance::sentences(&self.passage.text))
     }
 
     fn bags(&self) -> &Bags {
@@ -363,7 +373,8 @@ fn tidy(passage: Passage, about: &Bag) -> Option<Tidy> {
         // In KiB, because the cache keeps a byte of its own for each unit of its capacity.
         let kib = |_: &u128, tidied: &Option<Tidy>| {
             let text = tidied.as_ref().map_or(0, |tidied| tidied.passage.text.len());
-            u32::try_from((text + REMEMBERED_EACH).div_ceil(1 << 10)).unwrap_or(u32::MAX)
+            u32::try_from((text * REMEMBERED_PER_BYTE + REMEMBERED_EACH).div_ceil(1 << 10))
+                .unwrap_or(u32::MAX)
         };
         Cache::builder().weigher(kib).max_capacity(REMEMBERED_KIB).build()
     });

@@ -3,7 +3,7 @@
 //! Comparing words alone takes "must be available" and "must not be available" for one statement. So each
 //! word also knows whether its clause denies it, and what is denied on one side only is no support.
 
-use std::{collections::HashMap, sync::LazyLock};
+use std::sync::LazyLock;
 
 use regex::Regex;
 
@@ -16,9 +16,11 @@ const SAME_STATEMENT: f64 = 0.8;
 /// A shorter statement is no statement.
 const MIN_WORDS: usize = 2;
 
-/// How a word was used.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct Use {
+/// A word, and how it was used.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Word {
+    /// As [`words::hashes`] gives it: passages of many documents are held like this.
+    hash: u64,
     said: bool,
     denied: bool,
 }
@@ -26,7 +28,8 @@ struct Use {
 /// The words of a text, and how each of them was used.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Meaning {
-    words: HashMap<String, Use>,
+    /// Each once, in the order of their hashes.
+    words: Vec<Word>,
     numbers: Vec<String>,
 }
 
@@ -34,19 +37,18 @@ impl Meaning {
     /// What a text says.
     pub(super) fn of(text: &str) -> Self {
         let mut meaning = Self::default();
-        let mut clause: Vec<String> = Vec::new();
+        let mut clause: Vec<u64> = Vec::new();
         let mut denied = false;
-        let tokens: Vec<&str> = text.split_whitespace().collect();
-        for (at, token) in tokens.iter().enumerate() {
-            let plain = plain(token);
-            let next = tokens.get(at + 1).map_or(String::new(), |next| self::plain(next));
-            if opens_clause(&plain) || excludes(&plain, &next) {
+        let mut tokens = text.split_whitespace().map(|token| (token, words::plain(token))).peekable();
+        while let Some((token, plain)) = tokens.next() {
+            let next = tokens.peek().map_or("", |(_, next)| next);
+            if opens_clause(&plain) || excludes(&plain, next) {
                 meaning.add(&mut clause, denied);
-                denied = excludes(&plain, &next);
-            } else if denies(&plain, &next) {
+                denied = excludes(&plain, next);
+            } else if denies(&plain, next) {
                 denied = true;
             } else {
-                clause.extend(words::list(token));
+                clause.extend(words::hashes(token));
             }
             let digits = token.split(|c: char| !c.is_ascii_digit()).filter(|digits| !digits.is_empty());
             meaning.numbers.extend(digits.map(str::to_owned));
@@ -56,24 +58,31 @@ impl Meaning {
             }
         }
         meaning.add(&mut clause, denied);
+        meaning.words.sort_unstable_by_key(|word| word.hash);
+        meaning.words.dedup_by(|again, first| {
+            let same = again.hash == first.hash;
+            if same {
+                first.said |= again.said;
+                first.denied |= again.denied;
+            }
+            same
+        });
+        meaning.words.shrink_to_fit();
         meaning
     }
 
     /// Notes the words of a clause, wherever in it the denial stands.
-    fn add(&mut self, clause: &mut Vec<String>, denied: bool) {
-        for word in clause.drain(..) {
-            let used = self.words.entry(word).or_default();
-            used.said |= !denied;
-            used.denied |= denied;
-        }
+    fn add(&mut self, clause: &mut Vec<u64>, denied: bool) {
+        self.words.extend(clause.drain(..).map(|hash| Word { hash, said: !denied, denied }));
     }
 
     /// How many of its words the other one has, and whether both use each of them the same way.
     fn compare(&self, other: &Self) -> (usize, bool) {
         let mut shared = 0;
         let mut agree = true;
-        for (word, ours) in &self.words {
-            if let Some(theirs) = other.words.get(word) {
+        for ours in &self.words {
+            if let Ok(at) = other.words.binary_search_by_key(&ours.hash, |word| word.hash) {
+                let theirs = &other.words[at];
                 shared += 1;
                 agree &= (ours.said && theirs.said) || (ours.denied && theirs.denied);
             }
@@ -116,10 +125,6 @@ pub(super) fn sentences(text: &str) -> Vec<Meaning> {
     let Some(end) = &*END else { return Vec::new() };
     // Signs of comments and lists are no words, and do not end a sentence.
     end.split(text).map(Meaning::of).collect()
-}
-
-fn plain(token: &str) -> String {
-    token.trim_matches(|c: char| !c.is_alphanumeric()).to_lowercase().replace('’', "'")
 }
 
 /// A word that denies its clause.

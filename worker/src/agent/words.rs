@@ -59,12 +59,18 @@ fn hash(word: &str) -> u64 {
 
 /// The content words of a text: lower case, identifiers split at case and underscores, stemmed.
 pub(super) fn of(text: &str) -> Bag {
-    let mut words = Vec::new();
-    each(text, |word| words.push(hash(word)));
+    let mut words = hashes(text);
     words.sort_unstable();
     words.dedup();
     words.shrink_to_fit();
     Bag(words)
+}
+
+/// As [`list`], each as a bag holds it: alike within this process only.
+pub(super) fn hashes(text: &str) -> Vec<u64> {
+    let mut words = Vec::new();
+    each(text, |word| words.push(hash(word)));
+    words
 }
 
 /// As [`of`], in order and with repetitions.
@@ -126,6 +132,11 @@ fn stem(word: &str) -> &str {
     };
     let word = &word[..strip(word, &["ations", "ation", "ings", "ing", "ers", "er", "ed", "es", "s"])];
     &word[..strip(word, &["e", "y", "i"])]
+}
+
+/// A token between blanks as one word: in lower case, without the signs around it, with plain apostrophes.
+pub(super) fn plain(token: &str) -> String {
+    token.trim_matches(|c: char| !c.is_alphanumeric()).to_lowercase().replace('’', "'")
 }
 
 /// What share of `part`'s words occurs in `whole`, 0 to 1; 0 for no words.
