@@ -18,21 +18,21 @@ use crate::{
 
 /// The runs at work here, by what names an attempt in the store.
 #[derive(Debug, Default)]
-pub(crate) struct AtWork(Mutex<HashMap<CancelledRun, Stop>>);
+pub(crate) struct Running(Mutex<HashMap<CancelledRun, Stop>>);
 
 /// A run's place among those at work, until dropped.
 #[derive(Debug)]
 pub(crate) struct Place<'a> {
-    at_work: &'a AtWork,
+    running: &'a Running,
     run: CancelledRun,
 }
 
-impl AtWork {
+impl Running {
     /// From now on this run is stopped when it is cancelled.
     pub(crate) fn enter(&self, lease: &Lease, stop: &Stop) -> Place<'_> {
         let run = CancelledRun { task_id: lease.task_id, attempt: lease.attempt };
         self.lock().insert(run, stop.clone());
-        Place { at_work: self, run }
+        Place { running: self, run }
     }
 
     fn is_empty(&self) -> bool {
@@ -52,7 +52,7 @@ impl AtWork {
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
-        self.at_work.lock().remove(&self.run);
+        self.running.lock().remove(&self.run);
     }
 }
 
@@ -63,11 +63,11 @@ pub(crate) async fn run(context: Arc<Context>, stop: CancellationToken) {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(context.config.worker.cancel_interval) => {}
         }
-        if context.at_work.is_empty() {
+        if context.running.is_empty() {
             continue;
         }
         match context.store.cancelled_runs(&context.worker).await {
-            Ok(cancelled) => cancelled.iter().for_each(|run| context.at_work.stop(run)),
+            Ok(cancelled) => cancelled.iter().for_each(|run| context.running.stop(run)),
             // The sweep says so where people look; the renewal of a lease tells of a cancel too.
             Err(error) => tracing::debug!(error = %error, "cancels could not be read"),
         }

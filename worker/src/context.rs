@@ -16,7 +16,7 @@ use bytes::Bytes;
 use tokio::sync::{Notify, Semaphore};
 
 use crate::{
-    busy::Busy, call::ModelCalls, cancels::AtWork, gate::Gate, limiter::Limiter, metrics::Metrics,
+    busy::Busy, call::ModelCalls, cancels::Running, gate::Gate, limiter::Limiter, metrics::Metrics,
     outbox::Outbox, queue::ResultPublisher, store::RunStore,
 };
 
@@ -51,7 +51,7 @@ pub(crate) struct Context {
     /// How many runs are at work, so that not too many are started at once.
     pub(crate) busy: Busy,
     /// Which runs are at work, so that they can be stopped when they are cancelled.
-    pub(crate) at_work: AtWork,
+    pub(crate) running: Running,
     /// Places for runs whose answer is there and not stored yet: see [`MAX_AT_THE_DESK`].
     pub(crate) desk: Arc<Semaphore>,
     /// Counters.

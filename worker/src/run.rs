@@ -110,7 +110,7 @@ pub(crate) async fn execute(
         }
     };
     let stop = Stop::default();
-    let _at_work = context.at_work.enter(&lease, &stop);
+    let _place = context.running.enter(&lease, &stop);
     let _watch = watch(context, &lease, &task, &stop, kill);
     let mut run = Run {
         context,

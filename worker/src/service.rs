@@ -22,7 +22,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     busy::Busy,
     call::ModelCalls,
-    cancels::{self, AtWork},
+    cancels::{self, Running},
     context::{Context, MAX_AT_THE_DESK, MAX_PROGRESS},
     crash::crash_point,
     documents,
@@ -195,7 +195,7 @@ impl Worker {
             gate,
             sweep_now: Notify::new(),
             busy,
-            at_work: AtWork::default(),
+            running: Running::default(),
             desk: Arc::new(Semaphore::new(MAX_AT_THE_DESK)),
             metrics,
             run_limit: AtomicU64::new(config.limits.run.0),
