@@ -11,7 +11,11 @@ use super::{draft::Failure, prompt::parent_text, spec::Kind};
 ///
 /// A document that was to change another one and has not seen it would only pretend, so there is none.
 pub fn admit(task: &Task, parent: Option<&Value>) -> Result<Kind, Failure> {
-    let readable = parent.and_then(parent_text).is_some();
+    kind_of(task, parent.and_then(parent_text).is_some())
+}
+
+/// As [`admit`], of a request whose parent is `readable`, or not. A [`Kind::Refine`] has one that is.
+pub(super) fn kind_of(task: &Task, readable: bool) -> Result<Kind, Failure> {
     let kind = Kind::of(task, readable).map_err(|asked| {
         let known = Kind::ALL.map(Kind::as_str).join(", ");
         failure("unknown_kind", format!("`metadata.kind` is {asked:?}. Known kinds: {known}."))

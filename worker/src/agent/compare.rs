@@ -8,7 +8,6 @@ use serde_json::{Map, Value};
 
 use super::{
     clean,
-    prompt::parent_text,
     read::{Fault, Reading},
     schema::Cure,
     spec::{Change, Field, Kind, Spec},
@@ -36,10 +35,9 @@ const SECTIONS: &[Field] = &[
     Field::Risks,
 ];
 
-/// The structure of a parent that a refinement can be compared with; `None`: it has another one, as a
+/// The structure of a readable parent that a refinement can be compared with; `None`: it has another one, as a
 /// decision record has.
 pub(super) fn structure(parent: &Value) -> Option<Box<Spec>> {
-    parent_text(parent)?;
     let kind = &parent["metadata"]["kind"];
     if !kind.is_null() && *kind != Kind::Spec.as_str() && *kind != Kind::Refine.as_str() {
         return None;

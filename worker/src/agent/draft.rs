@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    admit::admit,
+    admit::kind_of,
     clean, compare,
     finish::{self, Finished, Note},
     passages::Shelf,
@@ -319,18 +319,18 @@ impl Draft {
         let DraftInput { task, passages, parent, options, date, degraded } = input;
         let request = clean::text(&task.content);
         let fence = prompt::fence(&task, &passages);
-        let (kind, stage) = match admit(&task, parent.as_ref()) {
+        let text = parent.as_ref().and_then(prompt::parent_text);
+        let (kind, stage) = match kind_of(&task, text.is_some()) {
             Ok(kind) => (kind, Stage::Drafting { again: None }),
             Err(failure) => (Kind::Spec, Stage::Failed(failure)),
         };
         let structure = parent.as_ref().filter(|_| kind == Kind::Refine).and_then(compare::structure);
-        let parent = parent.as_ref().and_then(prompt::parent_text);
         let mut shelf = Shelf::new(&request);
         shelf.add(passages);
         Self {
             kind,
             date,
-            subject: Subject { request, parent, max_chars: MAX_SUBJECT_CHARS, fence },
+            subject: Subject { request, parent: text, max_chars: MAX_SUBJECT_CHARS, fence },
             parent: structure,
             shelf,
             degraded: degraded.map(|why| clean::line(&why)),

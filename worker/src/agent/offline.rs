@@ -18,7 +18,6 @@ use super::{
     draft::{DraftInput, Failure, TokenUse},
     finish::{self, Finished, Note},
     passages::{Entry, Shelf},
-    prompt::parent_text,
     spec::{
         Alternative, Change, Choice, Claim, Component, Consequences, Decision, Diagram, Field, Finding, Kind,
         Requirements, Risk, Severity, Spec,
@@ -40,7 +39,6 @@ const MAX_QUOTE_CHARS: usize = 220;
 /// request that is not [admitted](admit), as with a model.
 pub fn draft(input: &DraftInput) -> Result<Finished, Failure> {
     let kind = admit(&input.task, input.parent.as_ref())?;
-    let parent = input.parent.as_ref().filter(|parent| parent_text(parent).is_some());
     let request = clean::text(&input.task.content);
     let mut shelf = Shelf::new(&request);
     shelf.add(input.passages.clone());
@@ -50,7 +48,7 @@ pub fn draft(input: &DraftInput) -> Result<Finished, Failure> {
         Kind::Spec => assemble(&request, &shelf),
         Kind::Adr => record(&request, &shelf),
         Kind::Review => review(&request, &shelf),
-        Kind::Refine => refinement(&request, parent, &shelf),
+        Kind::Refine => refinement(&request, input.parent.as_ref(), &shelf),
     };
     Ok(finish::finish(finish::Draft {
         kind,
