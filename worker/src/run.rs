@@ -418,8 +418,8 @@ impl Run<'_> {
             let bound = |model: &String| calls.model.prompt_tokens_upper_bound(model, request);
             models.iter().map(bound).max().unwrap_or_default()
         };
-        if let Some(why) = draft.repair() {
-            self.progress("repairing", draft.percent(), why);
+        if let Some((_, told)) = draft.repair_round() {
+            self.progress("repairing", draft.percent(), told);
         }
         // Set once a whole day's limit is less than the call wants.
         let mut too_large_for_any_day = None;

@@ -370,35 +370,14 @@ impl Draft {
         }
     }
 
-    /// True while the pending call is the one repair round.
-    pub fn is_repairing(&self) -> bool {
-        self.repair_reason().is_some()
-    }
-
-    /// Why the pending call is the one repair round, in a word.
-    fn repair_reason(&self) -> Option<&'static str> {
+    /// Of the one repair round, if the pending call is it: why it is made, in a word, and what it is for, for
+    /// whoever watches.
+    pub fn repair_round(&self) -> Option<(&'static str, &'static str)> {
         match &self.stage {
-            Stage::Drafting { again } => again.map(prompt::Again::as_str),
-            Stage::Mending { .. } => Some("faults"),
+            Stage::Drafting { again } => again.map(|why| (why.as_str(), why.told())),
+            Stage::Mending { .. } => Some(("faults", "The answer has faults: asking for them to be mended.")),
             Stage::Searching { .. } | Stage::Finished { .. } | Stage::Failed(_) => None,
         }
-    }
-
-    /// What the pending call is for if it is the one repair round, for whoever watches.
-    pub fn repair(&self) -> Option<&'static str> {
-        Some(match &self.stage {
-            Stage::Drafting { again } => match (*again)? {
-                prompt::Again::Shorter => {
-                    "The answer was cut off at its length limit: asking for a shorter one."
-                }
-                prompt::Again::Empty => "The answer was empty: asking once more.",
-                prompt::Again::NoTools => {
-                    "The model asked for more searches than it may make: asking it to write."
-                }
-            },
-            Stage::Mending { .. } => "The answer has faults: asking for them to be mended.",
-            Stage::Searching { .. } | Stage::Finished { .. } | Stage::Failed(_) => return None,
-        })
     }
 
     /// What the calls that were answered billed, and for what: `metadata.token_use`.
@@ -665,7 +644,7 @@ impl Draft {
                 Ok(fitted) => {
                     let kept = self.shelf.packed();
                     // A repair has little left to spend, and half a cap holds a whole document.
-                    let long_enough = self.is_repairing() && cap <= most / 2;
+                    let long_enough = self.repair_round().is_some() && cap <= most / 2;
                     if index == last || long_enough || kept >= candidates.min(PASSAGES_WORTH_KEEPING) {
                         return Ok(fitted.map(|fitted| self.finally(fitted, available, &count)));
                     }
@@ -806,7 +785,7 @@ impl Draft {
         if self.shows_passages() {
             self.shelf.mark_given();
         }
-        if let Some(reason) = self.repair_reason() {
+        if let Some((reason, _)) = self.repair_round() {
             self.repaired = Some(reason.to_owned());
         }
         let unfenced = self.without_fence(answer);
@@ -977,7 +956,7 @@ impl Draft {
             return;
         }
         let failure = match self.refusals.last() {
-            _ if self.is_repairing() => {
+            _ if self.repair_round().is_some() => {
                 let did = match &self.stage {
                     Stage::Drafting { again: Some(first) } => did(*first),
                     _ => "gave no document of the wanted shape",

@@ -106,6 +106,15 @@ impl Again {
             Self::NoTools => "no_tools",
         }
     }
+
+    /// What becomes of it, for whoever watches.
+    pub(super) fn told(self) -> &'static str {
+        match self {
+            Self::Shorter => "The answer was cut off at its length limit: asking for a shorter one.",
+            Self::Empty => "The answer was empty: asking once more.",
+            Self::NoTools => "The model asked for more searches than it may make: asking it to write.",
+        }
+    }
 }
 
 /// The code that fences this task's data: nobody who wrote a document knows it, and it is changed
