@@ -142,26 +142,27 @@ fn names_it(text: &str, name: &str) -> bool {
     let wanted = words::of(name);
     if wanted.len() == 0 {
         // `UI`: too short for a content word.
-        let parts = |text: &str| {
-            format!(" {} ", clean::line(text).to_lowercase().replace(|c: char| !c.is_alphanumeric(), " "))
-        };
-        return parts(text).contains(&parts(name));
+        return spaced(text).contains(&spaced(name));
     }
     words::share(&wanted, &words::of(text)) >= NAMED
 }
 
 fn says_nothing_changed(change: &str) -> bool {
-    let line =
-        format!(" {} ", clean::line(change).to_lowercase().replace(|c: char| !c.is_alphanumeric(), " "));
+    let line = spaced(change);
     [" nothing ", " unchanged ", " no change ", " no changes ", " not changed ", " as before ", " the same "]
         .iter()
         .any(|phrase| line.contains(phrase))
         && line.split_whitespace().count() <= 8
 }
 
+/// The words of a line in lower case with a space before and after each, so that phrases are found as a whole.
+fn spaced(text: &str) -> String {
+    format!(" {} ", clean::line(text).to_lowercase().replace(|c: char| !c.is_alphanumeric(), " "))
+}
+
 /// Sets the faults of a reading that comparison finds, instead of those that it found before.
 pub(super) fn set_faults(parent: &Spec, reading: &mut Reading) {
-    reading.faults.retain(|fault| !fault.text.starts_with(FAULT));
+    drop_faults(reading);
     for it in unnamed(parent, &reading.spec) {
         let text = format!(
             "{FAULT}: {}. {}",
