@@ -96,6 +96,9 @@ const FORMS: &[Form] = &[
     form("a JWT", "eyJ", r"eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*").never_refused(),
 ];
 
+/// The shortest run of [`FORMS`]: `xoxb-` and ten more.
+const ISSUED_RUN: usize = 15;
+
 /// Forms whose first characters are common ones: looked for only where there is a run as long as they are.
 const UNMARKED: &[(&str, &str)] = &[
     ("a Telegram bot token", "[0-9]{8,10}:AA[A-Za-z0-9_-]{32,34}(?-u:\\b)"),
@@ -247,24 +250,19 @@ pub fn redact(text: &str) -> Cow<'_, str> {
 }
 
 fn look(text: &str) -> Vec<Found> {
-    let mut found = Vec::new();
     let Glance { longest, signs, spoken } = Glance::at(text);
-    if longest < 15 && !signs && !spoken {
-        return found;
+    if longest < ISSUED_RUN && !signs && !spoken {
+        return Vec::new();
     }
-    keys::find(text, longest, &mut found);
-    // No issuer's form is shorter than `xoxb-` and ten more.
-    if longest >= 15 {
-        for (what, regex) in ISSUED.matching(text) {
+    let mut found = keys::find(text, longest);
+    for (least, forms) in [(ISSUED_RUN, &ISSUED), (UNMARKED_RUN, &UNMARKED_FORMS)] {
+        if longest < least {
+            continue;
+        }
+        for (what, regex) in forms.matching(text) {
             let real = regex.find_iter(text).filter(|found| is_key(what, found.as_str()));
             let name = what.split_once(' ').map_or(*what, |(_, name)| name);
             found.extend(real.map(|it| Found { at: it.range(), name }));
-        }
-    }
-    if longest >= UNMARKED_RUN {
-        for (what, regex) in UNMARKED_FORMS.matching(text) {
-            let name = what.split_once(' ').map_or(*what, |(_, name)| name);
-            found.extend(regex.find_iter(text).map(|it| Found { at: it.range(), name }));
         }
     }
     if let Some(regex) = URL_FORM.as_ref().filter(|_| text.contains("://")) {

@@ -27,34 +27,27 @@ static ESCAPED: LazyLock<Option<Regex>> =
     LazyLock::new(|| Regex::new(r"(?:[A-Za-z0-9+/]{40,}={0,2}(?:\\r)?\\n)+[A-Za-z0-9+/]*={0,2}").ok());
 
 /// `longest`: the longest run of signs that keys are made of.
-pub(super) fn find(text: &str, longest: usize, found: &mut Vec<Found>) {
-    let first = found.len();
+pub(super) fn find(text: &str, longest: usize) -> Vec<Found> {
+    let mut found = Vec::new();
     if text.contains("PRIVATE KEY")
         && let (Some(begin), Some(end)) = (&*BEGIN, &*END)
     {
-        whole(text, begin, end, found);
+        whole(text, begin, end, &mut found);
     }
     if longest < LEAST_LINE {
-        return;
+        return found;
     }
     if let Some(escaped) = ESCAPED.as_ref().filter(|_| text.contains("\\n")) {
         let real =
             escaped.find_iter(text).filter(|it| looks_encoded(it.as_str().split('\\').next().unwrap_or("")));
         found.extend(real.map(|it| Found { at: it.range(), name: MATERIAL }));
     }
-    let known = found.len();
-    middles(text, found);
     // A key that was found whole has the better name.
-    let (before, after) = found.split_at(known);
-    let within =
-        |it: &Found| before[first..].iter().any(|key| key.at.start <= it.at.start && it.at.end <= key.at.end);
-    let kept: Vec<bool> = after.iter().map(|it| !within(it)).collect();
-    let mut kept = kept.into_iter();
-    let mut index = 0;
-    found.retain(|_| {
-        index += 1;
-        index <= known || kept.next().unwrap_or(true)
-    });
+    let within = |it: &Found| found.iter().any(|key| key.at.start <= it.at.start && it.at.end <= key.at.end);
+    let mut middles = middles(text);
+    middles.retain(|it| !within(it));
+    found.append(&mut middles);
+    found
 }
 
 /// Keys that have a first or a last line here.
@@ -130,14 +123,14 @@ fn body_end(text: &str, from: usize) -> Option<usize> {
         if header || (core.is_empty() && end.is_none()) {
             continue;
         }
-        let (least, encoded) = if end.is_none() { (LEAST_BODY, core.len()) } else { (1, core.len()) };
+        let least = if end.is_none() { LEAST_BODY } else { 1 };
         // A chunk may begin with the first words of a line, so the first run of a line is looked at.
         let run = core.bytes().take_while(|byte| is_base64(*byte)).count();
-        if run < least || (run < encoded && run < LEAST_BODY) {
+        if run < least || (run < core.len() && run < LEAST_BODY) {
             break;
         }
         end = Some(range.start + run);
-        if run < encoded {
+        if run < core.len() {
             break;
         }
     }
@@ -177,7 +170,8 @@ fn looks_encoded(line: &str) -> bool {
 }
 
 /// Lines of base64 one after another.
-fn middles(text: &str, found: &mut Vec<Found>) {
+fn middles(text: &str) -> Vec<Found> {
+    let mut found = Vec::new();
     // Where it is, how many lines it has, and whether one of them is a whole one.
     let mut run: Option<(Range<usize>, usize, bool)> = None;
     let mut close = |run: &mut Option<(Range<usize>, usize, bool)>| {
@@ -208,6 +202,7 @@ fn middles(text: &str, found: &mut Vec<Found>) {
         }
     }
     close(&mut run);
+    found
 }
 
 /// More than a word.
