@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use crate::{
     again::{self, Again, Requests},
-    commands::runs::open_store,
+    commands::runs::{MOST_ROWS, open_store, rows},
     context::Context,
     error::{CliError, Result},
     times::{ago, parse_age, parse_since, seconds},
@@ -68,7 +68,7 @@ enum Action {
         #[arg(short, long)]
         all: bool,
         /// How many at most
-        #[arg(short = 'n', long, value_name = "N", default_value_t = 50, value_parser = clap::builder::RangedI64ValueParser::<usize>::new().range(1..=10_000), allow_negative_numbers = true)]
+        #[arg(short = 'n', long, value_name = "N", default_value_t = 50, value_parser = rows(), allow_negative_numbers = true)]
         limit: usize,
         /// Print JSON
         #[arg(long)]
@@ -182,7 +182,7 @@ impl Dlq {
             }
             Action::Replay { ids, all, reason, since, yes, force, json } => {
                 let ids = if all {
-                    let filter = DeadLetterFilter { reason, replayed: Some(false), since, limit: 10_000 };
+                    let filter = DeadLetterFilter { reason, replayed: Some(false), since, limit: MOST_ROWS };
                     // The oldest first, as they would have been served.
                     store.list_dead_letters(&filter).await?.iter().rev().map(|letter| letter.id).collect()
                 } else {
@@ -226,7 +226,7 @@ impl Dlq {
 /// Deletes in small transactions, or counts in one.
 async fn purge_all(store: &dyn RunStore, purge: &DeadLetterPurge) -> Result<u64> {
     if purge.dry_run {
-        return Ok(store.purge_dead_letters(purge, 10_000).await?);
+        return Ok(store.purge_dead_letters(purge, MOST_ROWS).await?);
     }
     let mut purged = 0;
     loop {

@@ -10,6 +10,7 @@ use atlas_worker::{
         RunStore, Wake,
     },
 };
+use clap::builder::RangedI64ValueParser;
 use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::Value;
@@ -22,8 +23,13 @@ use crate::{
     ui::{BOLD, DIM, GREEN, RED, Ui, YELLOW, count, paint, table, thousands},
 };
 
-/// Runs that `--all-failed` looks at; with more, it is to be called again.
-const MOST_RETRIES: usize = 10_000;
+/// Rows that one call asks the store for at most, and no store gives more. A command is to be called again for them.
+pub(crate) const MOST_ROWS: usize = 10_000;
+
+/// Reads how many rows a list shall have.
+pub(crate) fn rows() -> RangedI64ValueParser<usize> {
+    RangedI64ValueParser::new().range(1..=i64::try_from(MOST_ROWS).unwrap_or(i64::MAX))
+}
 
 /// Look at requests and their specs, run them again, stop them
 #[derive(Debug, clap::Args)]
@@ -63,7 +69,7 @@ enum Action {
         #[arg(long, value_name = "WHEN", value_parser = parse_since)]
         since: Option<Timestamp>,
         /// How many at most
-        #[arg(short = 'n', long, value_name = "N", default_value_t = 20, value_parser = clap::builder::RangedI64ValueParser::<usize>::new().range(1..=10_000), allow_negative_numbers = true)]
+        #[arg(short = 'n', long, value_name = "N", default_value_t = 20, value_parser = rows(), allow_negative_numbers = true)]
         limit: usize,
         /// Print JSON
         #[arg(long)]
@@ -197,13 +203,13 @@ impl Runs {
                         tenant,
                         error_code: error,
                         since,
-                        limit: MOST_RETRIES,
+                        limit: MOST_ROWS,
                     };
                     let failed = store.find_runs(&filter).await?;
-                    if failed.len() == MOST_RETRIES {
+                    if failed.len() == MOST_ROWS {
                         context
                             .ui
-                            .warn(format_args!("Only the newest {MOST_RETRIES} failed runs are looked at."));
+                            .warn(format_args!("Only the newest {MOST_ROWS} failed runs are looked at."));
                     }
                     // The oldest first, as they were asked for.
                     task_ids = failed
@@ -331,20 +337,16 @@ async fn retry(context: &Context, store: &dyn RunStore, task_ids: &[TaskId], act
                 ),
                 Again::Publish { task_id: new, of } => match &of.request {
                     Value::Object(request) => {
-                        let text = if published.insert(new) {
-                            if act {
-                                let data = again::renamed(request.clone(), new, Some(of.run.task_id));
-                                requests.publish(data, &again::attributes_of(&of.run), Some(new)).await?;
-                            }
-                            if act {
-                                format!("is retried as {new}: atlas runs show {new}")
-                            } else {
-                                format!("would be retried as {new}")
-                            }
-                        } else if act {
-                            format!("is retried as {new} already")
-                        } else {
-                            format!("would be retried as {new}, as another one")
+                        let first = published.insert(new);
+                        if first && act {
+                            let data = again::renamed(request.clone(), new, Some(of.run.task_id));
+                            requests.publish(data, &again::attributes_of(&of.run), Some(new)).await?;
+                        }
+                        let text = match (act, first) {
+                            (true, true) => format!("is retried as {new}: atlas runs show {new}"),
+                            (true, false) => format!("is retried as {new} already"),
+                            (false, true) => format!("would be retried as {new}"),
+                            (false, false) => format!("would be retried as {new}, as another one"),
                         };
                         outcome("retried", Some(new), false, text)
                     }
