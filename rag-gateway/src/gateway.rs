@@ -4,6 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use atlas_shared::{
     Config, Dependency, Ledger, UpstreamError,
+    gateway_api::words_only,
     metrics::MetricsError,
     model::Embedder,
     openai::OpenAiEmbedder,
@@ -20,7 +21,7 @@ use crate::{
     embed::{BookedEmbedder, QueryEmbedder},
     http::{self, App},
     index::{self, VectorIndex},
-    indexing::{Indexer, mismatch, words_only},
+    indexing::{Indexer, mismatch},
     jobs::{self, Jobs},
     metrics::Metrics,
     repository::Sources,
@@ -315,7 +316,8 @@ impl Watcher {
             Ok(Ok(Some(state))) => {
                 let model = self.embedder.as_ref().map(|embedder| embedder.model());
                 // Where no model is configured, the embedder's own check tells.
-                let advice = model.and_then(|_| words_only(&self.collection, &state.meta, model));
+                let built_with = state.meta.embedding_model.as_deref();
+                let advice = model.and_then(|_| words_only(&self.collection, built_with, model));
                 match (mismatch(&self.collection, &state.meta, model), advice) {
                     (Some(error), _) => self.checks.failed(COLLECTION_CHECK, error.to_string()),
                     (None, Some(advice)) => self.checks.degraded(COLLECTION_CHECK, advice),

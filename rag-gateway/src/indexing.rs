@@ -19,7 +19,7 @@ use atlas_shared::{
     Dependency, UpstreamError,
     gateway_api::{
         DeleteDocuments, DeleteDocumentsResult, Document, DocumentList, DocumentOutcome, DocumentResult,
-        IndexedDocument, PutDocumentsResult, content_hash,
+        IndexedDocument, PutDocumentsResult, content_hash, words_only,
     },
     secrets,
 };
@@ -269,7 +269,9 @@ impl Indexer {
                 .as_ref()
                 .and_then(|meta| mismatch(collection, meta, model))
                 .map(|error| error.to_string()),
-            words_only: meta.as_ref().and_then(|meta| words_only(collection, meta, model)),
+            words_only: meta
+                .as_ref()
+                .and_then(|meta| words_only(collection, meta.embedding_model.as_deref(), model)),
         })
     }
 
@@ -561,22 +563,6 @@ pub(crate) fn mismatch(collection: &str, meta: &CollectionMeta, model: Option<&s
                 configured: format!("{configured} is configured"),
             })
         }
-        _ => None,
-    }
-}
-
-/// Why a collection is searched by words only, although it need not be; `None`: it is not, or nothing else is configured.
-pub(crate) fn words_only(collection: &str, meta: &CollectionMeta, model: Option<&str>) -> Option<String> {
-    match (&meta.embedding_model, model) {
-        (None, Some(configured)) => Some(format!(
-            "collection {collection:?} is searched by words only: it was built without embeddings, and {configured} is \
-             configured. `atlas index --rebuild` embeds what is in it; or index into another collection (RAG_COLLECTION)"
-        )),
-        (Some(built_with), None) => Some(format!(
-            "collection {collection:?} is searched by words only, and nothing can be added to it: it was built with \
-             embedding model {built_with}, and none is configured. Set OPENAI_EMBEDDING_MODEL and its key, or make it \
-             one of words only (`atlas index --rebuild`)"
-        )),
         _ => None,
     }
 }

@@ -353,6 +353,23 @@ pub struct CollectionInfo {
     pub generation: Option<String>,
 }
 
+/// Why a collection is searched by words only, although it need not be, and what to do, by the embedding models
+/// that it was built with and that is configured; `None`: it is not, or there is no model for anything else.
+pub fn words_only(collection: &str, built_with: Option<&str>, configured: Option<&str>) -> Option<String> {
+    match (built_with, configured) {
+        (None, Some(configured)) => Some(format!(
+            "collection {collection:?} is searched by words only: it was built without embeddings, and {configured} is \
+             configured. `atlas index --rebuild` embeds what is in it; or index into another collection (RAG_COLLECTION)"
+        )),
+        (Some(built_with), None) => Some(format!(
+            "collection {collection:?} is searched by words only, and nothing can be added to it: it was built with \
+             embedding model {built_with}, and none is configured. Set OPENAI_EMBEDDING_MODEL and its key, or make it \
+             one of words only (`atlas index --rebuild`)"
+        )),
+        (None, None) | (Some(_), Some(_)) => None,
+    }
+}
+
 /// The answer to `POST /v1/collections/{name}/rebuild`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct RebuildStarted {

@@ -1,7 +1,7 @@
 //! `atlas search`: what the worker would find, as it would find it.
 
 use atlas_shared::{
-    gateway_api::{Passage, QueryChatRequest, QueryFilter, SearchMode},
+    gateway_api::{Passage, QueryChatRequest, QueryFilter, SearchMode, words_only},
     gateway_client::QueryAnswer,
 };
 
@@ -198,16 +198,14 @@ impl Search {
 /// Names the collections that have words only although an embedding model is configured: their answers look like others.
 async fn warn_of_words_only(context: &Context, access: &GatewayAccess, collections: &[String]) {
     let model = access.config.openai.as_ref().and_then(|openai| openai.embedding_model.as_deref());
-    let Some(model) = model else { return };
+    if model.is_none() {
+        return;
+    }
     // It only tells more: where it cannot be had, the answer stands.
     let Ok(known) = access.client.collections().await else { return };
     for known in known.iter().filter(|known| collections.contains(&known.name)) {
-        if known.embedding_model.is_none() {
-            context.ui.warn(format_args!(
-                "Warning: collection {:?} is searched by words only: it was built without embeddings, and {model} is \
-                 configured. `atlas index --rebuild` embeds what is in it.",
-                known.name
-            ));
+        if let Some(why) = words_only(&known.name, known.embedding_model.as_deref(), model) {
+            context.ui.warn(format_args!("Warning: {why}."));
         }
     }
 }
