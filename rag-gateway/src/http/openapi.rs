@@ -119,7 +119,10 @@ pub(super) async fn document() -> impl IntoResponse {
 mod tests {
     use std::{fs, path::Path};
 
+    use regex::Regex;
+
     use super::*;
+    use crate::search::check_collection_name;
 
     #[test]
     fn the_committed_document_is_the_generated_one() {
@@ -132,6 +135,33 @@ mod tests {
             committed == *DOCUMENT,
             "docs/openapi.json is out of date: UPDATE_OPENAPI=1 cargo test -p atlas-rag-gateway openapi"
         );
+    }
+
+    /// The pattern stands in four attributes, which take nothing but a literal.
+    #[test]
+    fn the_pattern_of_a_collection_is_what_is_accepted() {
+        let document: serde_json::Value = serde_json::from_str(&DOCUMENT).unwrap_or_default();
+        let mut names = vec![String::new()];
+        for length in 0..4 {
+            let longer: Vec<String> = names
+                .iter()
+                .filter(|name| name.chars().count() == length)
+                .flat_map(|name| "aZ0._-@/ é".chars().map(move |next| format!("{name}{next}")))
+                .collect();
+            names.extend(longer);
+        }
+        for request in ["QueryChatRequest", "PutDocuments", "DeleteDocuments", "IndexRepository"] {
+            let property = &document["components"]["schemas"][request]["properties"]["collection"];
+            let pattern = property["pattern"].as_str().and_then(|text| Regex::new(text).ok());
+            let pattern = pattern.unwrap_or_else(|| unreachable!("{request}: {property}"));
+            for name in &names {
+                assert_eq!(
+                    pattern.is_match(name),
+                    check_collection_name(name).is_ok(),
+                    "{request}: {name:?}"
+                );
+            }
+        }
     }
 
     #[test]
