@@ -19,7 +19,7 @@ export ATLAS_DOCS_PATH := $(value DOCS_PATH)
 
 .PHONY: demo
 demo: ## Index this repository, ask two questions, print the specs and what they cost (no key needed)
-	@$(CARGO) run --locked -p atlas-cli -- demo
+	@scripts/built.sh demo
 
 ##@ Work on it
 

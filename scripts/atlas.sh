@@ -8,4 +8,4 @@ if [[ -n ${ATLAS_BIN:-} ]]; then
 elif command -v atlas >/dev/null; then
     exec atlas "$@"
 fi
-exec cargo run --quiet --locked --manifest-path "$root/Cargo.toml" -p atlas-cli -- "$@"
+CARGO_TERM_QUIET=true exec "$root/scripts/built.sh" "$@"

@@ -17,7 +17,7 @@ die() {
 find_compose() {
     command -v docker >/dev/null || command -v docker-compose >/dev/null || die \
         "Docker is not installed. Install Docker with Compose, then run this again." \
-        "Without Docker, 'make demo' shows Atlas, and 'cargo run -p atlas-cli -- dev' runs it in one process."
+        "Without Docker, 'make demo' shows Atlas, and 'scripts/atlas.sh dev' runs it in one process."
     if docker compose version >/dev/null 2>&1; then
         compose=(docker compose)
     elif command -v docker-compose >/dev/null; then

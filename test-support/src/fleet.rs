@@ -445,7 +445,7 @@ fn binary(name: &str) -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe()?;
     let found = own.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.is_file());
     found.with_context(|| {
-        format!("{name} is not built; run `make e2e`, or `cargo build --workspace --bins` first")
+        format!("{name} is not built; run `make e2e`, or `cargo build --workspace --bins --tests` first")
     })
 }
 

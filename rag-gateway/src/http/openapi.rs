@@ -133,7 +133,7 @@ mod tests {
         let committed = fs::read_to_string(&path).unwrap_or_default();
         assert!(
             committed == *DOCUMENT,
-            "docs/openapi.json is out of date: UPDATE_OPENAPI=1 cargo test -p atlas-rag-gateway openapi"
+            "docs/openapi.json is out of date: UPDATE_OPENAPI=1 cargo test --workspace --lib openapi"
         );
     }
 
