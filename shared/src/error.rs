@@ -82,6 +82,10 @@ pub enum UpstreamError {
     },
 }
 
+/// The code of a [permanent](UpstreamError::Permanent) refusal that lies in the data: the store is well, and will
+/// never hold them.
+pub const UNSTORABLE: &str = "unstorable";
+
 impl UpstreamError {
     /// A transient failure without a `Retry-After`.
     pub fn transient(dependency: Dependency, message: impl fmt::Display) -> Self {

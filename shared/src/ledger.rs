@@ -14,7 +14,9 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{Config, TaskId, UpstreamError, config::StoreConfig, postgrest::RpcClient, sqlite::Database};
+use crate::{
+    Config, TaskId, UNSTORABLE, UpstreamError, config::StoreConfig, postgrest::RpcClient, sqlite::Database,
+};
 
 pub mod sqlite;
 pub mod supabase;
@@ -272,6 +274,13 @@ pub enum LedgerError {
     /// The store failed.
     #[error(transparent)]
     Upstream(#[from] UpstreamError),
+}
+
+impl LedgerError {
+    /// True where the store is well and will never hold what it was given.
+    pub fn is_unstorable(&self) -> bool {
+        matches!(self, Self::Upstream(error) if error.code() == UNSTORABLE)
+    }
 }
 
 /// Books tokens. Implemented by every store; one contract suite for all.

@@ -31,7 +31,7 @@ pub mod tokenizer;
 pub mod trace_context;
 
 pub use config::{Config, ConfigErrors, Env};
-pub use error::{Dependency, UpstreamError};
+pub use error::{Dependency, UNSTORABLE, UpstreamError};
 pub use ids::{TaskId, WorkerId};
 pub use ledger::{Ledger, Tokens};
 pub use secret::Secret;

@@ -14,7 +14,9 @@ use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use crate::{Dependency, UpstreamError, config::SupabaseConfig, http_client, ledger::LedgerError};
+use crate::{
+    Dependency, UNSTORABLE, UpstreamError, config::SupabaseConfig, http_client, ledger::LedgerError,
+};
 
 /// Most that is read of an answer: `get_run` of a long run, or a batch of claimed runs.
 const MAX_ANSWER_BYTES: usize = 64 * 1024 * 1024;
@@ -197,6 +199,15 @@ impl RpcClient {
                 retry_after,
             })
         };
+        let unstorable = || {
+            let said = if message.is_empty() { quote(answer) } else { format!("{message} ({code})") };
+            UpstreamError::permanent(
+                Dependency::Store,
+                UNSTORABLE,
+                format!("{function}: HTTP {status}: {said}"),
+            )
+            .into()
+        };
         match (status.as_u16(), code) {
             (_, "PT409") if message == "fenced" => RpcError::Fenced,
             (_, code) if code.starts_with("PT4") => {
@@ -227,6 +238,12 @@ impl RpcClient {
                     .any(|class| code.len() == 5 && code.starts_with(class)) =>
             {
                 transient()
+            }
+            // Larger than the server takes, or not read by it (ours is always JSON); class 22, data that no column
+            // of the kind can hold; class 54, more than Postgres takes.
+            (413, _) | (_, "PGRST102") => unstorable(),
+            (_, code) if code.len() == 5 && (code.starts_with("22") || code.starts_with("54")) => {
+                unstorable()
             }
             (408 | 425 | 429 | 500..=599, _) => transient(),
             _ if !is_json || code.is_empty() => self.not_postgrest(status, answer),
@@ -343,7 +360,11 @@ mod tests {
         assert_eq!(said(400, "40P01", "deadlock"), "transient");
         assert_eq!(said(503, "PGRST002", "no schema cache"), "transient");
         assert_eq!(said(429, "", "slow down"), "transient");
-        assert_eq!(said(400, "22P02", "not a uuid"), "store_refused");
+        assert_eq!(said(400, "22P02", "not a uuid"), "unstorable");
+        assert_eq!(said(500, "54000", "index row size exceeds the maximum"), "unstorable");
+        assert_eq!(said(400, "PGRST102", "length limit exceeded"), "unstorable");
+        assert_eq!(said(413, "", "length limit exceeded"), "unstorable");
+        assert_eq!(said(400, "23514", "violates check constraint"), "store_refused");
         assert_eq!(said(404, "", "page not found"), "SUPABASE_URL");
     }
 

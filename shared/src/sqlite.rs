@@ -30,7 +30,7 @@ use jiff::{SignedDuration, Timestamp, tz::TimeZone};
 use rusqlite::{Connection, ErrorCode, Transaction, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::{Dependency, UpstreamError};
+use crate::{Dependency, UNSTORABLE, UpstreamError};
 
 /// Name of the file in `ATLAS_DATA_DIR`.
 pub const FILE_NAME: &str = "atlas.db";
@@ -407,6 +407,7 @@ pub fn upstream(error: rusqlite::Error) -> UpstreamError {
             format!("the embedded database cannot be used: {error}"),
             "point it at a folder on a local disk that this user may write to, or restore the file from a backup",
         ),
+        Some(ErrorCode::TooBig) => UpstreamError::permanent(Dependency::Store, UNSTORABLE, error),
         _ => UpstreamError::permanent(Dependency::Store, "store_bug", error),
     }
 }

@@ -7,9 +7,9 @@
 use std::sync::Arc;
 
 use atlas_shared::{
-    Dependency, TaskId, UpstreamError,
+    Dependency, TaskId, UNSTORABLE, UpstreamError,
     ledger::LedgerError,
-    message::{self, Answer, AnswerStatus, AnswerType, Control, Inbound, Rejection, Task},
+    message::{self, Answer, AnswerStatus, AnswerType, Inbound, Rejection, Task},
     trace_context::TraceParent,
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
@@ -32,8 +32,8 @@ use crate::{
 /// Names the namespace in which a message's bytes or id become the id of its dead letter.
 const DEAD_LETTER_NAMESPACE: Uuid = Uuid::from_u128(0x2d1f_9c70_7f3e_4a0e_8a51_9a4e_2c6b_b0d4);
 
-/// A letter with more than this may be what a store that is well cannot take in its time, in bytes of base64.
-const LARGE_LETTER: usize = 1024 * 1024;
+/// More bytes than this may be what a store that is well cannot take in its time, or hangs up on.
+const LARGE: usize = 1024 * 1024;
 
 /// What to do with a delivery in the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,16 +130,27 @@ async fn handle(
     let trace =
         TraceParent::from_attributes(attributes.iter().map(|(name, value)| (name.as_str(), value.as_str())));
     crash_point!("pulled");
+    let origin = Origin { source, message_id: &message_id, attributes };
     let verdict = match message::parse(&data, &message_id, context.config.worker.max_message_bytes) {
         Ok(Inbound::Chat(task)) => {
             context.metrics.messages.with_label_values(&["chat"]).inc();
-            let requester = attribute(&attributes, "requester").map(|name| name.replace('\0', ""));
-            // A run waits long: it holds what it needs, not the room that other stages would.
-            Box::pin(chat(context, task, requester, trace, permit, kill)).await
+            let task_id = task.task_id;
+            match claim(context, task, data.len(), &origin, kill).await {
+                Ok(claim) => {
+                    // A run waits long: it holds what it needs, not the room that other stages would.
+                    drop((data, origin));
+                    Box::pin(pursue(context, claim, trace, permit, kill)).await
+                }
+                Err(given_up) => given_up.end(context, &origin, &data, task_id, kill).await,
+            }
         }
         Ok(Inbound::Control(control)) => {
             context.metrics.messages.with_label_values(&["control"]).inc();
-            obey(context, &control, trace, kill).await
+            // However long it takes: carried out twice it is the same.
+            match insist(context, data.len(), kill, || control::obey(context, &control, trace)).await {
+                Ok(()) => Verdict::Ack,
+                Err(given_up) => given_up.end(context, &origin, &data, control.task_id, kill).await,
+            }
         }
         Ok(Inbound::OtherRole { role }) => {
             context.metrics.messages.with_label_values(&["other_role"]).inc();
@@ -148,7 +159,6 @@ async fn handle(
         }
         Err(rejection) => {
             context.metrics.messages.with_label_values(&["rejected"]).inc();
-            let origin = Origin { source, message_id: &message_id, attributes };
             let letter = rejected(context, &origin, &data, rejection);
             put_aside(context, letter, kill).await
         }
@@ -158,36 +168,35 @@ async fn handle(
     crash_point!("acked");
 }
 
-/// Claims and runs one request.
-async fn chat(
-    context: &Arc<Context>,
+/// Claims the run of a request, whose message had this many bytes.
+async fn claim(
+    context: &Context,
     task: Task,
-    requester: Option<String>,
+    bytes: usize,
+    origin: &Origin<'_>,
+    kill: &CancellationToken,
+) -> Result<Claim, GivenUp> {
+    let request = ClaimRequest {
+        task_id: task.task_id,
+        claim_id: Uuid::now_v7(),
+        message: Value::Object(task.raw),
+        tenant: task.options.tenant,
+        requester: attribute(&origin.attributes, "requester").map(|name| name.replace('\0', "")),
+        worker: context.worker.clone(),
+        lease: context.config.worker.lease,
+    };
+    insist(context, bytes, kill, || resilient::store(&context.retry, || context.store.claim_run(&request)))
+        .await
+}
+
+/// Runs what was claimed.
+async fn pursue(
+    context: &Arc<Context>,
+    claim: Claim,
     trace: TraceParent,
     permit: Permit,
     kill: &CancellationToken,
 ) -> Verdict {
-    let request = ClaimRequest {
-        task_id: task.task_id,
-        claim_id: Uuid::now_v7(),
-        message: Value::Object(task.raw.clone()),
-        tenant: task.options.tenant.clone(),
-        requester,
-        worker: context.worker.clone(),
-        lease: context.config.worker.lease,
-    };
-    let claim = loop {
-        match resilient::store(&context.retry, || context.store.claim_run(&request)).await {
-            Ok(claim) => break claim,
-            Err(error) => {
-                if held(context, &error, kill).await.is_err() {
-                    return Verdict::Nack;
-                }
-            }
-        }
-    };
-    // It is stored, and many runs wait long.
-    drop(request);
     match claim {
         Claim::Claimed(claimed) => {
             crash_point!("claimed");
@@ -215,31 +224,65 @@ async fn chat(
     }
 }
 
-/// Carries out a command, however long it takes: carried out twice it is the same.
-async fn obey(context: &Context, control: &Control, trace: TraceParent, kill: &CancellationToken) -> Verdict {
+/// Why a message was not brought into the store.
+enum GivenUp {
+    /// The worker is killed: what it holds must be nacked.
+    Killed,
+    /// The store will never hold it.
+    Unstorable(LedgerError),
+}
+
+impl GivenUp {
+    /// Ends the delivery: what the store cannot hold is put aside, and whoever asked is told.
+    async fn end(
+        self,
+        context: &Context,
+        origin: &Origin<'_>,
+        data: &[u8],
+        task_id: TaskId,
+        kill: &CancellationToken,
+    ) -> Verdict {
+        let Self::Unstorable(error) = self else { return Verdict::Nack };
+        let rejection = Rejection {
+            reason: UNSTORABLE,
+            message: format!("The store cannot hold this message: {error}"),
+            answer_to: Some(task_id),
+            // What cannot be held may be in them.
+            metadata: Map::new(),
+        };
+        put_aside(context, rejected(context, origin, data, rejection), kill).await
+    }
+}
+
+/// Tries a call that gives the store this many bytes until it is carried out, or never can be.
+async fn insist<T, F>(
+    context: &Context,
+    bytes: usize,
+    kill: &CancellationToken,
+    call: impl Fn() -> F,
+) -> Result<T, GivenUp>
+where
+    F: Future<Output = Result<T, LedgerError>>,
+{
     loop {
-        match control::obey(context, control, trace).await {
-            Ok(()) => return Verdict::Ack,
-            Err(error) => {
-                if held(context, &error, kill).await.is_err() {
-                    return Verdict::Nack;
-                }
+        match call().await {
+            Ok(done) => return Ok(done),
+            Err(error) if is_too_much(context, bytes, &error).await => {
+                return Err(GivenUp::Unstorable(error));
             }
+            Err(error) => held(context, &error, kill).await?,
         }
     }
 }
 
-/// The worker is killed: what it holds must be nacked.
-struct Killed;
-
 /// The store did not take it. Holds the delivery for as long as a circuit is open, then it is time to try again.
-async fn held(context: &Context, error: &LedgerError, kill: &CancellationToken) -> Result<(), Killed> {
+async fn held(context: &Context, error: &LedgerError, kill: &CancellationToken) -> Result<(), GivenUp> {
     tracing::warn!(error = %error, "the store does not answer; the message is held");
     context.gate.set(Reason::Dependency(Dependency::Store), true);
     context.sweep_now.notify_one();
     let pause = context.config.resilience.circuit_open;
     tokio::select! {
-        () = kill.cancelled() => Err(Killed),
+        () = kill.cancelled() => Err(GivenUp::Killed),
         () = tokio::time::sleep(pause) => Ok(()),
     }
 }
@@ -269,7 +312,10 @@ pub(crate) async fn put_aside(
                 context.sweep_now.notify_one();
                 return Verdict::Ack;
             }
-            Err(error) if is_too_much(context, &letter, &error).await => {
+            Err(error)
+                if !letter.raw_base64.is_empty()
+                    && is_too_much(context, letter.raw_base64.len(), &error).await =>
+            {
                 let bytes = letter.raw_base64.len() / 4 * 3;
                 let detail = format!("{} Its {bytes} bytes are not kept: {error}.", letter.detail);
                 letter = DeadLetter { raw_base64: String::new(), detail, ..letter };
@@ -283,14 +329,10 @@ pub(crate) async fn put_aside(
     }
 }
 
-/// True where the store answers, and refuses this letter for the bytes in it, or cannot take them in time.
-async fn is_too_much(context: &Context, letter: &DeadLetter, error: &LedgerError) -> bool {
-    let refused = match error {
-        LedgerError::Upstream(UpstreamError::Permanent { .. }) => !letter.raw_base64.is_empty(),
-        LedgerError::Upstream(UpstreamError::Transient { .. }) => letter.raw_base64.len() > LARGE_LETTER,
-        _ => false,
-    };
-    refused && context.store.check().await.is_ok()
+/// True where the store answers, and will never hold these bytes, or cannot take them in its time.
+async fn is_too_much(context: &Context, bytes: usize, error: &LedgerError) -> bool {
+    let away = matches!(error, LedgerError::Upstream(UpstreamError::Transient { .. }));
+    (error.is_unstorable() || (away && bytes > LARGE)) && context.store.check().await.is_ok()
 }
 
 /// A message that no worker can read, and what is said about it.

@@ -25,7 +25,7 @@ use std::{
 };
 
 use atlas_shared::{
-    Dependency, Tokens, UpstreamError,
+    Dependency, Tokens, UNSTORABLE, UpstreamError,
     gateway_api::{Passage, QueryChatRequest, QueryFilter},
     ledger::{Closing, Denial, DeniedBy, LedgerError},
     message::{Answer, AnswerStatus, AnswerType, Task},
@@ -290,6 +290,10 @@ impl Run<'_> {
                     if let Some(mut unsettled) = unsettled {
                         unsettled.checkpoint.output = draft.checkpoint().into();
                         if let Err(error) = Box::pin(self.settle(&unsettled)).await {
+                            if error.is_unstorable() {
+                                unsettled.checkpoint.output = ENDED.clone();
+                                return Box::pin(self.unstorable(&error, Some(unsettled))).await;
+                            }
                             return self.lost(&error);
                         }
                         crash_point!("settled");
@@ -627,6 +631,12 @@ impl Run<'_> {
         self.seal(finish).await
     }
 
+    /// The store will never hold what this run brought: it fails, and what it was billed is booked.
+    async fn unstorable(&mut self, error: &LedgerError, unsettled: Option<Unsettled>) -> Ending {
+        let message = format!("The store cannot hold what this run brought: {error}");
+        self.fail(UNSTORABLE, &message, unsettled).await
+    }
+
     /// What done and failed have in common.
     fn ending(&self, mut answer: Answer, unsettled: Option<Unsettled>) -> Finish {
         answer.metadata.insert("tokens".to_owned(), json!(self.spent));
@@ -672,6 +682,12 @@ impl Run<'_> {
         self.observe("finish", began.elapsed());
         let Published { outbox } = match stored {
             Ok(published) => published,
+            Err(error) if error.is_unstorable() && finish.error_code.as_deref() != Some(UNSTORABLE) => {
+                let unsettled = finish.settlement.zip(finish.checkpoint);
+                let unsettled =
+                    unsettled.map(|(settlement, checkpoint)| Unsettled { settlement, checkpoint });
+                return Box::pin(self.unstorable(&error, unsettled)).await;
+            }
             Err(error) => return self.lost(&error),
         };
         crash_point!("finished");

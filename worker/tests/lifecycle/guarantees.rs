@@ -487,6 +487,64 @@ async fn g1_a_message_too_large_for_the_store_is_put_aside_without_its_bytes() {
     assert_eq!(stack.count("SELECT count(*) FROM queue_deliveries").await, 0);
 }
 
+/// What a store answers that cannot hold what it was given: here it does not want to.
+async fn refuse(project: &Supabase, table: &str, when: &str) {
+    let sql = format!(
+        "create or replace function refuse() returns trigger language plpgsql as
+           $$ begin raise exception 'cannot be held' using errcode = '22023'; end $$;
+         create trigger refused before insert on {table} for each row when ({when}) execute function refuse()"
+    );
+    project.database().await.unwrap().batch_execute(&sql).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn g1_a_request_that_the_store_cannot_hold_is_put_aside() {
+    let name = "g1_a_request_that_the_store_cannot_hold_is_put_aside";
+    let Some((project, _link, stack)) = on_supabase(name).await else { return };
+    refuse(&project, "architect_in", "new.data->>'content' = 'refused'").await;
+    // One place: a delivery that never ended would hold up everything.
+    let stack = stack.with("MAX_IN_FLIGHT", "1");
+    let worker = stack.worker().await;
+    let refused = stack.ask("refused", json!({})).await;
+    assert_eq!(refused.metadata["error_code"], "unstorable");
+    let behind = stack.request(json!({})).await;
+    stack.until(behind, RunStatus::Done).await;
+    worker.drain().await;
+
+    let sql = project.database().await.unwrap();
+    let row = sql.query_one("select reason, task_id from dead_letters", &[]).await.unwrap();
+    assert_eq!(row.get::<_, &str>(0), "unstorable");
+    assert_eq!(row.get::<_, Option<uuid::Uuid>>(1).unwrap().to_string(), refused.task_id.to_string());
+    assert_eq!(stack.count("SELECT count(*) FROM queue_deliveries").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn g1_what_a_run_brought_and_the_store_cannot_hold_ends_it() {
+    let name = "g1_what_a_run_brought_and_the_store_cannot_hold_ends_it";
+    for (table, when) in [
+        ("architect_out", "new.data->>'msg_type' = 'spec'"),
+        // The checkpoint of an answer after which more is asked. Asked again, it would be paid again.
+        ("run_steps", "not new.output ? 'ended'"),
+    ] {
+        let Some((project, _link, stack)) = on_supabase(name).await else { return };
+        refuse(&project, table, when).await;
+        if table == "run_steps" {
+            let search = json!({"name": "search_knowledge", "arguments": {"query": "leases"}});
+            let script = json!([{"match": "draft.0", "times": 9, "tool_calls": [search]}]);
+            stack.sim().script(script).unwrap();
+        }
+        let worker = stack.worker().await;
+        let answer = stack.ask("Design the event bus", json!({})).await;
+        assert_eq!(answer.metadata["error_code"], "unstorable", "{table}: {answer:?}");
+        let run = stack.until(answer.task_id, RunStatus::Failed).await.run;
+        worker.drain().await;
+        assert_eq!(run.attempt, 1, "{table}");
+        let (billed, booked) = stack.books().await;
+        assert_eq!(billed, booked, "{table}");
+        assert_eq!(stack.sim().billed_calls().len(), 1, "{table}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn g2_an_answer_that_the_queue_refuses_holds_up_no_other() {
     let stack = Stack::offline().await;
