@@ -8,6 +8,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use prometheus::IntGauge;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -17,8 +18,12 @@ use crate::{
 };
 
 /// The runs at work here, by what names an attempt in the store.
-#[derive(Debug, Default)]
-pub(crate) struct Running(Mutex<HashMap<CancelledRun, Stop>>);
+#[derive(Debug)]
+pub(crate) struct Running {
+    runs: Mutex<HashMap<CancelledRun, Stop>>,
+    /// How many there are, for whoever watches.
+    in_flight: IntGauge,
+}
 
 /// A run's place among those at work, until dropped.
 #[derive(Debug)]
@@ -28,15 +33,23 @@ pub(crate) struct Place<'a> {
 }
 
 impl Running {
+    /// None yet.
+    pub(crate) fn new(in_flight: IntGauge) -> Self {
+        Self { runs: Mutex::default(), in_flight }
+    }
+
     /// From now on this run is stopped when it is cancelled.
     pub(crate) fn enter(&self, lease: &Lease, stop: &Stop) -> Place<'_> {
         let run = CancelledRun { task_id: lease.task_id, attempt: lease.attempt };
-        self.lock().insert(run, stop.clone());
+        if self.lock().insert(run, stop.clone()).is_none() {
+            self.in_flight.inc();
+        }
         Place { running: self, run }
     }
 
-    fn is_empty(&self) -> bool {
-        self.lock().is_empty()
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.lock().len()
     }
 
     fn stop(&self, cancelled: &CancelledRun) {
@@ -46,13 +59,15 @@ impl Running {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<CancelledRun, Stop>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.runs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
-        self.running.lock().remove(&self.run);
+        if self.running.lock().remove(&self.run).is_some() {
+            self.running.in_flight.dec();
+        }
     }
 }
 
@@ -63,7 +78,7 @@ pub(crate) async fn run(context: Arc<Context>, stop: CancellationToken) {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(context.config.worker.cancel_interval) => {}
         }
-        if context.running.is_empty() {
+        if context.running.len() == 0 {
             continue;
         }
         match context.store.cancelled_runs(&context.worker).await {

@@ -90,8 +90,9 @@ impl Limiter {
         state.whole_limit().saturating_sub(state.in_flight)
     }
 
-    /// Runs at work.
-    pub(crate) fn in_flight(&self) -> usize {
+    /// Places that are taken.
+    #[cfg(test)]
+    fn in_flight(&self) -> usize {
         self.shared.state().in_flight
     }
 }

@@ -195,7 +195,7 @@ impl Worker {
             gate,
             sweep_now: Notify::new(),
             busy,
-            running: Running::default(),
+            running: Running::new(metrics.in_flight.clone()),
             desk: Arc::new(Semaphore::new(MAX_AT_THE_DESK)),
             metrics,
             run_limit: AtomicU64::new(config.limits.run.0),
@@ -301,7 +301,7 @@ impl RunningWorker {
     /// `DRAIN_TIMEOUT_SECONDS`, then it is given back; acks and marks are flushed.
     pub async fn drain(self) {
         let config = &self.context.config.worker;
-        tracing::info!(in_flight = self.context.limiter.in_flight(), "draining");
+        tracing::info!(in_flight = self.context.running.len(), "draining");
         self.checks.failed("intake", "the worker is shutting down");
         self.context.gate.set(Reason::Draining, true);
         self.stop.cancel();
@@ -312,7 +312,7 @@ impl RunningWorker {
         self.tasks.close();
         if tokio::time::timeout(config.drain_timeout, self.tasks.wait()).await.is_err() {
             tracing::warn!(
-                in_flight = self.context.limiter.in_flight(),
+                in_flight = self.context.running.len(),
                 "the drain is over; what still runs is given back"
             );
             self.kill.cancel();

@@ -67,7 +67,6 @@ async fn sweep(
     context.gate.set(Reason::Starting, false);
     context.run_limit.store(fleet.run_limit.0, Ordering::Relaxed);
     context.metrics.fleet(&fleet);
-    context.metrics.in_flight.set(i64::try_from(context.limiter.in_flight()).unwrap_or(i64::MAX));
 
     let flush = cache_generation.is_some_and(|seen| seen < fleet.cache_generation);
     match if flush { context.gateway.clear_cache().await } else { Ok(()) } {

@@ -373,7 +373,7 @@ async fn readiness_has_a_checks_map() {
     }
     let metrics =
         client.get(format!("http://{}/metrics", worker.addr)).send().await.unwrap().text().await.unwrap();
-    assert!(metrics.contains("atlas_in_flight"));
+    assert!(metrics.contains("\natlas_in_flight 0\n"), "an idle worker works on nothing: {metrics}");
     worker.drain().await;
 }
 
