@@ -39,7 +39,8 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
     agent::{
-        self, AgentOptions, Draft, DraftInput, Finished, Fitted, Lookup, Next, PromptParts, lookup, offline,
+        self, AgentOptions, Draft, DraftInput, Failure, Finished, Fitted, Lookup, Next, PromptParts, lookup,
+        offline,
     },
     call::{Answered, CallEnd, Caller},
     context::{Context, attributes},
@@ -233,6 +234,9 @@ impl Run<'_> {
                 let (passages, degraded) = match Box::pin(self.look_up(parent.as_ref())).await {
                     Ok(found) => found,
                     Err(Interrupted::Stop(reason)) => return self.stopped(reason, deferrals).await,
+                    Err(Interrupted::Failed(failure)) => {
+                        return self.fail(&failure.code, &failure.message, None).await;
+                    }
                     Err(Interrupted::Upstream(error)) => return self.try_later(&error, deferrals).await,
                 };
                 crash_point!("retrieved");
@@ -303,7 +307,9 @@ impl Run<'_> {
                     let (percent, number) = (draft.percent(), draft.searches() + 1);
                     self.searches(percent, number, &search.query);
                     match Box::pin(self.retrieve(&Lookup { query: search.query.clone(), path: None })).await {
-                        Ok((_, Some(_))) | Err(Interrupted::Upstream(_)) => draft.search_failed(),
+                        Ok((_, Some(_))) | Err(Interrupted::Failed(_) | Interrupted::Upstream(_)) => {
+                            draft.search_failed();
+                        }
                         Ok((passages, None)) => draft.found(passages),
                         Err(Interrupted::Stop(reason)) => return self.stopped(reason, deferrals).await,
                     }
@@ -341,7 +347,7 @@ impl Run<'_> {
             match self.retrieve(&lookup).await {
                 Ok((passages, _)) => cited.extend(passages),
                 Err(stop @ Interrupted::Stop(_)) => return Err(stop),
-                Err(Interrupted::Upstream(_)) => break,
+                Err(Interrupted::Failed(_) | Interrupted::Upstream(_)) => break,
             }
         }
         Ok((lookup::merge(found, cited, parent), None))
@@ -380,13 +386,42 @@ impl Run<'_> {
                 let degraded = found.degraded.filter(|how| how != "lexical");
                 Ok((found.passages, degraded.map(|how| format!("The search was degraded ({how})."))))
             }
-            Err(error) if rag.fail_open => {
-                tracing::warn!(task_id = %self.task.task_id, error = %error, error_code = error.code(), "going on without passages");
-                self.context.metrics.context_degraded.inc();
-                Ok((Vec::new(), Some("The knowledge base could not be reached.".to_owned())))
-            }
-            Err(error) => Err(Interrupted::Upstream(error)),
+            Err(error) => self.without_passages(error),
         }
+    }
+
+    /// What a search that failed means: no passages, and why, or no document now, or none at all.
+    fn without_passages(&self, error: UpstreamError) -> Result<(Vec<Passage>, Option<String>), Interrupted> {
+        let rag = &self.context.config.rag;
+        let unknown = error.code() == "unknown_collection";
+        // Whoever names a collection wants its documents: nothing is paid for a document without them.
+        if let Some(name) = self.task.options.collection.as_ref().filter(|_| unknown) {
+            return Err(Interrupted::Failed(Failure {
+                code: error.code().to_owned(),
+                message: format!(
+                    "The gateway has no collection {name:?}, which metadata.collection names. Name another one \
+                     (atlas collections list), or index into it (atlas index PATH --collection {name})."
+                ),
+            }));
+        }
+        if !rag.fail_open {
+            return Err(Interrupted::Upstream(error));
+        }
+        tracing::warn!(task_id = %self.task.task_id, error = %error, error_code = error.code(), "going on without passages");
+        self.context.metrics.context_degraded.inc();
+        let why = match error {
+            UpstreamError::Permanent { .. } if unknown => {
+                format!("Nothing is indexed: there is no collection {:?} yet.", rag.collection)
+            }
+            UpstreamError::Permanent { message, .. } => {
+                format!("The knowledge base refused the search ({message}).")
+            }
+            UpstreamError::Misconfigured { variable, .. } => {
+                format!("The knowledge base cannot be used before its operator looks at {variable}.")
+            }
+            UpstreamError::Transient { .. } => "The knowledge base could not be reached.".to_owned(),
+        };
+        Ok((Vec::new(), Some(why)))
     }
 
     /// Makes the pending call: fits it into what the run may still spend, reserves, calls, and feeds
@@ -881,6 +916,8 @@ fn token_use(mut answered: Value, spent: Tokens) -> Option<Value> {
 /// Why passages did not come.
 enum Interrupted {
     Stop(StopReason),
+    /// There will be no document.
+    Failed(Failure),
     Upstream(UpstreamError),
 }
 

@@ -339,10 +339,9 @@ pub(crate) fn summarise(ui: Ui, answer: &Answer) {
         facts.push(format!("{} citations", citations.len()));
     }
     ui.note(format_args!("{} {}  ({})", paint(GREEN, "done"), answer.task_id, facts.join(", ")));
-    match metadata.get("context_degraded") {
-        None | Some(Value::Null | Value::Bool(false)) => {}
-        Some(Value::String(why)) => ui.warn(format_args!("The passages are less than they could be: {why}")),
-        Some(_) => ui.warn("The gateway did not answer: the spec was written without passages."),
+    if metadata.get("context_degraded").is_some_and(|degraded| *degraded == true) {
+        let why = metadata.get("context_degraded_reason").and_then(Value::as_str).unwrap_or_default();
+        ui.warn(format_args!("The passages are less than they could be. {why}"));
     }
 }
 

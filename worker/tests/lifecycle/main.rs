@@ -353,6 +353,41 @@ async fn a_paused_fleet_keeps_requests_in_the_store_until_it_is_resumed() {
     worker.drain().await;
 }
 
+/// A gateway that has no collection at all.
+async fn without_collections() -> std::net::SocketAddr {
+    let refuse = || async {
+        let problem = json!({"type": "unknown_collection", "title": "Not Found", "status": 404,
+            "detail": "there is no such collection"});
+        (StatusCode::NOT_FOUND, [("content-type", "application/problem+json")], problem.to_string())
+    };
+    let ready = || async { axum::Json(json!({"status": "ready"})) };
+    gateway::serve(
+        axum::Router::new()
+            .route("/v1/query_chat", axum::routing::post(refuse))
+            .route("/health/ready", axum::routing::get(ready)),
+    )
+    .await
+}
+
+#[tokio::test]
+async fn an_unknown_collection_is_said_to_be_one_and_costs_nothing_where_it_was_asked_for() {
+    let gateway = without_collections().await;
+    let stack = Stack::simulated().await.with("RAG_URL", &format!("http://{gateway}"));
+    let worker = stack.worker().await;
+
+    let named = stack.ask("Design the event bus", json!({"collection": "handbok"})).await;
+    assert_eq!(named.metadata["error_code"], "unknown_collection");
+    assert!(named.content.as_str().unwrap().contains("no collection \"handbok\""), "{named:?}");
+    assert_eq!(stack.sim().billed_calls().len(), 0);
+
+    let default = stack.ask("Design the event bus", json!({})).await;
+    assert_eq!(default.msg_type, AnswerType::Spec);
+    assert_eq!(default.metadata["context_degraded"], true);
+    let why = default.metadata["context_degraded_reason"].as_str().unwrap();
+    assert!(why.contains("Nothing is indexed"), "{why}");
+    worker.drain().await;
+}
+
 #[tokio::test]
 async fn readiness_has_a_checks_map() {
     let stack = Stack::offline().await;
