@@ -13,11 +13,13 @@
 //! - New points go to a segment whose posting lists are changed in place, and each change of one touches all that
 //!   is in it: time that grows with its square. So a segment that has [`SEGMENT_CHUNKS`] is **rebuilt**, by the
 //!   writer, into one that is only read (and mapped, not loaded, when the index is opened), and writing begins anew.
+//!   What a rebuilding that is cut short would leave behind is undone: see [`kept`].
 //! - One process at a time can open a folder.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    fs, io, mem,
+    fs::{self, File},
+    io, mem,
     panic::{self, AssertUnwindSafe},
     path::{Path, PathBuf},
     sync::{
@@ -50,12 +52,19 @@ use super::{
     record, version::LocalVersions,
 };
 
+mod kept;
 mod records;
 
 use records::{CollectionRecords, Records};
 
 /// Our file beside the engine's.
 const META_FILE: &str = "atlas.json";
+
+/// Held by the process that has the collection open.
+const LOCK_FILE: &str = "atlas.lock";
+
+/// How many chunks were written since the engine was last asked to rebuild.
+const WRITTEN_FILE: &str = "atlas.written";
 
 /// Which generation each collection stands for.
 const ALIASES_FILE: &str = "aliases.json";
@@ -69,6 +78,10 @@ const WAL_SEGMENT_BYTES: usize = 4 * 1024 * 1024;
 /// About so many chunks are in one segment of the engine before it is rebuilt for reading. Smaller: less CPU time for
 /// posting lists, more files to sync for each flush and to open. The tests of this crate rebuild all the time.
 const SEGMENT_CHUNKS: usize = if cfg!(test) { 4 } else { 8 * 1024 };
+
+/// So many chunks are written before the engine is asked whether a segment is to be rebuilt: all segments are kept
+/// aside for that.
+const REBUILD_CHUNKS: usize = SEGMENT_CHUNKS.div_ceil(8);
 
 /// Segments of a collection, before the engine merges small ones.
 const SEGMENTS: usize = 32;
@@ -127,6 +140,8 @@ struct Collection {
     records: CollectionRecords,
     /// Chunks of tenants may be in it: set before the first one is written, and never unset.
     has_tenants: AtomicBool,
+    /// The kernel lets go of it when the process dies. The last field: it is held until the engine has closed.
+    _lock: File,
 }
 
 /// What the engine found, with nothing of what it is.
@@ -148,6 +163,16 @@ enum Change {
     Upsert(Vec<NewChunk>, Option<Selection>),
     Delete(Selection),
     Reweigh(f64),
+}
+
+impl Change {
+    /// Chunks that it changes, or more: nobody knows what a deletion finds.
+    fn chunks(&self) -> usize {
+        match self {
+            Self::Upsert(chunks, _) => chunks.len(),
+            Self::Delete(_) | Self::Reweigh(_) => REBUILD_CHUNKS,
+        }
+    }
 }
 
 impl EdgeIndex {
@@ -440,6 +465,7 @@ impl Collection {
             fs::remove_dir_all(dir).map_err(|error| cannot_use(dir, &error))?;
         }
         fs::create_dir_all(dir).map_err(|error| cannot_use(dir, &error))?;
+        let lock = lock(dir)?;
         let shard = EdgeShard::new(dir, config(&meta)).map_err(|error| failed("create collection", error))?;
         for (field, schema) in KEYWORD_FIELDS
             .iter()
@@ -456,26 +482,30 @@ impl Collection {
         }
         shard.flush();
         save_meta(dir, &meta)?;
-        Self::start(dir, shard, meta, records)
+        Self::start(dir, lock, shard, meta, records)
     }
 
     fn load(dir: &Path, records: &Records) -> Result<Arc<Self>, UpstreamError> {
         let text = fs::read_to_string(dir.join(META_FILE)).map_err(|error| cannot_use(dir, &error))?;
         let meta: CollectionMeta = serde_json::from_str(&text)
             .map_err(|error| failed(&format!("{} is damaged", dir.join(META_FILE).display()), error))?;
+        // The engine's own lock comes too late: all of this is for the owner only.
+        let lock = lock(dir)?;
         prune_log(&dir.join("wal")).map_err(|error| cannot_use(dir, &error))?;
         match fs::remove_dir_all(dir.join(UNFINISHED_SEGMENTS)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(cannot_use(dir, &error)),
             _ => {}
         }
-        let shard = EdgeShard::load(dir, Some(config(&meta))).map_err(|error| {
-            failed(&format!("open collection in {} (is another gateway using it?)", dir.display()), error)
-        })?;
-        Self::start(dir, shard, meta, records)
+        if kept::put_back(dir).map_err(|error| cannot_use(dir, &error))? {
+            tracing::info!(dir = %dir.display(), "segments are as before a rebuilding that was cut short");
+        }
+        let shard = EdgeShard::load(dir, Some(config(&meta))).map_err(|error| not_opened(dir, error))?;
+        Self::start(dir, lock, shard, meta, records)
     }
 
     fn start(
         dir: &Path,
+        lock: File,
         shard: EdgeShard,
         meta: CollectionMeta,
         records: &Records,
@@ -492,6 +522,7 @@ impl Collection {
             bm25: query_bm25()?,
             records: records.of_collection(),
             has_tenants: AtomicBool::new(has_tenants),
+            _lock: lock,
         });
         let writer = thread::Builder::new()
             .name("atlas-index".to_owned())
@@ -506,6 +537,9 @@ impl Collection {
 
     /// The writer thread: ends when the last sender is gone.
     fn run_writer(&self, mut writes: mpsc::Receiver<Write>) {
+        let file = self.dir.join(WRITTEN_FILE);
+        let known = fs::read_to_string(&file).ok().and_then(|text| text.trim().parse().ok());
+        let mut written = known.unwrap_or(REBUILD_CHUNKS);
         while let Some(first) = writes.blocking_recv() {
             let mut batch = vec![first];
             while batch.len() < WRITE_QUEUE
@@ -515,6 +549,7 @@ impl Collection {
             }
             let mut done = Vec::with_capacity(batch.len());
             for write in batch {
+                written = written.saturating_add(write.change.chunks());
                 done.push((write.done, self.apply(write.change)));
             }
             // The engine panics where the disk is full: an error of these writes, and the end of this
@@ -525,16 +560,44 @@ impl Collection {
                 // The caller may have gone; the write is done all the same.
                 let _ = answer.send(result);
             }
-            if flushed.is_err() || !self.rebuild_full_segments() {
+            if flushed.is_err() {
                 return;
             }
+            if written >= REBUILD_CHUNKS {
+                written = 0;
+                if !self.rebuild_full_segments() {
+                    return;
+                }
+            }
+            // Where it cannot be noted, or is cut short, the next process only asks too early.
+            let _ = fs::write(&file, written.to_string());
         }
     }
 
     /// Rebuilds what has grown large for reading; readers go on meanwhile. Nobody waits for this: whoever writes
-    /// next waits until it is done. False when the engine broke.
+    /// next waits until it is done. False when nothing may be written any more.
     fn rebuild_full_segments(&self) -> bool {
         let began = Instant::now();
+        let may_go_on = match kept::keep(&self.dir) {
+            Ok(()) => self.optimize(began),
+            Err(error) => {
+                tracing::warn!(dir = %self.dir.display(), error = %error, "segments are not rebuilt; is the disk full?");
+                true
+            }
+        };
+        // After a panic nobody knows what is on disk: it is put back when the collection is opened.
+        may_go_on
+            && match kept::let_go(&self.dir) {
+                Ok(()) => true,
+                Err(error) => {
+                    tracing::error!(dir = %self.dir.display(), error = %error, "writing stops; restart the gateway");
+                    false
+                }
+            }
+    }
+
+    /// False when the engine broke.
+    fn optimize(&self, began: Instant) -> bool {
         match panic::catch_unwind(AssertUnwindSafe(|| self.shard.optimize())) {
             Ok(Ok(rebuilt)) => {
                 if rebuilt {
@@ -1125,6 +1188,18 @@ fn not_flushed(dir: &Path) -> UpstreamError {
     )
 }
 
+/// The collection is this process's for as long as the file is open.
+fn lock(dir: &Path) -> Result<File, UpstreamError> {
+    let open = File::options().write(true).create(true).truncate(false).open(dir.join(LOCK_FILE));
+    let file = open.map_err(|error| cannot_use(dir, &error))?;
+    file.try_lock().map_err(|error| not_opened(dir, error))?;
+    Ok(file)
+}
+
+fn not_opened(dir: &Path, error: impl std::fmt::Display) -> UpstreamError {
+    failed(&format!("open collection in {} (is another gateway using it?)", dir.display()), error)
+}
+
 fn cannot_use(dir: &Path, error: &io::Error) -> UpstreamError {
     UpstreamError::misconfigured(
         Dependency::VectorIndex,
@@ -1145,6 +1220,9 @@ async fn blocking<T: Send + 'static>(
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
+    use std::time::Duration;
+
+    use atlas_test_support::guard::Guarded;
     use proptest::prelude::*;
     use qdrant_edge::external::ordered_float::NotNan;
 
@@ -1287,6 +1365,141 @@ mod tests {
             assert!(found.iter().all(|hit| hit.id == Uuid::from_u128(number)));
         }
         index.close().await;
+    }
+
+    /// Every chunk from 0 on is there once, also for what counts without looking for doubles. How many.
+    async fn chunks_that_are_there_once(dir: &Path) -> u128 {
+        let index = EdgeIndex::open(dir).await.unwrap();
+        let stored = index.count("c", &Selection::default()).await.unwrap();
+        let page = index.scroll("c", &Selection::default(), None, 100_000, true).await.unwrap();
+        let mut ids: Vec<u128> = page.records.iter().map(|(id, _)| id.as_u128()).collect();
+        ids.sort_unstable();
+        assert_eq!(ids, (0..ids.len() as u128).collect::<Vec<_>>());
+        assert_eq!(stored, ids.len() as u64, "some are there twice");
+        index.close().await;
+        stored.into()
+    }
+
+    fn segments(dir: &Path) -> HashSet<String> {
+        let Ok(entries) = fs::read_dir(dir) else { return HashSet::new() };
+        let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+        // Without the file it is not complete, and the engine drops it by itself.
+        names.filter(|name| dir.join(name).join("version.info").exists()).collect()
+    }
+
+    #[tokio::test]
+    async fn each_chunk_is_there_once_wherever_a_rebuilding_was_cut_short() {
+        for removed in 0..3 {
+            let dir = tempfile::tempdir().unwrap();
+            let folder = dir.path().join("c@1");
+            let index = EdgeIndex::open(dir.path()).await.unwrap();
+            index.ensure("c", &meta(Weighing::unrecorded(), 10.0)).await.unwrap();
+            for from in (0..60).step_by(6) {
+                index.upsert("c", (from..from + 6).map(new_chunk).collect(), None).await.unwrap();
+            }
+            let collection = index.existing("c").unwrap();
+            collection.stop();
+            collection.upsert((60..160).map(new_chunk).collect()).unwrap();
+            collection.shard.flush();
+            let before = segments(&folder.join("segments"));
+            kept::keep(&folder).unwrap();
+            assert!(collection.shard.optimize().unwrap());
+            drop(collection);
+            index.close().await;
+            drop(index);
+            // As it was when only some of the old segments had been removed.
+            let after = segments(&folder.join("segments"));
+            let gone: Vec<&String> = before.difference(&after).collect();
+            assert!(!gone.is_empty() && after.difference(&before).next().is_some());
+            for name in gone.into_iter().skip(removed) {
+                copy_folder(&folder.join("segments.kept").join(name), &folder.join("segments").join(name));
+            }
+            assert_eq!(chunks_that_are_there_once(dir.path()).await, 160, "{removed} removed");
+        }
+    }
+
+    fn copy_folder(from: &Path, to: &Path) {
+        fs::create_dir(to).unwrap();
+        for entry in fs::read_dir(from).unwrap() {
+            let entry = entry.unwrap();
+            let new = to.join(entry.file_name());
+            if entry.file_type().unwrap().is_dir() {
+                copy_folder(&entry.path(), &new);
+            } else {
+                fs::copy(entry.path(), new).unwrap();
+            }
+        }
+    }
+
+    /// Names the folder to the process of this test that shall die, and when that is.
+    const DIES: &str = "ATLAS_TEST_DIES_REBUILDING";
+
+    /// Writes until a thread that watches the segments sees what it waits for, and aborts: nothing is flushed and no
+    /// destructor runs, as with SIGKILL.
+    async fn write_until_dead(dir: &Path, when: &str) {
+        let (folder, when) = (dir.join("c@1"), when.to_owned());
+        thread::spawn(move || {
+            loop {
+                let before = segments(&folder.join("segments.kept"));
+                let now = segments(&folder.join("segments"));
+                let begun = now.difference(&before).count() > 1;
+                let removing = before.difference(&now).next().is_some();
+                // Asked again at the end: all of it was seen during one rebuilding.
+                if !before.is_empty()
+                    && begun
+                    && removing == (when == "removing")
+                    && segments(&folder.join("segments.kept")) == before
+                {
+                    std::process::abort();
+                }
+            }
+        });
+        let index = EdgeIndex::open(dir).await.unwrap();
+        index.ensure("c", &meta(Weighing::unrecorded(), 10.0)).await.unwrap();
+        let mut next = u128::from(index.count("c", &Selection::default()).await.unwrap());
+        loop {
+            index.upsert("c", (next..next + 7).map(new_chunk).collect(), None).await.unwrap();
+            next += 7;
+            replace_file(dir, "answered", &next.to_string()).unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn each_chunk_is_there_once_after_processes_died_rebuilding() {
+        if let Ok(plan) = std::env::var(DIES) {
+            let (when, dir) = plan.split_once(' ').unwrap();
+            return write_until_dead(Path::new(dir), when).await;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let me = concat!(module_path!(), "::each_chunk_is_there_once_after_processes_died_rebuilding");
+        let me = me.split_once("::").unwrap().1;
+        for when in ["built", "removing", "built", "removing"] {
+            let log = File::create(dir.path().join("log")).unwrap();
+            let ended = dir.path().join("ended");
+            let mut child =
+                Guarded::spawn(std::env::current_exe().unwrap(), [me, "--exact", "--nocapture"], |command| {
+                    command
+                        .env(DIES, format!("{when} {}", dir.path().display()))
+                        .stdout(log.try_clone().unwrap())
+                        .stderr(log);
+                })
+                .unwrap();
+            child.report_exit(&ended).unwrap();
+            let told = || fs::read_to_string(dir.path().join("log")).unwrap();
+            let died = tokio::time::timeout(Duration::from_secs(60), async {
+                while fs::read_to_string(&ended).unwrap_or_default().is_empty() {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            });
+            assert!(died.await.is_ok(), "it lives: {}", told());
+            // 128 and SIGABRT.
+            assert_eq!(fs::read_to_string(&ended).unwrap().trim(), "134", "{}", told());
+            fs::remove_file(&ended).unwrap();
+            assert!(dir.path().join("c@1").join("segments.kept").exists());
+            let answered: u128 = fs::read_to_string(dir.path().join("answered")).unwrap().parse().unwrap();
+            let there = chunks_that_are_there_once(dir.path()).await;
+            assert!(there >= answered, "{answered} were answered, {there} are there");
+        }
     }
 
     fn meta(weighing: Weighing, avg_len: f64) -> CollectionMeta {
