@@ -138,6 +138,50 @@ async fn sqlite_keeps_the_contract_and_a_restart_forgets_nothing() {
     assert_eq!((job.id, job.work), (id, work("kept")));
 }
 
+/// The table as the first release had it, with a job that waits.
+const FIRST_SQLITE_TABLE: &str = r#"
+CREATE TABLE index_jobs (
+    id         TEXT PRIMARY KEY,
+    status     TEXT NOT NULL,
+    -- NULL once the job has ended.
+    work       TEXT,
+    attempt    INTEGER NOT NULL DEFAULT 0,
+    held_until INTEGER,
+    created_at INTEGER NOT NULL,
+    ended_at   INTEGER
+) STRICT;
+CREATE INDEX index_jobs_open ON index_jobs (created_at, id) WHERE work IS NOT NULL;
+CREATE INDEX index_jobs_ended ON index_jobs (ended_at) WHERE ended_at IS NOT NULL;
+INSERT INTO index_jobs (id, status, work, created_at) VALUES (
+    '01890a5d-ac96-774b-bcce-b302099a8057',
+    '{"job_id":"01890a5d-ac96-774b-bcce-b302099a8057","state":"queued","documents":1,"documents_done":0,"chunks":0,"tokens":0,"errors":[]}',
+    '{"kind":"documents","collection":"docs","documents":[{"source":"a.md","text":"old"}]}',
+    1
+);
+"#;
+
+#[tokio::test]
+async fn a_sqlite_table_of_an_earlier_release_is_brought_up_to_date() {
+    let dir = tempfile::tempdir().unwrap();
+    let database = atlas_shared::sqlite::Database::open(dir.path()).await.unwrap();
+    database.execute_schema(FIRST_SQLITE_TABLE).await.unwrap();
+    drop(database);
+
+    for _ in 0..2 {
+        // The second time it is up to date.
+        let store = SqliteJobs::open(dir.path()).await.unwrap();
+        let waiting = Uuid::from_u128(0x0189_0a5d_ac96_774b_bcce_b302_099a_8057);
+        let known = store.status(waiting).await.unwrap().unwrap();
+        assert_eq!(known.tenant, None, "nobody knows whose it was, so no tenant is told of it");
+        let job = store.claim(Duration::ZERO).await.unwrap().unwrap();
+        assert_eq!((job.id, job.work), (waiting, work("old")));
+    }
+    let store = SqliteJobs::open(dir.path()).await.unwrap();
+    let id = Uuid::now_v7();
+    store.submit(id, &work("new"), &asked(id), 1000).await.unwrap().unwrap();
+    assert_eq!(store.status(id).await.unwrap().unwrap(), asked(id));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn supabase_keeps_the_contract() {
     let server = match atlas_test_support::supabase::Supabase::start().await {

@@ -30,12 +30,28 @@ CREATE INDEX IF NOT EXISTS index_jobs_open ON index_jobs (created_at, id) WHERE 
 CREATE INDEX IF NOT EXISTS index_jobs_ended ON index_jobs (ended_at) WHERE ended_at IS NOT NULL;
 ";
 
+/// What [`SCHEMA`] cannot add to a table of the first release, because the table is there.
+const TENANT: &str = "ALTER TABLE index_jobs ADD COLUMN tenant TEXT";
+
 pub(super) struct SqliteJobs(Database);
 
 impl SqliteJobs {
     pub(super) async fn open(dir: &Path) -> Result<Self, UpstreamError> {
         let database = Database::open(dir).await?;
-        database.execute_schema(SCHEMA).await?;
+        database
+            .write(|tx, _now| -> Result<(), UpstreamError> {
+                tx.execute_batch(SCHEMA)?;
+                let known: bool = tx.query_row(
+                    "SELECT EXISTS (SELECT 1 FROM pragma_table_info('index_jobs') WHERE name = 'tenant')",
+                    [],
+                    |row| row.get(0),
+                )?;
+                if !known {
+                    tx.execute_batch(TENANT)?;
+                }
+                Ok(())
+            })
+            .await?;
         Ok(Self(database))
     }
 }
