@@ -186,6 +186,36 @@ impl Indexer {
         Ok(all)
     }
 
+    /// Documents that may be kept until they are indexed, and what is to be said of the others.
+    pub(crate) async fn without_credentials(
+        &self,
+        documents: Vec<Document>,
+    ) -> Result<(Vec<Document>, Vec<DocumentResult>), GatewayError> {
+        let look = move || {
+            let mut refused = Vec::new();
+            let kept = documents.into_iter().filter_map(|document| {
+                let Some(why) = secret(&document) else { return Some(document) };
+                refused.push(DocumentResult {
+                    source: document.source,
+                    outcome: DocumentOutcome::Failed,
+                    chunks: 0,
+                    error: Some(why),
+                });
+                None
+            });
+            (kept.collect(), refused)
+        };
+        let (kept, refused): (Vec<Document>, Vec<_>) =
+            tokio::task::spawn_blocking(look).await.map_err(|error| {
+                UpstreamError::transient(
+                    Dependency::VectorIndex,
+                    format!("looking for credentials stopped: {error}"),
+                )
+            })?;
+        self.metrics.index_documents.with_label_values(&["failed"]).inc_by(refused.len() as u64);
+        Ok((kept, refused))
+    }
+
     /// Deletes documents.
     pub(crate) async fn delete(
         &self,

@@ -102,7 +102,9 @@ pub(super) async fn embed_batch(
     let documents: Vec<Document> = items.into_iter().map(named).collect();
     let documents = owned(&caller, documents)?;
     check_count(documents.len())?;
-    let work = Work::Documents { collection, documents };
+    // A job is stored with all that it is to write.
+    let (documents, refused) = app.indexer.without_credentials(documents).await?;
+    let work = Work::Documents { collection, documents, refused };
     let job_id = app.jobs.submit(work, caller.tenant.as_deref()).await?;
     Ok((StatusCode::ACCEPTED, Answer(JobCreated { job_id })))
 }

@@ -36,7 +36,7 @@ fn asked(id: Uuid) -> Reported {
 
 fn work(text: &str) -> Work {
     let document = Document { source: "a.md".to_owned(), text: text.to_owned(), ..Document::default() };
-    Work::Documents { collection: "docs".to_owned(), documents: vec![document] }
+    Work::Documents { collection: "docs".to_owned(), documents: vec![document], refused: Vec::new() }
 }
 
 async fn run(store: &dyn JobStore) {

@@ -156,7 +156,10 @@ impl Jobs {
         let status = JobStatus {
             job_id: id.to_string(),
             state: JobState::Queued,
-            documents: if let Work::Documents { documents, .. } = &work { documents.len() } else { 0 },
+            documents: match &work {
+                Work::Documents { documents, refused, .. } => documents.len() + refused.len(),
+                Work::Repository { .. } | Work::Rebuild { .. } => 0,
+            },
             documents_done: 0,
             chunks: 0,
             tokens: 0,
@@ -330,8 +333,9 @@ impl Runner {
 
     async fn once(&self, work: &Work, progress: Progress<'_>) -> Result<(), GatewayError> {
         match work {
-            Work::Documents { collection, documents } => {
-                progress.begin(documents.len());
+            Work::Documents { collection, documents, refused } => {
+                progress.begin(documents.len() + refused.len());
+                progress.advance(refused, 0);
                 let advance = |results: &[DocumentResult], tokens: u64| progress.advance(results, tokens);
                 self.indexer.put(collection, documents.clone(), advance).await.map(drop)
             }

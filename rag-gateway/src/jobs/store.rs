@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use atlas_shared::{
     Config, UpstreamError,
     config::StoreConfig,
-    gateway_api::{Document, JobStatus},
+    gateway_api::{Document, DocumentResult, JobStatus},
 };
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -26,7 +26,13 @@ pub(super) const REMEMBERED: usize = 1000;
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub(crate) enum Work {
     /// Index these documents.
-    Documents { collection: String, documents: Vec<Document> },
+    Documents {
+        collection: String,
+        documents: Vec<Document>,
+        /// Those that were asked for and are not in the list, because what they say must not be stored.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        refused: Vec<DocumentResult>,
+    },
     /// Read a repository and bring the index in line with it.
     Repository { collection: String, repo: String, path: Option<String> },
     /// Fill another generation of a collection, and use it.
