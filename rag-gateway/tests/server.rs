@@ -20,7 +20,7 @@ const BOUND: Duration = Duration::from_secs(60);
 const SMALL_CHUNKS: [(&str, &str); 3] =
     [("CHUNK_TOKENS", "64"), ("CHUNK_OVERLAP_TOKENS", "0"), ("CACHE_TTL", "0")];
 
-const QUERIES: [&str; 8] = [
+const QUERIES: [&str; 13] = [
     "how is the daily token budget enforced?",
     "what happens when the vector index is down",
     "RUN_TIMEOUT_SECONDS",
@@ -29,6 +29,20 @@ const QUERIES: [&str; 8] = [
     "qdrant",
     "the of and",
     "zebra crossing",
+    "支払期限",
+    "請求書の番号",
+    "订单 退款",
+    "결제 기한",
+    "ใบแจ้งหนี้",
+];
+
+/// Of languages without spaces between words, whose runs of letters are weighed in pairs: name, text, and what
+/// finds it.
+const UNSPACED: [(&str, &str, &str); 4] = [
+    ("docs/ja.md", "# 請求書\n\n請求書の支払期限は月末です。番号は発行順です。\n", "支払期限"),
+    ("docs/zh.md", "# 退款\n\n订单取消后七天内退款到原账户。\n", "取消退款"),
+    ("docs/ko.md", "# 결제\n\n결제기한은 매월 말일입니다.\n", "결제기한"),
+    ("docs/th.md", "# การชำระเงิน\n\nกำหนดชำระใบแจ้งหนี้คือสิ้นเดือน\n", "ใบแจ้งหนี้"),
 ];
 
 async fn server(test: &str, settings: &[(&str, &str)]) -> Option<Qdrant> {
@@ -65,7 +79,7 @@ async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> 
     .unwrap_or_else(|_| panic!("waited {BOUND:?} for: {what}"))
 }
 
-/// Our own documentation.
+/// Our own documentation, and some in other scripts.
 fn corpus() -> Vec<Value> {
     let mut documents = Vec::new();
     for folder in ["docs", "migrations"] {
@@ -76,6 +90,8 @@ fn corpus() -> Vec<Value> {
             }
         }
     }
+    documents
+        .extend(UNSPACED.map(|(source, text, _)| json!({"source": source, "text": text, "repo": "atlas"})));
     documents.sort_by_key(|document| document["source"].as_str().unwrap().to_owned());
     documents
 }
@@ -129,6 +145,17 @@ async fn compare_engines(test: &str, more: &[(&str, &str)]) {
     assert_eq!(embedded.get("/v1/collections").await.ok(), remote.get("/v1/collections").await.ok());
     assert_eq!(embedded.get("/v1/documents").await.ok(), remote.get("/v1/documents").await.ok());
     assert_equal_answers(embedded, remote).await;
+    for stand in &stands {
+        for (source, _, query) in UNSPACED {
+            let found = stand.query(query).await.ok();
+            let at = sources(&found).iter().position(|found| *found == source);
+            // The simulator's vectors know no languages, and have their say in what comes first.
+            assert!(if more.is_empty() { at == Some(0) } else { at.is_some() }, "{query}: {found}");
+        }
+        let again = stand.put(json!(corpus)).await.ok();
+        assert!(again["results"].as_array().unwrap().iter().all(|result| result["outcome"] == "unchanged"));
+        assert_eq!(again["tokens"], 0);
+    }
 
     // A file is changed, one is deleted, the others are sent again unchanged.
     let mut changed = corpus.clone();
@@ -147,6 +174,32 @@ async fn compare_engines(test: &str, more: &[(&str, &str)]) {
         assert_eq!(sources(&found)[0], changed[0]["source"].as_str().unwrap());
     }
     assert_eq!(embedded.get("/v1/documents").await.ok(), remote.get("/v1/documents").await.ok());
+    assert_equal_answers(embedded, remote).await;
+
+    // Rebuilt into another generation, which is put into use; then the old one again, which was kept.
+    for stand in &stands {
+        let started = stand.post("/v1/collections/atlas/rebuild", json!({})).await.ok();
+        assert_eq!((&started["generation"], &started["old"]), (&json!("atlas@2"), &json!("atlas@1")));
+        let job = format!("/v1/jobs/{}", started["job_id"].as_str().unwrap());
+        let status = eventually("the rebuild to end", async || {
+            let found = stand.query("zebra crossing").await.ok();
+            assert_eq!(sources(&found)[0], changed[0]["source"].as_str().unwrap(), "all the time");
+            let status = stand.get(&job).await.ok();
+            (status["state"] == "done" || status["state"] == "failed").then_some(status)
+        })
+        .await;
+        assert_eq!(status["state"], "done", "{status}");
+    }
+    assert_eq!(embedded.get("/v1/collections").await.ok(), remote.get("/v1/collections").await.ok());
+    assert_equal_answers(embedded, remote).await;
+    for stand in &stands {
+        assert_eq!(stand.get("/v1/collections").await.ok()[0]["generation"], "atlas@2");
+        let uses = stand
+            .request(Method::PUT, "/v1/collections/atlas/generation")
+            .json(&json!({"generation": "atlas@1"}));
+        assert_eq!(stand.send(uses).await.status.as_u16(), 204);
+        assert_eq!(stand.get("/v1/collections").await.ok()[0]["generation"], "atlas@1");
+    }
     assert_equal_answers(embedded, remote).await;
     for stand in stands {
         stand.gateway.shutdown().await;
