@@ -16,6 +16,9 @@ const SAME_STATEMENT: f64 = 0.8;
 /// A shorter statement is no statement.
 const MIN_WORDS: usize = 2;
 
+/// What may stand after a sentence's end and belongs to it: emphasis, code, quotes.
+const AROUND: &[char] = &['*', '_', '`', '"', '\'', '”', '’'];
+
 /// A word, and how it was used.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Word {
@@ -52,7 +55,9 @@ impl Meaning {
             }
             let digits = token.split(|c: char| !c.is_ascii_digit()).filter(|digits| !digits.is_empty());
             meaning.numbers.extend(digits.map(str::to_owned));
-            if token.ends_with(['.', ',', ';', ':', '!', '?', ')']) {
+            // `**Only one.**` ends like `Only one.`
+            let bare = token.trim_end_matches(AROUND);
+            if bare.ends_with(['.', ',', ';', ':', '!', '?', ')']) {
                 meaning.add(&mut clause, denied);
                 denied = false;
             }
@@ -121,7 +126,8 @@ impl Meaning {
 
 /// What each sentence of a text says.
 pub(super) fn sentences(text: &str) -> Vec<Meaning> {
-    static END: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"[.!?;]\s|\n\s*\n|\n\s*[-*|#]").ok());
+    static END: LazyLock<Option<Regex>> =
+        LazyLock::new(|| Regex::new(r#"[.!?;][*_`"'”’]*\s|\n\s*\n|\n\s*[-*|#]"#).ok());
     let Some(end) = &*END else { return Vec::new() };
     // Signs of comments and lists are no words, and do not end a sentence.
     end.split(text).map(Meaning::of).collect()
@@ -237,6 +243,21 @@ mod tests {
         ] {
             assert_eq!(Meaning::of(statement).is_denied_by(&sentences(text)), denied, "{statement}");
         }
+    }
+
+    #[test]
+    fn emphasis_and_quotes_do_not_hide_the_end_of_a_sentence() {
+        for text in [
+            "- **Calls take one argument.** New fields then change no signature, so workers differ.",
+            "- *Calls take one argument!* Nobody changes a signature.",
+            "He says \"calls take one argument.\" Nothing else is said",
+            "`Calls take one argument;` no more",
+        ] {
+            let said = Meaning::of("Calls take one argument");
+            assert!(!said.is_denied_by(&sentences(text)), "{text}");
+            assert!(Meaning::of("Calls never take one argument").is_denied_by(&sentences(text)), "{text}");
+        }
+        assert_eq!(sentences("**One.** Two is here").len(), 2);
     }
 
     #[test]
