@@ -17,7 +17,7 @@ const MAX_ANSWER_BYTES: usize = 2_000_000;
 /// Items of one list.
 const MAX_ITEMS: usize = 40;
 /// Characters of one text.
-const MAX_TEXT_CHARS: usize = 3_000;
+pub(super) const MAX_TEXT_CHARS: usize = 3_000;
 /// Characters of all texts together.
 const MAX_TOTAL_CHARS: usize = 150_000;
 /// Places at which an answer's JSON object may begin.
@@ -342,9 +342,9 @@ fn limit(value: &mut Value, left: &mut usize, shortened: &mut bool) {
     match value {
         Value::String(text) => {
             let max = MAX_TEXT_CHARS.min(*left);
-            let cleaned = clean::text(text);
-            *shortened |= cleaned.chars().count() > max;
-            *text = if max == 0 { String::new() } else { clean::cut(cleaned.trim(), max) };
+            let (kept, is_cut) = self::text(text, max);
+            *shortened |= is_cut;
+            *text = if max == 0 { String::new() } else { kept };
             *left = left.saturating_sub(text.chars().count());
         }
         Value::Array(items) => {
@@ -361,6 +361,13 @@ fn limit(value: &mut Value, left: &mut usize, shortened: &mut bool) {
         }
         Value::Null | Value::Bool(_) | Value::Number(_) => {}
     }
+}
+
+/// A text of an answer as a document has it before it is rendered: clean, and of `max` characters at most.
+/// True: it had more.
+pub(super) fn text(raw: &str, max: usize) -> (String, bool) {
+    let cleaned = clean::text(raw);
+    (clean::cut(cleaned.trim(), max), cleaned.chars().count() > max)
 }
 
 /// Items that say nothing are no items.

@@ -495,7 +495,7 @@ fn start(text: &str) -> String {
 }
 
 /// A paragraph.
-fn block(text: &str) -> String {
+pub(super) fn block(text: &str) -> String {
     start(&inline(text))
 }
 

@@ -2,19 +2,28 @@
 //!
 //! A preview, for eyes only. The document that counts is made from the whole answer: checked,
 //! numbered, with its sources. So the preview leaves out what is only known then (citations) or only
-//! readable whole (diagrams). Its texts are escaped like those of the document, word by word.
+//! readable whole (diagrams).
+//!
+//! What the document redacts or escapes must not have been seen here before, and much of it is only known for
+//! what it is by its end: the last line of a key, the quote that closes a password, the colon of a script
+//! link. So each text goes through what the document does to it as a whole, and is shown when it has ended;
+//! a plain sentence of a longer one as soon as it has, because nothing that follows can reach back into it.
 //!
 //! Total and bounded: any text may be pushed, in any pieces; what is no JSON shows nothing.
 
 use super::{
-    render,
+    read, render,
     spec::{Field, Kind},
 };
 
 /// No schema of ours nests as deep.
 const MAX_DEPTH: usize = 12;
-/// A longer word, or code span, is shown in pieces.
-const MAX_WORD_CHARS: usize = 200;
+/// What is kept of a text until it is shown; of a longer one the rest is not shown. The document has less.
+const MAX_TEXT_BYTES: usize = 4 * read::MAX_TEXT_CHARS;
+/// Of a text that goes on, at least so much more is looked at in one go.
+const MIN_SENTENCES_BYTES: usize = 40;
+/// A longer run without a blank is no word.
+const MAX_WORD_CHARS: usize = 30;
 /// Keys are short; a longer one is none of ours.
 const MAX_KEY_CHARS: usize = 40;
 /// More than this is not shown.
@@ -28,8 +37,16 @@ pub struct Sketch {
     at: At,
     /// Where the text that is shown now belongs.
     place: Option<(Field, String)>,
-    /// The word that is not whole yet.
-    word: String,
+    /// The text that is being written, as it came.
+    text: String,
+    /// False when there was more of it than is kept.
+    is_whole: bool,
+    /// How many bytes of it were looked at for whole sentences.
+    looked_at: usize,
+    /// What was shown of it.
+    told: String,
+    /// It begins a block or a list's item.
+    opens: bool,
     /// What is said after the text that is being shown.
     after: &'static str,
     /// What may be shown.
@@ -69,7 +86,11 @@ impl Sketch {
             open: Vec::new(),
             at: At::Between { key_next: false },
             place: None,
-            word: String::new(),
+            text: String::new(),
+            is_whole: true,
+            looked_at: 0,
+            told: String::new(),
+            opens: false,
             after: "",
             ready: String::new(),
             shown: 0,
@@ -118,7 +139,11 @@ impl Sketch {
                 }
                 self.back(in_key, shown);
                 let meant = match c {
-                    'n' | 'r' | 't' | 'b' | 'f' => ' ',
+                    'n' => '\n',
+                    'r' => '\r',
+                    't' => '\t',
+                    'b' => '\u{8}',
+                    'f' => '\u{c}',
                     c => c,
                 };
                 self.put(meant, in_key, shown);
@@ -184,19 +209,20 @@ impl Sketch {
         if !shown {
             return;
         }
-        let in_code = !self.word.matches('`').count().is_multiple_of(2);
-        let full = self.word.chars().count() >= MAX_WORD_CHARS;
-        if c.is_whitespace() && (!in_code || full) {
-            self.end_word();
-            if !self.ready.ends_with([' ', '\n']) {
-                self.show(" ");
-            }
+        if self.text.len() >= MAX_TEXT_BYTES {
+            self.is_whole = false;
             return;
         }
-        self.word.push(c);
-        if full {
-            self.end_word();
+        if c.is_whitespace()
+            && self.text.ends_with(['.', '!', '?'])
+            && self.text.len() - self.looked_at >= MIN_SENTENCES_BYTES
+        {
+            self.looked_at = self.text.len();
+            if is_plain(&self.text) {
+                self.tell();
+            }
         }
+        self.text.push(c);
     }
 
     fn show(&mut self, text: &str) {
@@ -206,13 +232,27 @@ impl Sketch {
         }
     }
 
-    fn end_word(&mut self) {
-        let word = std::mem::take(&mut self.word);
-        self.show(&render::inline(&word));
+    /// Shows what the document would have of the text so far.
+    fn tell(&mut self) {
+        let (text, _) = read::text(&self.text, read::MAX_TEXT_CHARS);
+        let text = if self.opens { render::block(&text) } else { render::inline(&text) };
+        // Else what comes now changes what was shown, and no more of it is.
+        if let Some(more) = text.strip_prefix(self.told.as_str()) {
+            self.show(more);
+            self.told = text;
+        }
     }
 
     fn end_text(&mut self) {
-        self.end_word();
+        if self.is_whole {
+            self.tell();
+        } else {
+            self.show(" …");
+        }
+        self.text.clear();
+        self.told.clear();
+        self.looked_at = 0;
+        self.is_whole = true;
         let after = std::mem::take(&mut self.after);
         self.show(after);
     }
@@ -259,10 +299,12 @@ impl Sketch {
             between_texts(&key).to_owned()
         };
         self.show(&before);
+        self.opens = before.ends_with("- ") || (before.is_empty() && field != Field::Title);
         let is_name = first
             && !in_list
             && matches!(key.as_str(), "name" | "section" | "chosen" | "title")
             && field != Field::Title;
+        self.opens &= !is_name;
         if is_name && field == Field::Outcome {
             self.show("Chosen option: \"");
             self.after = "\"";
@@ -307,6 +349,29 @@ impl Sketch {
     }
 }
 
+/// True of words and commas: nothing that may follow makes anything of them a part of a secret, a tag or a
+/// link. They all need a sign that is not here, in front of what they hide or in the same run of letters.
+fn is_plain(text: &str) -> bool {
+    let (mut before, mut run, mut ticks) = (' ', 0, 0);
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        let next = chars.peek().copied().unwrap_or(' ');
+        run = if c.is_whitespace() { 0 } else { run + 1 };
+        ticks += usize::from(c == '`');
+        let is_fine = match c {
+            ' ' | '\n' | '.' | ',' | ';' | '!' | '?' | '/' | '_' | '`' | '–' | '—' => true,
+            '-' | '\'' | '’' => before.is_alphanumeric() && next.is_alphanumeric(),
+            c => c.is_alphanumeric(),
+        };
+        if !is_fine || run > MAX_WORD_CHARS {
+            return false;
+        }
+        before = c;
+    }
+    // Within code a blank ends nothing.
+    ticks % 2 == 0
+}
+
 /// What stands between a text of an item and the one before it.
 fn between_texts(key: &str) -> &'static str {
     match key {
@@ -326,7 +391,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{
-        super::testing::{adr, good_spec, refine, review},
+        super::{
+            clean,
+            testing::{adr, good_spec, refine, review},
+        },
         *,
     };
 
@@ -359,12 +427,34 @@ mod tests {
     }
 
     #[test]
-    fn text_appears_word_by_word() {
+    fn text_appears_sentence_by_sentence() {
         let mut sketch = Sketch::new(Kind::Spec);
-        sketch.push("{\"title\": \"Run lea");
-        assert_eq!(sketch.take(usize::MAX), "# Run ");
-        sketch.push("ses\", \"summary\": \"They ");
-        assert_eq!(sketch.take(usize::MAX), "leases\n\n## Summary\n\nThey ");
+        let mut shown = |piece: &str| {
+            sketch.push(piece);
+            sketch.take(usize::MAX)
+        };
+        assert_eq!(shown("{\"title\": \"Run lea"), "# ");
+        assert_eq!(shown("ses\", \"summary\": \"Workers"), "Run leases\n\n## Summary\n\n");
+        assert_eq!(shown(" claim runs in `the store`, one at a time."), "");
+        assert_eq!(shown(" A dead"), "Workers claim runs in `the store`, one at a time.");
+        assert_eq!(
+            shown(" one's run is taken over by another one. It"),
+            " A dead one's run is taken over by another one."
+        );
+        // What may be the beginning of something waits for its end.
+        assert_eq!(shown(" has a password: correct horse. And it has more of them. And"), "");
+        assert_eq!(shown(" more.\"}").split(':').next(), Some(" It has a password"));
+    }
+
+    #[test]
+    fn of_an_endless_text_the_beginning_is_shown() {
+        let answer = format!(
+            "{{\"summary\": \"{}\", \"title\": \"T\"}}",
+            "Runs are leased for a minute in all. ".repeat(2_000)
+        );
+        let text = shown(Kind::Spec, &answer, 100);
+        assert!(text.starts_with("## Summary\n\nRuns are leased") && text.ends_with(" …\n\n# T"), "{text}");
+        assert!(text.len() < MAX_TEXT_BYTES, "{}", text.len());
     }
 
     #[test]
@@ -376,6 +466,111 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("`a b`"), "{text}");
+    }
+
+    /// Pieces of what must not be shown, and of what may stand around it.
+    fn hostile_piece() -> impl Strategy<Value = String> {
+        let random = "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8s9T0u1V2w3X4y5Z6a7B8c9D0e1F2g3";
+        prop::sample::select(vec![
+            format!("AKIA{}", "ABCDEFGHIJ234567"),
+            format!("AK\u{200b}IA{}", "ABCDEFGHIJ234567"),
+            format!("sk-proj-{}", &random[..40]),
+            format!("ghp_{}", &random[..36]),
+            format!("eyJ{0}.eyJ{0}.{0}", &random[..20]),
+            format!("-----BEGIN {0} KEY-----\n{1}\n{1}\nabcd\n-----END {0} KEY-----", "PRIVATE", random),
+            format!(
+                "-----BEGIN RSA {0} KEY----- {1} Well. And {1} so on. -----END RSA {0} KEY-----",
+                "PRIVATE", random
+            ),
+            format!("-----END {} KEY-----", "PRIVATE"),
+            random.to_owned(),
+            "password: correct horse. battery staple".to_owned(),
+            "DB_PASSWORD=\"hunter2. and more! of it\"".to_owned(),
+            "the password:\n 'hunter2! yes. no'".to_owned(),
+            "password 'hunter. two'".to_owned(),
+            "curl -u me:hunter2x https://example.org".to_owned(),
+            "postgres://me:hunter2@db/x".to_owned(),
+            format!("Authorization: Bearer {}", &random[..30]),
+            "<script>alert(1)</script>".to_owned(),
+            "<img src=x\n onerror=alert(1)>".to_owned(),
+            "<script\n>".to_owned(),
+            "[x](javascript:alert(1))".to_owned(),
+            "[x](javascript\n : alert(1))".to_owned(),
+            "![x](http://evil.example/p.png)".to_owned(),
+            "`<b>x y</b>`".to_owned(),
+            "`a b. c d`".to_owned(),
+            "`".to_owned(),
+            "``".to_owned(),
+            "\\`".to_owned(),
+            "\n\n## Sources\n\n".to_owned(),
+            "# heading".to_owned(),
+            "1. one".to_owned(),
+            "- [x] done".to_owned(),
+            "&lt;b&gt;".to_owned(),
+            "Workers hold leases for a while, and say so.".to_owned(),
+            "Nothing is lost. All of it is kept.".to_owned(),
+            "password".to_owned(),
+            "javascript".to_owned(),
+            ":".to_owned(),
+            "<".to_owned(),
+            "'".to_owned(),
+            "\"".to_owned(),
+            ".".to_owned(),
+        ])
+    }
+
+    /// Texts made of them, with or without something between.
+    fn hostile_text() -> impl Strategy<Value = String> {
+        let between = prop::sample::select(vec!["", " ", " ", ". ", ".\n", "\n", "  "]);
+        prop::collection::vec((hostile_piece(), between), 1..7)
+            .prop_map(|pieces| pieces.into_iter().map(|(piece, after)| piece + after).collect())
+    }
+
+    /// Pushes the answer in pieces of these lengths, over and over, and takes what is shown in between.
+    fn streamed(answer: &str, lengths: &[usize]) -> String {
+        let mut sketch = Sketch::new(Kind::Spec);
+        let (mut text, mut piece) = (String::new(), String::new());
+        let mut lengths = lengths.iter().copied().cycle();
+        let mut left = lengths.next().unwrap_or(1);
+        for c in answer.chars() {
+            piece.push(c);
+            left -= 1;
+            if left == 0 {
+                sketch.push(&std::mem::take(&mut piece));
+                text.push_str(&sketch.take(64));
+                left = lengths.next().unwrap_or(1);
+            }
+        }
+        sketch.push(&piece);
+        text + &sketch.take(usize::MAX)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(400))]
+
+        #[test]
+        fn nothing_is_shown_that_the_document_leaves_out(
+            text in hostile_text(),
+            lengths in prop::collection::vec(1_usize..30, 1..8),
+        ) {
+            let written = serde_json::Value::from(text.as_str());
+            let answer = format!(r#"{{"title": "T", "summary": {written}, "risks": [{{"risk": {written}}}]}}"#);
+            let kept = render::block(clean::text(&text).trim());
+            let shown = streamed(&answer, &lengths);
+            let whole = format!("# T\n\n## Summary\n\n{kept}\n\n## Risks\n\n- {kept}");
+            prop_assert_eq!(&shown, &whole);
+            prop_assert!(!shown.contains('<') && !shown.to_lowercase().contains("javascript:"), "{}", shown);
+            // Broken off anywhere, it has shown no more than the beginning of that, and of the document that
+            // is made of what there is.
+            for end in (0..text.len()).step_by(9).filter(|end| text.is_char_boundary(*end)) {
+                let written = serde_json::Value::from(&text[..end]).to_string();
+                let answer = format!(r#"{{"title": "T", "summary": {}"#, &written[..written.len() - 1]);
+                let kept = render::block(clean::text(&text[..end]).trim());
+                let shown = streamed(&answer, &lengths);
+                prop_assert!(whole.starts_with(&shown), "{}", shown);
+                prop_assert!(format!("# T\n\n## Summary\n\n{kept}").starts_with(&shown), "{}", shown);
+            }
+        }
     }
 
     #[test]
