@@ -17,6 +17,7 @@ mod commands;
 mod context;
 mod error;
 mod eval;
+mod history;
 mod live;
 mod lock;
 mod metrics;

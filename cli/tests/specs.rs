@@ -61,6 +61,8 @@ fn a_spec_is_shown_while_it_is_written_then_judged() {
     let judged = sandbox.atlas(&["judge", "spec.md", "--model", "--json"]).ok().json();
     assert_eq!(judged[0]["opinion"]["groundedness"]["score"], 4);
     assert_eq!(judged[0]["opinion"]["missing"], json!(["The load."]));
+    let now = "[1] docs/queue.md:1-4: read as the file is now (it names no commit)";
+    assert_eq!(judged[0]["opinion"]["not_as_cited"], json!([now]));
     let used = sandbox.atlas(&["budget", "show", "--json"]).ok().json()["budget"]["used"].as_u64().unwrap();
     assert_eq!(used, sim.meter().total_tokens());
     sim.script(json!([{"fault": "not_json"}])).unwrap();
@@ -93,6 +95,59 @@ fn a_score_below_the_minimum_fails() {
     let no_model = sandbox.atlas(&["judge", "bad.md", "--model"]);
     assert_eq!(no_model.code, Some(2));
     assert!(no_model.stderr.contains("OPENAI_API_KEY"), "{}", no_model.stderr);
+}
+
+/// The score card's line about citations: score and detail.
+fn citations(sandbox: &Sandbox, args: &[&str]) -> (f64, String) {
+    let card = sandbox.atlas(&[&["judge", "--json"], args].concat()).ok().json();
+    let checks = card[0]["checks"].as_array().unwrap();
+    let check = checks.iter().find(|check| check["name"] == "citations").unwrap();
+    (check["score"].as_f64().unwrap(), check["detail"].as_str().unwrap().to_owned())
+}
+
+#[test]
+fn a_source_is_looked_up_in_the_commit_that_it_names() {
+    let sandbox = Sandbox::new(&[("app/docs/queue.md", DOCUMENT), ("elsewhere/notes.md", "Notes.")]);
+    let app = sandbox.path().join("app");
+    atlas_test_support::git(&app, &["init", "--quiet"]);
+    atlas_test_support::git(&app, &["add", "."]);
+    atlas_test_support::git(&app, &["commit", "--quiet", "-m", "first"]);
+    let commit = git(&app, &["rev-parse", "HEAD"]).unwrap();
+    let commit = &commit[..12];
+    // What the commit has counts, not what is there now.
+    sandbox.remove("app/docs/queue.md");
+    let spec = |lines: &str, file: &str, commit: &str| {
+        format!(
+            "# Queue\n\n## Context\n\n- It is durable. [1] [2]\n\n## Sources\n\n\
+             - [1] `docs/queue.md:{lines}`, Queue (app at {commit}…)\n- [2] `{file}:1-2` (app at {commit}…)\n"
+        )
+    };
+    sandbox.write("good.md", &spec("1-4", "docs/queue.md", commit));
+    sandbox.write("wrong.md", &spec("3-9", "docs/made-up.md", commit));
+    sandbox.write("other.md", &spec("3-9", "docs/made-up.md", "0123456789ab"));
+    let fine = (1.0, "2 sources, each cited, none missing".to_owned());
+    assert_eq!(citations(&sandbox, &["good.md", "--repository", "app"]), fine);
+    assert_eq!(
+        citations(&sandbox, &["good.md", "--repository", "elsewhere", "--repository", "app/docs"]),
+        fine
+    );
+    let (score, detail) = citations(&sandbox, &["wrong.md", "--repository", "app"]);
+    assert!(score < 0.01, "{score}");
+    for told in [
+        format!("wrong: [1] docs/queue.md:3-9 (the file has only 4 lines at {commit})"),
+        format!("[2] docs/made-up.md:1-2 (there is no such file at {commit})"),
+    ] {
+        assert!(detail.contains(&told), "{detail}");
+    }
+    for (args, why) in [
+        (&["other.md", "--repository", "app"][..], "commit 0123456789ab is not here"),
+        (&["wrong.md", "--repository", "elsewhere"], "no git repository is at hand"),
+    ] {
+        let unchecked = format!("2 sources, each cited, none missing; not checked: [1] [2] ({why})");
+        assert_eq!(citations(&sandbox, args), (1.0, unchecked));
+    }
+    let gone = sandbox.atlas(&["judge", "good.md", "--repository", "gone"]);
+    assert_eq!(gone.code, Some(2), "{}", gone.stderr);
 }
 
 /// `docs/examples` are what `scripts/examples.sh` makes: their cards hold, and every file that they

@@ -1,7 +1,6 @@
 //! `atlas judge`: a score card for spec files, and a second opinion from a model.
 
 use std::{
-    fs,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -14,7 +13,7 @@ use atlas_shared::{
     openai::{OpenAiChat, best_response_format},
 };
 use atlas_worker::agent::{
-    judge::{self, ScoreCard},
+    judge::{self, Lookup, ScoreCard, Source},
     rubric::{self, CitedText, Mark, Opinion},
 };
 use serde::Serialize;
@@ -22,26 +21,34 @@ use serde::Serialize;
 use crate::{
     context::Context,
     error::{CliError, Result},
+    history::{History, Missing},
     request::read_any,
     ui::{BOLD, DIM, GREEN, RED, Ui, YELLOW, paint, print_error, thousands},
 };
 
 /// No spec is longer.
 const MAX_FILE_BYTES: usize = 4 << 20;
+/// No spec cites more; the others are not looked up.
+const MAX_SOURCES: usize = 500;
 
 /// Score spec files: complete, cited, weighed, readable?
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   atlas judge spec.md
   atlas judge specs/*.md --min 90
+  atlas judge spec.md --repository ~/src/billing --repository ~/src/shop
   atlas ask \"Design a rate limiter\" | atlas judge - --json
   OPENAI_API_KEY=… atlas judge spec.md --model
 
-Ten checks without a model; the same file always gets the same card. They tell whether a document is
-complete, honest about its sources and readable, not whether it is right: docs/JUDGE.md explains each.
---model asks OPENAI_MODEL for groundedness and usefulness by the rubric in docs/JUDGE.md. It reads the
-cited lines from the files under --root, costs tokens, and books them in the ledger that workers use,
-under the same daily limit.")]
+Ten checks without a model; the same file always gets the same card. They tell whether a
+document is complete, honest about its sources and readable, not whether it is right:
+docs/JUDGE.md explains each. Cited files and lines are looked up with git in the commits that the
+sources name; a commit that is in no --repository costs nothing, and the card says so.
+
+--model asks OPENAI_MODEL for groundedness and usefulness by the rubric in docs/JUDGE.md. It reads
+the cited lines in those commits too, or, where a commit is not at hand, in the files as they are
+now, and says so. It costs tokens, and books them in the ledger that workers use, under the same
+daily limit.")]
 pub(crate) struct Judge {
     /// Markdown files; - reads standard input
     #[arg(required = true, value_name = "FILE")]
@@ -51,13 +58,13 @@ pub(crate) struct Judge {
     #[arg(long, value_name = "SCORE", value_parser = clap::value_parser!(u32).range(0..=100))]
     min: Option<u32>,
 
+    /// In whose git repository to look for the cited files; may be given more than once
+    #[arg(long, alias = "root", value_name = "DIR", default_value = ".")]
+    repository: Vec<PathBuf>,
+
     /// Ask a model too; costs tokens
     #[arg(long)]
     model: bool,
-
-    /// Where the cited files are, for --model
-    #[arg(long, value_name = "DIR", default_value = ".")]
-    root: PathBuf,
 
     /// Print JSON
     #[arg(long)]
@@ -84,6 +91,8 @@ struct Paid {
     opinion: Opinion,
     /// What was booked.
     tokens: Tokens,
+    /// Sources that the model did not see as they were cited, each with the reason.
+    not_as_cited: Vec<String>,
 }
 
 impl Judge {
@@ -96,12 +105,19 @@ impl Judge {
                 Err(error) => unreadable.push(error),
             }
         }
+        for folder in &self.repository {
+            if !folder.is_dir() {
+                return Err(CliError::usage(format!("{} is no folder", folder.display()))
+                    .fix("name a folder of the repository that the documents cite: --repository DIR"));
+            }
+        }
+        let mut history = History::of(&self.repository);
         let court = if self.model { Some(Court::open(context).await?) } else { None };
         let mut results = Vec::new();
         for (file, text) in texts {
-            let card = judge::judge(&text);
+            let card = judge::judge_with_sources(&text, &looked_up(&text, &mut history));
             let opinion = match &court {
-                Some(court) => Some(court.opinion(&text, &self.root).await?),
+                Some(court) => Some(court.opinion(&text, &mut history).await?),
                 None => None,
             };
             results.push(Judged { file, score: card.score(), card, opinion });
@@ -144,6 +160,27 @@ fn read(path: &Path) -> Result<String> {
     Ok(text)
 }
 
+/// Whether the sources of a document are where they say.
+fn looked_up(markdown: &str, history: &mut History) -> Vec<(Source, Lookup)> {
+    let look = |(index, source): (usize, Source)| {
+        let found = match lines(history, index, &source) {
+            Ok(_) => Lookup::Found,
+            Err(Missing::Wrong(why)) => Lookup::Wrong(why),
+            Err(Missing::Unknown(why)) => Lookup::NotChecked(why),
+        };
+        (source, found)
+    };
+    judge::sources(markdown).into_iter().enumerate().map(look).collect()
+}
+
+/// The lines of a source, as its commit has them; `index` counts the document's sources from 0.
+fn lines(history: &mut History, index: usize, source: &Source) -> Result<String, Missing> {
+    if index < MAX_SOURCES {
+        return history.lines(source);
+    }
+    Err(Missing::Unknown(format!("only the first {MAX_SOURCES} sources are looked up")))
+}
+
 fn show(ui: Ui, judged: &Judged) {
     let Judged { file, score, card, opinion } = judged;
     let passed = card.checks.iter().filter(|check| check.passed()).count();
@@ -167,14 +204,18 @@ fn show(ui: Ui, judged: &Judged) {
             check.detail
         ));
     }
-    if let Some(Paid { model, opinion, tokens }) = opinion {
+    if let Some(Paid { model, opinion, tokens, not_as_cited }) = opinion {
         ui.out(format_args!("  {model} thinks ({} tokens):", thousands(tokens.0)));
         for (name, Mark { score, reason }) in
             [("groundedness", &opinion.groundedness), ("usefulness", &opinion.usefulness)]
         {
             ui.out(format_args!("      {name:<12}  {score} / 5  {reason}"));
         }
-        for (name, list) in [("unsupported", &opinion.unsupported), ("missing", &opinion.missing)] {
+        for (name, list) in [
+            ("unsupported", &opinion.unsupported),
+            ("missing", &opinion.missing),
+            ("not as cited", not_as_cited),
+        ] {
             for text in list {
                 ui.out(format_args!("      {name:<12}  {text}"));
             }
@@ -203,10 +244,11 @@ impl Court {
     }
 
     /// Reserve, call, settle: as a worker does, without a run.
-    async fn opinion(&self, markdown: &str, root: &Path) -> Result<Paid> {
+    async fn opinion(&self, markdown: &str, history: &mut History) -> Result<Paid> {
         let name = self.openai.models.first().cloned().unwrap_or_default();
         let format = best_response_format(&name, &self.openai.base_url, self.openai.response_format);
-        let request = rubric::request(markdown, &cited(markdown, root), format)
+        let cited = cited(markdown, history);
+        let request = rubric::request(markdown, &cited, format)
             .map_err(|error| CliError::failure("the judge's prompt does not render").because(error))?;
         let request =
             ChatRequest { model: name.clone(), request_id: "judge.1.opinion".to_owned(), ..request };
@@ -249,7 +291,8 @@ impl Court {
                         ))
                         .fix("try again, or another OPENAI_MODEL or OPENAI_RESPONSE_FORMAT")
                     })?;
-                Ok(Paid { model: name, opinion, tokens: cost })
+                let not_as_cited = cited.iter().filter_map(not_as_cited).collect();
+                Ok(Paid { model: name, opinion, tokens: cost, not_as_cited })
             }
             Err(failure) => {
                 let closing = match failure.billed {
@@ -264,46 +307,66 @@ impl Court {
     }
 }
 
-/// The lines that the document cites, as the files have them now.
-fn cited(markdown: &str, root: &Path) -> Vec<CitedText> {
-    let root = root.canonicalize().ok();
-    judge::sources(markdown)
-        .into_iter()
-        .map(|source| CitedText {
-            text: root.as_deref().and_then(|root| lines(root, &source)),
-            place: format!("{}:{}-{}", source.path, source.start, source.end),
-            n: source.n,
-        })
-        .collect()
+/// The lines that the document cites, as its commits have them. Of a commit that is not at hand, as the files
+/// have them now: most lines stay where they are, and the model is told.
+fn cited(markdown: &str, history: &mut History) -> Vec<CitedText> {
+    let read = |(index, source): (usize, Source)| {
+        let (text, caveat) = match lines(history, index, &source) {
+            Ok(text) => (Some(text), None),
+            Err(Missing::Wrong(why)) => (None, Some(why)),
+            Err(Missing::Unknown(why)) => (history.lines_now(&source), Some(why)),
+        };
+        let place = format!("{}:{}-{}", source.path, source.start, source.end);
+        CitedText { n: source.n, place, text: text.filter(|text| !text.is_empty()), caveat }
+    };
+    judge::sources(markdown).into_iter().enumerate().map(read).collect()
 }
 
-/// A source is somebody else's text: nothing outside `root` is read for it.
-fn lines(root: &Path, source: &judge::Source) -> Option<String> {
-    let path = root.join(&source.path).canonicalize().ok().filter(|path| path.starts_with(root))?;
-    if fs::metadata(&path).ok()?.len() > MAX_FILE_BYTES as u64 {
-        return None;
-    }
-    let text = fs::read_to_string(path).ok()?;
-    let lines: Vec<&str> = text.lines().collect();
-    let (start, end) = (source.start as usize, source.end as usize);
-    Some(lines.get(start - 1..end.min(lines.len()))?.join("\n")).filter(|text| !text.is_empty())
+/// What is to be said of a passage that is not known to be the one that was cited.
+fn not_as_cited(cited: &CitedText) -> Option<String> {
+    let CitedText { n, place, text, caveat } = cited;
+    let why = caveat.as_ref()?;
+    let read = if text.is_some() { "read as the file is now" } else { "not read" };
+    Some(format!("[{n}] {place}: {read} ({why})"))
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
+    use std::fs;
+
+    use atlas_test_support::git;
+
     use super::*;
 
     #[test]
-    fn only_cited_lines_within_the_root_are_read() {
+    fn the_model_reads_what_the_commit_has_and_is_told_where_it_does_not() {
         let dir = tempfile::tempdir().unwrap();
-        let root = dir.path().join("root");
-        fs::create_dir(&root).unwrap();
-        fs::write(root.join("a.md"), "one\ntwo\nthree\n").unwrap();
-        fs::write(dir.path().join("outside.md"), "secret\n").unwrap();
-        let markdown = "# T\n\n## Sources\n\n- [1] `a.md:2-3`\n- [2] `../outside.md:1-1`\n- [3] `a.md:9-9`\n- [4] `gone.md:1-1`\n- [5] nonsense\n";
-        let texts: Vec<Option<String>> = cited(markdown, &root).into_iter().map(|cited| cited.text).collect();
-        assert_eq!(texts, [Some("two\nthree".to_owned()), None, None, None]);
+        fs::write(dir.path().join("a.md"), "one\ntwo\nthree\n").unwrap();
+        git(dir.path(), &["init", "--quiet"]);
+        git(dir.path(), &["add", "."]);
+        git(dir.path(), &["commit", "--quiet", "-m", "first"]);
+        git(dir.path(), &["tag", "first"]);
+        let packed = fs::read_to_string(dir.path().join(".git/refs/tags/first")).unwrap();
+        let commit = &packed[..12];
+        fs::write(dir.path().join("a.md"), "uno\ndue\ntre\n").unwrap();
+        let markdown = format!(
+            "# T\n\n## Sources\n\n- [1] `a.md:2-3` (x at {commit}…)\n- [2] `a.md:2-3` (x at 0123456789ab…)\n\
+             - [3] `a.md:3-3`\n- [4] `a.md:9-9` (x at {commit}…)\n- [5] `../b.md:1-1`\n- [6] nonsense\n"
+        );
+        let cited = cited(&markdown, &mut History::of(&[dir.path().to_owned()]));
+        let texts: Vec<Option<&str>> = cited.iter().map(|cited| cited.text.as_deref()).collect();
+        assert_eq!(texts, [Some("two\nthree"), Some("due\ntre"), Some("tre"), None, None]);
+        let told: Vec<String> = cited.iter().filter_map(not_as_cited).collect();
+        assert_eq!(
+            told,
+            [
+                "[2] a.md:2-3: read as the file is now (commit 0123456789ab is not here)".to_owned(),
+                "[3] a.md:3-3: read as the file is now (it names no commit)".to_owned(),
+                format!("[4] a.md:9-9: not read (the file has only 3 lines at {commit})"),
+                "[5] ../b.md:1-1: not read (it names no commit)".to_owned(),
+            ]
+        );
     }
 }

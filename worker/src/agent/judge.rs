@@ -2,11 +2,12 @@
 //!
 //! It reads the Markdown, not the structure behind it, so that it judges what a reader gets and works
 //! for any file. It can tell whether a document is complete, honest about its sources and readable;
-//! it cannot tell whether it is right.
+//! it cannot tell whether it is right. Whether its sources are there is for the caller to look up
+//! ([`judge_with_sources`]); nothing is read here.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt,
+    fmt::{self, Write as _},
     sync::LazyLock,
 };
 
@@ -15,7 +16,7 @@ use regex::Regex;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    mermaid,
+    clean, mermaid,
     spec::{Field, Kind, PROS_AND_CONS},
 };
 
@@ -115,15 +116,24 @@ impl fmt::Display for ScoreCard {
     }
 }
 
-/// Judges a rendered document.
+/// Judges a rendered document by itself.
 pub fn judge(markdown: &str) -> ScoreCard {
+    card(markdown, None)
+}
+
+/// Judges a rendered document by itself and by what was found where its [`sources`] say they are.
+pub fn judge_with_sources(markdown: &str, looked_up: &[(Source, Lookup)]) -> ScoreCard {
+    card(markdown, Some(looked_up))
+}
+
+fn card(markdown: &str, looked_up: Option<&[(Source, Lookup)]>) -> ScoreCard {
     let page = Page::read(markdown);
     let checks = vec![
         complete(&page),
         headings(&page),
         decisions(&page),
         components(&page),
-        citations(&page),
+        citations(&page, looked_up),
         grounding(&page),
         diagrams(&page),
         length(&page),
@@ -407,6 +417,19 @@ pub struct Source {
     pub start: u32,
     /// Last line, included.
     pub end: u32,
+    /// The commit that has them, in lower-case hex, as a rule its first twelve digits.
+    pub commit: Option<String>,
+}
+
+/// What was found where a source says it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Lookup {
+    /// Its file has these lines.
+    Found,
+    /// It has not; the reason in a few words.
+    Wrong(String),
+    /// Nobody looked; the reason in a few words.
+    NotChecked(String),
 }
 
 /// The sources that a document lists, those whose lines can be read.
@@ -425,11 +448,54 @@ fn source(line: &str) -> Option<Source> {
         path: found[2].to_owned(),
         start: found[3].parse().ok()?,
         end: found[4].parse().ok()?,
+        commit: commit(&line[found[0].len()..]),
     };
     (1 <= source.start && source.start <= source.end).then_some(source)
 }
 
-fn citations(page: &Page<'_>) -> Check {
+/// `(atlas at 21ad0150a341…)`, after a heading that somebody else wrote and before a link.
+fn commit(origin: &str) -> Option<String> {
+    static COMMIT: LazyLock<Option<Regex>> =
+        LazyLock::new(|| Regex::new(r"\((?:[^()]*\s)?at ([0-9a-f]{7,64})…?\)").ok());
+    let origin = origin.split(" — [open](").next().unwrap_or_default();
+    let last = COMMIT.as_ref()?.captures_iter(origin).last()?;
+    Some(last[1].to_owned())
+}
+
+/// What was found of the sources, in words: how many are wrong, and which were checked at all.
+fn told_of(looked_up: &[(Source, Lookup)]) -> (usize, String) {
+    /// Sources that are named, each with its reason.
+    const NAMED: usize = 5;
+    let mut wrong = Vec::new();
+    let mut not_checked: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for (Source { n, path, start, end, .. }, found) in looked_up {
+        match found {
+            Lookup::Found => {}
+            Lookup::Wrong(why) => {
+                let place = clean::cut(&clean::line(&format!("{path}:{start}-{end}")), 100);
+                wrong.push(format!("[{n}] {place} ({why})"));
+            }
+            Lookup::NotChecked(why) => not_checked.entry(why).or_default().push(format!("[{n}]")),
+        }
+    }
+    let count = wrong.len();
+    let mut told = String::new();
+    if count > NAMED {
+        wrong.truncate(NAMED);
+        wrong.push(format!("and {} more", count - NAMED));
+    }
+    if count > 0 {
+        let _ = write!(told, "; wrong: {}", wrong.join(", "));
+    }
+    if !not_checked.is_empty() {
+        let reasons: Vec<String> =
+            not_checked.iter().map(|(why, which)| format!("{} ({why})", which.join(" "))).collect();
+        let _ = write!(told, "; not checked: {}", reasons.join(", "));
+    }
+    (count, told)
+}
+
+fn citations(page: &Page<'_>, looked_up: Option<&[(Source, Lookup)]>) -> Check {
     let sources = page.sections.get("Sources").map_or(&[][..], Vec::as_slice);
     let (mut listed, mut malformed) = (BTreeSet::new(), 0);
     for line in sources.iter().filter(|line| item(line).is_some()) {
@@ -449,11 +515,13 @@ fn citations(page: &Page<'_>) -> Check {
     let unlisted = cited.difference(&listed).count();
     let unused = listed.difference(&cited).count();
     let weak = sources.iter().filter(|line| line.contains("*weak:")).count();
-    let faults = unlisted + unused + malformed + weak;
+    let (wrong, told) = looked_up.map_or((0, String::new()), told_of);
+    let faults = unlisted + unused + malformed + weak + wrong;
     if faults == 0 {
-        return check("citations", 1.0, format!("{} sources, each cited, none missing", listed.len()));
+        return check("citations", 1.0, format!("{} sources, each cited, none missing{told}", listed.len()));
     }
-    let detail = format!("{unlisted} not listed, {unused} not cited, {malformed} without lines, {weak} weak");
+    let detail =
+        format!("{unlisted} not listed, {unused} not cited, {malformed} without lines, {weak} weak{told}");
     check("citations", 1.0 - share(faults, listed.len() + unlisted + malformed), detail)
 }
 
@@ -653,6 +721,32 @@ mod tests {
         .map(|(name, markdown)| format!("{name}: {}", judge(&markdown)))
         .collect();
         insta::assert_snapshot!(cards.join("\n"));
+    }
+
+    #[test]
+    fn the_commit_of_a_source_is_read_and_a_wrong_source_costs_and_is_named() {
+        let document = document(&good_spec(), "x y z", "spec");
+        let (body, _) = document.split_once("## Sources").unwrap();
+        let markdown = format!(
+            "{body}## Sources\n\n- [1] `docs/a.md:1-2`, fn at (at 0123456) (atlas at 21ad0150a341…) — [open](<https://x/(at%20fffffff)>)\n\
+             - [2] `b.md:3-4` (at abcdef0)\n- [3] `c.md:5-6`, Who looks at face (atlas)\n"
+        );
+        let sources = sources(&markdown);
+        let commits: Vec<Option<&str>> = sources.iter().map(|source| source.commit.as_deref()).collect();
+        assert_eq!(commits, [Some("21ad0150a341"), Some("abcdef0"), None]);
+
+        let citations = |found: [Lookup; 3]| {
+            let looked_up: Vec<(Source, Lookup)> = sources.iter().cloned().zip(found).collect();
+            let card = judge_with_sources(&markdown, &looked_up);
+            card.checks.into_iter().find(|check| check.name == "citations").unwrap()
+        };
+        let nobody_looked = || Lookup::NotChecked("it names no commit".to_owned());
+        let fine = citations([Lookup::Found, nobody_looked(), nobody_looked()]);
+        assert!(fine.passed(), "{}", fine.detail);
+        assert!(fine.detail.ends_with("; not checked: [2] [3] (it names no commit)"), "{}", fine.detail);
+        let wrong = citations([Lookup::Found, Lookup::Wrong("gone".to_owned()), Lookup::Found]);
+        assert!((wrong.score - 2.0 / 3.0).abs() < 1e-9, "{}", wrong.score);
+        assert!(wrong.detail.ends_with("; wrong: [2] b.md:3-4 (gone)"), "{}", wrong.detail);
     }
 
     fn safe(markdown: &str) -> bool {

@@ -27,7 +27,7 @@ const MAX_PASSAGES_CHARS: usize = 60_000;
 /// Entries of a list that are kept.
 const MAX_LISTED: usize = 8;
 
-/// A passage that the document cites, as it is in the file today.
+/// A passage that the document cites.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CitedText {
     /// Its number in the document.
@@ -36,6 +36,8 @@ pub struct CitedText {
     pub place: String,
     /// The lines; `None`: they could not be read.
     pub text: Option<String>,
+    /// Why these are not, or perhaps not, the lines that were cited; `None`: they are.
+    pub caveat: Option<String>,
 }
 
 /// What the model thinks.
@@ -79,7 +81,7 @@ pub fn request(
     }
     let fence = format!("data-{}", prompt::hex(&hash.finalize(), 10));
     let unfenced = |text: &str| text.replace(&fence, "");
-    for CitedText { n, place, text } in cited {
+    for CitedText { n, place, text, caveat } in cited {
         let Some(text) = text else {
             // Writing to a String cannot fail, here and below.
             let _ = write!(passages, "Passage [{n}] is not at hand.\n\n");
@@ -90,8 +92,13 @@ pub fn request(
             continue;
         }
         let (place, text) = (clean::line(place), clean::cut(&clean::text(text), MAX_PASSAGE_CHARS));
-        let _ =
-            write!(passages, "<<<{fence} [{n}] {}\n{}\n{fence}>>>\n\n", unfenced(&place), unfenced(&text));
+        let now = if caveat.is_some() { " (as the file is now: what was cited may differ)" } else { "" };
+        let _ = write!(
+            passages,
+            "<<<{fence} [{n}] {}{now}\n{}\n{fence}>>>\n\n",
+            unfenced(&place),
+            unfenced(&text)
+        );
     }
     if left_out > 0 {
         let _ = write!(passages, "{left_out} more passages are not at hand.\n\n");
@@ -169,7 +176,17 @@ mod tests {
     use super::*;
 
     fn cited(text: Option<&str>) -> CitedText {
-        CitedText { n: 1, place: "docs/a.md:1-2".to_owned(), text: text.map(str::to_owned) }
+        CitedText { n: 1, place: "docs/a.md:1-2".to_owned(), text: text.map(str::to_owned), caveat: None }
+    }
+
+    #[test]
+    fn the_model_is_told_of_lines_that_may_have_changed() {
+        let now = CitedText { caveat: Some("it names no commit".to_owned()), ..cited(Some("one")) };
+        for (cited, told) in [(now, true), (cited(Some("one")), false)] {
+            let request = request("# Spec", &[cited], ResponseFormatSetting::JsonSchema).unwrap();
+            let ChatMessage::User { content: user } = &request.messages[1] else { panic!() };
+            assert_eq!(user.contains("docs/a.md:1-2 (as the file is now"), told, "{user}");
+        }
     }
 
     #[test]
