@@ -52,7 +52,7 @@ fn a_spec_is_shown_while_it_is_written_then_judged() {
     assert!(card.stdout.contains("citations") && card.stdout.contains("/ 100"), "{}", card.stdout);
     let json = sandbox.atlas(&["judge", "spec.md", "--json"]).ok().json();
     assert_eq!(json[0]["kind"], "spec");
-    assert_eq!(json[0]["checks"].as_array().unwrap().len(), 10);
+    assert_eq!(json[0]["checks"].as_array().unwrap().len(), 11);
 
     // A judge model: booked in the same ledger.
     let marks = json!({"groundedness": {"score": 4, "reason": "Close to its passage."},

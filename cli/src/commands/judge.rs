@@ -40,7 +40,7 @@ const MAX_SOURCES: usize = 500;
   atlas ask \"Design a rate limiter\" | atlas judge - --json
   OPENAI_API_KEY=… atlas judge spec.md --model
 
-Ten checks without a model; the same file always gets the same card. They tell whether a
+Eleven checks without a model; the same file always gets the same card. They tell whether a
 document is complete, honest about its sources and readable, not whether it is right:
 docs/JUDGE.md explains each. Cited files and lines are looked up with git in the commits that the
 sources name; a commit that is in no --repository costs nothing, and the card says so.

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     clean, mermaid,
     spec::{Field, Kind, PROS_AND_CONS},
+    words,
 };
 
 /// Shorter says too little, longer is not read.
@@ -26,6 +27,15 @@ const WORDS: std::ops::RangeInclusive<usize> = 150..=4_000;
 const MAX_SENTENCE_WORDS: f64 = 28.0;
 /// Statements with a citation, at least, for full marks.
 const WANTED_GROUNDING: f64 = 0.5;
+
+/// Places in which a statement may not stand any more.
+const AGAIN: usize = 3;
+/// What each further place costs.
+const PRICE_OF_AGAIN: f64 = 0.1;
+/// Repeated statements that are named.
+const NAMED_AGAIN: usize = 5;
+/// Fewer words are a name.
+const STATEMENT_WORDS: usize = 3;
 
 /// Phrases that sell or fill instead of saying something.
 const BANNED: &[&str] = &[
@@ -137,6 +147,7 @@ fn card(markdown: &str, looked_up: Option<&[(Source, Lookup)]>) -> ScoreCard {
         grounding(&page),
         diagrams(&page),
         length(&page),
+        repetition(&page),
         language(&page),
         safety(markdown, &page),
     ];
@@ -591,6 +602,79 @@ fn length(page: &Page<'_>) -> Check {
     check("length", score, format!("{words} words, {mean:.0} a sentence"))
 }
 
+/// What is said in many places fits everywhere, so it says nothing anywhere.
+fn repetition(page: &Page<'_>) -> Check {
+    // By its words: how it was written first, and in how many places it stands.
+    let mut said: BTreeMap<String, (&str, usize)> = BTreeMap::new();
+    let elsewhere = ["Sources", Field::Changes.heading()];
+    let sections = page.sections.iter().filter(|(heading, _)| !elsewhere.contains(*heading));
+    for line in sections.flat_map(|(_, lines)| lines) {
+        let mut here = BTreeSet::new();
+        for statement in statements(line) {
+            let words: Vec<String> =
+                statement.split_whitespace().map(words::plain).filter(|word| !word.is_empty()).collect();
+            if words.len() < STATEMENT_WORDS || is_honest_nothing(&words) {
+                continue;
+            }
+            // "It scales well" and "This scales well" are one.
+            let subject = usize::from(matches!(words[0].as_str(), "it" | "this" | "that" | "they" | "these"));
+            if here.insert(words[subject..].join(" ")) {
+                said.entry(words[subject..].join(" ")).or_insert((statement, 0)).1 += 1;
+            }
+        }
+    }
+    let mut again: Vec<(&str, usize)> = said.into_values().filter(|(_, places)| *places >= AGAIN).collect();
+    again.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
+    if again.is_empty() {
+        return check("repetition", 1.0, format!("no statement stands in {AGAIN} places"));
+    }
+    let further: usize = again.iter().map(|(_, places)| places - 1).sum();
+    let mut named: Vec<String> = again
+        .iter()
+        .take(NAMED_AGAIN)
+        .map(|(statement, places)| format!("{places} times “{}”", clean::cut(&clean::line(statement), 60)))
+        .collect();
+    if again.len() > NAMED_AGAIN {
+        named.push(format!("{} more", again.len() - NAMED_AGAIN));
+    }
+    check("repetition", 1.0 - PRICE_OF_AGAIN * further as f64, named.join(", "))
+}
+
+/// The sentences of a line, without what names or marks them. A name, a label, a technology or an interface
+/// is no statement, and many parts may have the same.
+fn statements(line: &str) -> Vec<&str> {
+    static LEAD: LazyLock<Option<Regex>> =
+        LazyLock::new(|| Regex::new(r"^(?:\*\*[^*]+\*\*(?: \([^)]*\))?:?|\*[^*]+\*:)\s*").ok());
+    static END: LazyLock<Option<Regex>> = LazyLock::new(|| {
+        Regex::new(r"[.!?;][*_\x22”'`)]*(?:\s+|$)|\s*\*(?:Why|Mitigation):\*\s*|\s*\*Interfaces:\*.*$|\s*\[\d{1,5}\]\s*|\s*\*\([^)]*\)\*\s*").ok()
+    });
+    let (Some(lead), Some(end)) = (&*LEAD, &*END) else { return Vec::new() };
+    if line.starts_with(['#', '>', '|']) {
+        return Vec::new();
+    }
+    let line = line.trim();
+    let text = item(line).unwrap_or(line);
+    // `*None given.*` and the like speak of the document.
+    if text.starts_with('*') && text.ends_with('*') && !text.starts_with("**") {
+        return Vec::new();
+    }
+    let text = &text[lead.find(text).map_or(0, |lead| lead.end())..];
+    end.split(text).filter(|statement| !statement.trim().is_empty()).collect()
+}
+
+/// There is nothing, and it is said: honest wherever it stands.
+fn is_honest_nothing(words: &[String]) -> bool {
+    match words {
+        [first, ..] if matches!(first.as_str(), "none" | "nothing" | "unknown") => true,
+        [first, second, ..] => match first.as_str() {
+            "not" => matches!(second.as_str(), "applicable" | "known" | "decided" | "yet" | "part"),
+            "no" => second == "passage",
+            _ => false,
+        },
+        _ => false,
+    }
+}
+
 fn language(page: &Page<'_>) -> Check {
     let text = page.prose.join("\n").to_lowercase();
     let found: Vec<&str> = BANNED.iter().copied().filter(|phrase| text.contains(phrase)).collect();
@@ -807,6 +891,59 @@ mod tests {
         assert_eq!(score(&document.replace("\n- ", "\n* ")), score(&document));
         let empty = document.replace("*Why:*", "*Why:* x\n\n*Because:*");
         assert!(score(&empty) < score(&document));
+    }
+
+    #[test]
+    fn statements_that_are_said_again_and_again_cost_and_are_named() {
+        let repetition = |answer: &Value| {
+            let card = judge(&document(answer, "x y z", "spec"));
+            card.checks.into_iter().find(|check| check.name == "repetition").unwrap()
+        };
+        let good = repetition(&good_spec());
+        assert!(good.passed(), "{}", good.detail);
+
+        let mut empty = good_spec();
+        for field in ["deployment", "scaling", "security", "observability"] {
+            empty[field] = json!([{"text": "This scales well", "citations": []}]);
+        }
+        empty["context"][0]["text"] = json!("Runs are leased. It scales well!");
+        let empty = repetition(&empty);
+        assert!(empty.score < 0.7, "{}", empty.score);
+        assert!(empty.detail.contains("5 times “It scales well”"), "{}", empty.detail);
+
+        // The same price for every decision.
+        let mut decisions = good_spec();
+        let one = decisions["decisions"][0].clone();
+        decisions["decisions"] = json!([one, one, one]);
+        for n in 0..3 {
+            decisions["decisions"][n]["title"] = json!(format!("Number {n}"));
+            decisions["decisions"][n]["consequences"] = json!(["Bad: somebody has to run it"]);
+        }
+        let decisions = repetition(&decisions);
+        assert!(decisions.detail.contains("3 times “Bad: somebody has to run it”"), "{}", decisions.detail);
+    }
+
+    #[test]
+    fn names_and_honest_nothings_may_be_said_again() {
+        let mut answer = good_spec();
+        for field in ["deployment", "scaling", "security", "observability"] {
+            answer[field] = json!([
+                {"text": "None known at this time", "citations": []},
+                {"text": "Not applicable to this part", "citations": []},
+                {"text": "Postgres", "citations": []},
+                {"text": format!("See the runbook of {field}"), "citations": []},
+            ]);
+        }
+        let component = answer["components"][0].clone();
+        answer["components"] = json!([component, component, component]);
+        for n in 0..3 {
+            answer["components"][n]["name"] = json!(format!("Number {n}"));
+            answer["components"][n]["responsibility"] = json!(format!("Does the part {n} of the work"));
+            answer["components"][n]["technology"] = json!("Rust on Kubernetes with Postgres");
+        }
+        let card = judge(&document(&answer, "x y z", "spec"));
+        let found = card.checks.iter().find(|check| check.name == "repetition").unwrap();
+        assert!(found.passed(), "{}", found.detail);
     }
 
     #[test]
