@@ -609,21 +609,16 @@ fn repetition(page: &Page<'_>) -> Check {
     let elsewhere = ["Sources", Field::Changes.heading()];
     let sections = page.sections.iter().filter(|(heading, _)| !elsewhere.contains(*heading));
     for line in sections.flat_map(|(_, lines)| lines) {
-        let mut here = BTreeSet::new();
-        for statement in statements(line) {
-            let words: Vec<String> =
-                statement.split_whitespace().map(words::plain).filter(|word| !word.is_empty()).collect();
-            if words.len() < STATEMENT_WORDS || is_honest_nothing(&words) {
-                continue;
-            }
-            // "It scales well" and "This scales well" are one.
-            let subject = usize::from(matches!(words[0].as_str(), "it" | "this" | "that" | "they" | "these"));
-            if here.insert(words[subject..].join(" ")) {
-                said.entry(words[subject..].join(" ")).or_insert((statement, 0)).1 += 1;
-            }
+        for (words, statement) in said_in(line) {
+            said.entry(words).or_insert((statement, 0)).1 += 1;
         }
     }
-    let mut again: Vec<(&str, usize)> = said.into_values().filter(|(_, places)| *places >= AGAIN).collect();
+    let of_every_decision = consequences_of_every_decision(page);
+    let mut again: Vec<(&str, usize)> = said
+        .into_iter()
+        .filter(|(words, (_, places))| *places >= AGAIN || of_every_decision.contains(words))
+        .map(|(_, found)| found)
+        .collect();
     again.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
     if again.is_empty() {
         return check("repetition", 1.0, format!("no statement stands in {AGAIN} places"));
@@ -638,6 +633,40 @@ fn repetition(page: &Page<'_>) -> Check {
         named.push(format!("{} more", again.len() - NAMED_AGAIN));
     }
     check("repetition", 1.0 - PRICE_OF_AGAIN * further as f64, named.join(", "))
+}
+
+/// What distinguishes no decision from another: the consequences that all of them have, where there are several.
+fn consequences_of_every_decision(page: &Page<'_>) -> BTreeSet<String> {
+    let mut decisions: Vec<BTreeSet<String>> = Vec::new();
+    let mut is_consequence = false;
+    for line in page.section(Field::Decisions) {
+        if line.starts_with("### ") {
+            decisions.push(BTreeSet::new());
+        }
+        if item(line).is_none() && !line.trim().is_empty() {
+            is_consequence = line.trim() == "**Consequences**";
+        } else if is_consequence && let Some(decision) = decisions.last_mut() {
+            decision.extend(said_in(line).into_keys());
+        }
+    }
+    let several = decisions.len() > 1;
+    decisions.into_iter().reduce(|all, one| &all & &one).filter(|_| several).unwrap_or_default()
+}
+
+/// The statements of a line by their words, each once.
+fn said_in(line: &str) -> BTreeMap<String, &str> {
+    let mut said = BTreeMap::new();
+    for statement in statements(line) {
+        let words: Vec<String> =
+            statement.split_whitespace().map(words::plain).filter(|word| !word.is_empty()).collect();
+        if words.len() < STATEMENT_WORDS || is_honest_nothing(&words) {
+            continue;
+        }
+        // "It scales well" and "This scales well" are one.
+        let subject = usize::from(matches!(words[0].as_str(), "it" | "this" | "that" | "they" | "these"));
+        said.entry(words[subject..].join(" ")).or_insert(statement);
+    }
+    said
 }
 
 /// The sentences of a line, without what names or marks them. A name, a label, a technology or an interface
@@ -921,6 +950,24 @@ mod tests {
         }
         let decisions = repetition(&decisions);
         assert!(decisions.detail.contains("3 times “Bad: somebody has to run it”"), "{}", decisions.detail);
+    }
+
+    #[test]
+    fn a_consequence_of_every_decision_is_that_of_none() {
+        let two = |consequences: [&str; 2]| {
+            let mut answer = good_spec();
+            let mut second = answer["decisions"][0].clone();
+            second["title"] = json!("Fences in the store");
+            second["decision"] = json!("Every write names the lease that it stands on");
+            answer["decisions"][0]["consequences"] = json!([consequences[0], "It can be tested alone"]);
+            second["consequences"] = json!([consequences[1], "A late write is refused"]);
+            answer["decisions"].as_array_mut().unwrap().push(second);
+            let card = judge(&document(&answer, "x y z", "spec"));
+            card.checks.into_iter().find(|check| check.name == "repetition").unwrap()
+        };
+        let same = two(["Somebody has to run it", "Somebody has to run it!"]);
+        assert_eq!(same.detail, "2 times “Somebody has to run it”");
+        assert!(two(["Somebody has to run it", "Somebody has to pay for it"]).passed());
     }
 
     #[test]
