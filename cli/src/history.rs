@@ -19,6 +19,8 @@ use atlas_worker::agent::judge::Source;
 const MAX_FILE_BYTES: u64 = 4 << 20;
 /// Files that are kept for the next source of the same file.
 const MAX_FILES: usize = 64;
+/// How a file begins that stands for another one, which is not in the repository.
+const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
 /// What git says about one object in a line: a longer answer is none.
 const MAX_HEADER_BYTES: u64 = 16 << 10;
 
@@ -197,15 +199,19 @@ impl Objects {
         }
         match self.ask(&format!("{commit}:{path}")) {
             None => unknown("git does not answer"),
-            // In a partial clone a file can be known and not here.
-            Some(Object::Missing) => match is_listed(folder, commit, path) {
-                Some(false) => wrong("there is no such file"),
-                Some(true) => unknown("this clone does not have the file's content"),
+            Some(Object::Missing) => match listed(folder, commit, path) {
+                Some(Listed::No) => wrong("there is no such file"),
+                // In a partial clone a file can be known and not here.
+                Some(Listed::File) => unknown("this clone does not have the file's content"),
+                Some(Listed::Elsewhere) => unknown("it is in a submodule"),
                 None => unknown("this clone does not have the commit's list of files"),
             },
             Some(Object::Is(_, kind, _)) if kind != "blob" => wrong("this is no file"),
             Some(Object::Is(_, _, None)) => unknown("the file is too long"),
             Some(Object::Is(..)) if is_document(path) => unknown("pages of PDF and DOCX are not read"),
+            Some(Object::Is(_, _, Some(content))) if content.starts_with(LFS_POINTER) => {
+                unknown("the file is kept by Git LFS")
+            }
             Some(Object::Is(_, _, Some(content))) => match decode(content) {
                 Ok(decoded) => Ok(decoded.text),
                 Err(_) => wrong("this is no text"),
@@ -228,15 +234,40 @@ fn is_document(path: &str) -> bool {
         .is_some_and(|end| ["pdf", "docx"].iter().any(|known| end.eq_ignore_ascii_case(known)))
 }
 
-/// Does a commit list this path? `None`: nobody can tell here.
-fn is_listed(folder: &Path, commit: &str, path: &str) -> Option<bool> {
+/// What a commit's lists of files say of a path.
+enum Listed {
+    /// Nothing.
+    No,
+    /// It is there.
+    File,
+    /// It is below a submodule, which is another repository.
+    Elsewhere,
+}
+
+/// Looks a path up in a commit's lists of files; `None`: nobody can tell here.
+fn listed(folder: &Path, commit: &str, path: &str) -> Option<Listed> {
+    let above = path.match_indices('/').map(|(end, _)| &path[..end]);
     let listed = git(folder)
         .args(["--literal-pathspecs", "ls-tree", "--full-tree", "-z", commit, "--", path])
+        .args(above)
         .stdin(Stdio::null())
         .stderr(Stdio::null())
         .output()
-        .ok()?;
-    listed.status.success().then_some(!listed.stdout.is_empty())
+        .ok()
+        .filter(|listed| listed.status.success())?;
+    let entries = String::from_utf8_lossy(&listed.stdout);
+    // `MODE TYPE NAME<tab>PATH`; of a folder above also what else is in it.
+    let mut found = Listed::No;
+    for (what, at) in entries.split('\0').filter_map(|entry| entry.split_once('\t')) {
+        let is_above = path.strip_prefix(at).is_some_and(|rest| rest.starts_with('/'));
+        if what.contains(" commit ") && is_above {
+            return Some(Listed::Elsewhere);
+        }
+        if at == path {
+            found = Listed::File;
+        }
+    }
+    Some(found)
 }
 
 /// Git in the repository around a folder, for looking only.
@@ -281,7 +312,10 @@ mod tests {
             fs::write(root.join("docs/a.md"), text).unwrap();
             fs::write(root.join("picture.png"), [0, 1, 2]).unwrap();
             fs::write(root.join("plan.PDF"), "%PDF").unwrap();
+            fs::write(root.join("large.md"), "version https://git-lfs.github.com/spec/v1\nsize 9\n").unwrap();
             git(&root, &["add", "."]);
+            let of_another = "160000,0123456789012345678901234567890123456789,lib/other";
+            git(&root, &["update-index", "--add", "--cacheinfo", of_another]);
             git(&root, &["commit", "--quiet", "-m", "next"]);
             head(&root)
         });
@@ -312,6 +346,9 @@ mod tests {
             }
             let unknown = |why: &str| Err(Missing::Unknown(why.to_owned()));
             assert_eq!(lines("plan.PDF", 1, 1, &second), unknown("pages of PDF and DOCX are not read"));
+            assert_eq!(lines("large.md", 7, 9, &second), unknown("the file is kept by Git LFS"));
+            assert_eq!(lines("lib/other/a.md", 1, 1, &second), unknown("it is in a submodule"));
+            assert_eq!(lines("lib/a.md", 1, 1, &second), wrong("there is no such file", &second));
             assert_eq!(lines("docs/a.md", 1, 1, "0123456789ab"), unknown("commit 0123456789ab is not here"));
             assert_eq!(history.lines(&source("docs/a.md", 1, 1, None)), unknown("it names no commit"));
         }
