@@ -163,20 +163,27 @@ static REFUSED: LazyLock<Vec<Vec<Refused>>> = LazyLock::new(|| {
     by_byte
 });
 
+/// All first signs of [`REFUSED`]: literals, which the engine looks for many bytes at a time.
+static MARKS: LazyLock<Option<Regex>> = LazyLock::new(|| {
+    let marks: Vec<String> = REFUSED.iter().flatten().map(|(mark, _, _)| regex::escape(mark)).collect();
+    Regex::new(&marks.join("|")).ok()
+});
+
 /// The first credential of a document by which it is left out of an index: what it is, with an article, and
 /// its line, counted from 1.
 pub fn find(text: &str) -> Option<(&'static str, usize)> {
-    let refused = &*REFUSED;
+    let (refused, marks) = (&*REFUSED, MARKS.as_ref()?);
     let bytes = text.as_bytes();
-    let mut within = false;
-    for (at, byte) in bytes.iter().enumerate() {
+    let mut from = 0;
+    while let Some(found) = marks.find_at(text, from) {
+        let at = found.start();
+        // Not behind it: one mark may begin within another. They are ASCII, so this is no middle of a character.
+        from = at + 1;
         // `sk-` within `risk-` begins nothing.
-        let begins = !within;
-        within = byte.is_ascii_alphanumeric() || *byte == b'_';
-        if !begins {
+        if at > 0 && (bytes[at - 1].is_ascii_alphanumeric() || bytes[at - 1] == b'_') {
             continue;
         }
-        for (mark, form, regex) in &refused[usize::from(*byte)] {
+        for (mark, form, regex) in &refused[usize::from(bytes[at])] {
             if bytes[at..].starts_with(mark.as_bytes())
                 && regex.find(&text[at..]).is_some_and(|found| is_key(form.what, found.as_str()))
             {

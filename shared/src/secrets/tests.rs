@@ -305,4 +305,38 @@ proptest! {
             prop_assert_ne!(&once, &text);
         }
     }
+
+    #[test]
+    fn credentials_are_found_as_by_looking_at_every_word(
+        parts in prop::collection::vec(
+            prop_oneof![
+                "[A-Za-z_]{0,3}",
+                "[ \n.:-]{1,2}",
+                "\\PC{0,3}",
+                prop::sample::select(issued()),
+                // Marks that begin within other marks, and within words.
+                prop::sample::select(vec!["pypi-", "A", "sk-", "AKIA", "ghp_", "SG.", "dp.", "-----BEGIN "])
+                    .prop_map(str::to_owned),
+            ],
+            0..10,
+        ),
+    ) {
+        let text = parts.concat();
+        prop_assert_eq!(find(&text), find_at_every_word(&text));
+    }
+}
+
+/// [`find`], without looking for marks first.
+fn find_at_every_word(text: &str) -> Option<(&'static str, usize)> {
+    let in_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    text.char_indices().find_map(|(at, _)| {
+        if text[..at].ends_with(in_word) {
+            return None;
+        }
+        let (_, form, _) = REFUSED.iter().flatten().find(|(mark, form, regex)| {
+            text[at..].starts_with(mark)
+                && regex.find(&text[at..]).is_some_and(|found| is_key(form.what, found.as_str()))
+        })?;
+        Some((form.what, text[..at].matches('\n').count() + 1))
+    })
 }
