@@ -111,7 +111,8 @@ fn body_end(text: &str, from: usize) -> Option<usize> {
     // What quotes and lists of Markdown put in front.
     let skipped = line.len() - line.trim_start_matches([' ', '\t', '>', '#', '*', '+']).len();
     let inline = skipped + line[skipped..].bytes().take_while(|byte| signs(*byte)).count();
-    if line[skipped..inline].bytes().filter(|byte| is_base64(*byte)).count() >= LEAST_BODY {
+    // A `+` in front may be the first sign as well.
+    if line[..inline].bytes().filter(|byte| is_base64(*byte)).count() >= LEAST_BODY {
         return Some(from + inline);
     }
     let mut end = None;
