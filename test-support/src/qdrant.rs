@@ -12,6 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio::net::TcpStream;
+
 use crate::{free_port, guard::Guarded};
 
 /// How long a server may take until it is ready.
@@ -98,7 +100,9 @@ impl Qdrant {
             ticks.tick().await;
             let answer =
                 client.get(format!("{}/readyz", self.rest_url())).timeout(Duration::from_secs(2)).send();
-            if answer.await.is_ok_and(|answer| answer.status().is_success()) {
+            let ready = answer.await.is_ok_and(|answer| answer.status().is_success());
+            // The two ports are opened one after the other.
+            if ready && TcpStream::connect(("127.0.0.1", self.grpc_port)).await.is_ok() {
                 return Ok(());
             }
         }
