@@ -17,7 +17,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     clean, mermaid,
-    spec::{Field, Kind, PROS_AND_CONS},
+    render::{NONE_FOUND, NONE_GIVEN},
+    spec::{BELOW, Field, Kind, PROS_AND_CONS, SOURCES},
     words,
 };
 
@@ -61,9 +62,6 @@ const BANNED: &[&str] = &[
     "as an ai",
     "as a language model",
 ];
-
-/// Level-3 headings of a record that other kinds have at level 2.
-const BELOW: &[&str] = &["Consequences", "Confirmation", "Diagrams", "Open questions"];
 
 /// The verdict on a document.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -208,7 +206,9 @@ impl<'a> Page<'a> {
                 page.titled |= !title.trim().is_empty() && title.trim() != "Untitled";
             } else {
                 // What other kinds have as a section of its own, a record has below one.
-                if let Some(heading) = line.strip_prefix("### ").filter(|heading| BELOW.contains(heading)) {
+                if let Some(heading) = line.strip_prefix("### ")
+                    && BELOW.iter().any(|field| field.heading() == heading)
+                {
                     section = heading;
                 }
                 page.sections.entry(section).or_default().push(line);
@@ -247,7 +247,7 @@ impl<'a> Page<'a> {
                 && !line.starts_with("###")
                 // What stands between the title and a record's summary.
                 && !["> **Note:**", "- Status: ", "- Date: "].iter().any(|begin| line.starts_with(begin))
-                && !matches!(line, "*None given.*" | "*No passage that was found speaks about this.*")
+                && !matches!(line, NONE_GIVEN | NONE_FOUND)
         });
         said || (field == Field::Diagrams && !self.blocks.is_empty())
     }
@@ -446,7 +446,7 @@ pub enum Lookup {
 /// The sources that a document lists, those whose lines can be read.
 pub fn sources(markdown: &str) -> Vec<Source> {
     let page = Page::read(markdown);
-    let listed = page.sections.get("Sources").map_or(&[][..], Vec::as_slice);
+    let listed = page.sections.get(SOURCES).map_or(&[][..], Vec::as_slice);
     listed.iter().filter_map(|line| source(line)).collect()
 }
 
@@ -507,7 +507,7 @@ fn told_of(looked_up: &[(Source, Lookup)]) -> (usize, String) {
 }
 
 fn citations(page: &Page<'_>, looked_up: Option<&[(Source, Lookup)]>) -> Check {
-    let sources = page.sections.get("Sources").map_or(&[][..], Vec::as_slice);
+    let sources = page.sections.get(SOURCES).map_or(&[][..], Vec::as_slice);
     let (mut listed, mut malformed) = (BTreeSet::new(), 0);
     for line in sources.iter().filter(|line| item(line).is_some()) {
         match source(line) {
@@ -520,7 +520,7 @@ fn citations(page: &Page<'_>, looked_up: Option<&[(Source, Lookup)]>) -> Check {
     let cited: BTreeSet<u32> = page
         .sections
         .iter()
-        .filter(|(heading, _)| **heading != "Sources")
+        .filter(|(heading, _)| **heading != SOURCES)
         .flat_map(|(_, lines)| lines.iter().flat_map(|line| markers(line)))
         .collect();
     let unlisted = cited.difference(&listed).count();
@@ -606,7 +606,7 @@ fn length(page: &Page<'_>) -> Check {
 fn repetition(page: &Page<'_>) -> Check {
     // By its words: how it was written first, and in how many places it stands.
     let mut said: BTreeMap<String, (&str, usize)> = BTreeMap::new();
-    let elsewhere = ["Sources", Field::Changes.heading()];
+    let elsewhere = [SOURCES, Field::Changes.heading()];
     let sections = page.sections.iter().filter(|(heading, _)| !elsewhere.contains(*heading));
     for line in sections.flat_map(|(_, lines)| lines) {
         for (words, statement) in said_in(line) {

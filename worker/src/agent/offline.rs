@@ -20,7 +20,7 @@ use super::{
     passages::{Entry, Shelf},
     spec::{
         Alternative, Change, Choice, Claim, Component, Consequences, Decision, Diagram, Field, Finding, Kind,
-        Requirements, Risk, Severity, Spec,
+        Requirements, Risk, SOURCES, Severity, Spec,
     },
     words::{self, Bag},
 };
@@ -226,7 +226,7 @@ fn refinement(request: &str, parent: Option<&Value>, shelf: &Shelf) -> Spec {
     let now = files(shelf);
     for (source, _) in now.iter().filter(|(source, _)| !before.contains(source)).take(MAX_QUOTES) {
         spec.changes.push(Change {
-            section: "Sources".to_owned(),
+            section: SOURCES.to_owned(),
             change: format!("`{source}` was found for this request; the earlier document did not cite it"),
             found_by_comparison: true,
             ..Change::default()

@@ -35,6 +35,10 @@ pub(super) struct Input<'a> {
 const GENERAL_KNOWLEDGE: &str = "*(general knowledge)*";
 /// Marks one that names something of the team's: nobody knows that in general.
 const NO_PASSAGE: &str = "*(no passage says this)*";
+/// What stands in a section that the model said nothing for.
+pub(super) const NONE_GIVEN: &str = "*None given.*";
+/// The same without a model, where no passage said anything.
+pub(super) const NONE_FOUND: &str = "*No passage that was found speaks about this.*";
 /// Marks a statement whose passages share hardly a word with it, or say the opposite.
 const UNSUPPORTED: &str = "*(no passage says this: what is cited hardly speaks of it)*";
 /// Marks a citation like that where another one of the statement holds.
@@ -179,11 +183,7 @@ impl Page<'_> {
     fn none_given(&mut self, is_empty: bool) {
         self.gap();
         if is_empty {
-            self.line(if self.offline {
-                "*No passage that was found speaks about this.*"
-            } else {
-                "*None given.*"
-            });
+            self.line(if self.offline { NONE_FOUND } else { NONE_GIVEN });
         }
     }
 

@@ -15,6 +15,9 @@ pub(super) const PROS_AND_CONS: &str = "Pros and Cons of the Options";
 pub(super) const MORE: &str = "More Information";
 /// Where every document lists the passages that it cites.
 pub(super) const SOURCES: &str = "Sources";
+/// Sections that a record has below another one, under a level-3 heading.
+pub(super) const BELOW: &[Field] =
+    &[Field::Consequences, Field::Confirmation, Field::Diagrams, Field::OpenQuestions];
 
 /// What kind of document is wanted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -63,20 +66,11 @@ impl Kind {
     /// The level-2 headings of a document of this kind, in order. A record has those of
     /// [MADR 4](https://adr.github.io/madr/), with the consequences and the confirmation under its outcome.
     pub fn headings(self) -> Vec<&'static str> {
-        let below = |field: &Field| {
-            self == Self::Adr
-                && matches!(
-                    field,
-                    Field::Summary
-                        | Field::Consequences
-                        | Field::Confirmation
-                        | Field::Diagrams
-                        | Field::OpenQuestions
-                )
-        };
-        let shown = |field: &Field| (*field != Field::Title && !below(field)).then(|| field.heading_in(self));
-        let more: &[&str] = if self == Self::Adr { &[PROS_AND_CONS, MORE] } else { &[] };
-        self.fields().iter().filter_map(shown).chain(more.iter().copied()).chain([SOURCES]).collect()
+        let (below, more): (&[Field], &[&str]) =
+            if self == Self::Adr { (BELOW, &[PROS_AND_CONS, MORE]) } else { (&[], &[]) };
+        let fields = self.fields().iter().filter(|field| **field != Field::Title && !below.contains(field));
+        let headings = fields.map(|field| field.heading_in(self)).filter(|heading| !heading.is_empty());
+        headings.chain(more.iter().copied()).chain([SOURCES]).collect()
     }
 
     /// The fields of a document of this kind, in the order they are written and shown.
