@@ -82,10 +82,14 @@ fn whole(text: &str, begin: &Regex, end: &Regex, found: &mut Vec<Found>) {
     }
 }
 
-/// The end of what follows a key without a break, where it could be more of one.
+/// The end of what follows a key on its last line, where it could be more of one: it would be seen as such
+/// when the key before it is gone.
 fn with_tail(text: &str, end: usize) -> usize {
-    let run = text.as_bytes()[end..].iter().take_while(|byte| is_base64(**byte)).count();
-    if run >= LEAST_BODY { end + run } else { end }
+    let line = text[end..].split('\n').next().unwrap_or_default();
+    let (core, range) = core(line, end);
+    let run = core.bytes().take_while(|byte| is_base64(*byte)).count();
+    let more = run >= LEAST_BODY && (range.start == end || looks_encoded(&core[..run]));
+    if more { range.start + run } else { end }
 }
 
 fn is_base64(byte: u8) -> bool {
