@@ -4,146 +4,21 @@
 //! only makes a value suspect, and how it is written decides: in quotes, at the end of a line of YAML, in
 //! an environment file. Written by hand, because a regex over such names costs more than all the others.
 
-use super::{Found, Pieces, is_number, is_random, mixes};
+use std::ops::Range;
 
-/// Longer names are none.
-const MAX_NAME: usize = 80;
+use super::{
+    Found, Pieces, has_digit, is_number, is_random, mixes,
+    names::{Class, MAX_NAME, class_of, is_name, may_end_name},
+    prose,
+    values::{has_special, is_phrase, is_placeholder, is_plain, is_reference, is_words, second_of_pair},
+};
+
 /// Longer values are looked at in part.
 const MAX_VALUE: usize = 512;
 /// How much of a line is looked at on either side of a sign, so that long ones cost no more than others.
 const MAX_LINE: usize = 1024;
 /// Blanks between name, sign and value.
 const MAX_BLANKS: usize = 24;
-
-/// What people choose and type: short, and often a word.
-const PASSWORDS: &[&str] = &["password", "passwd", "passphrase", "passwort", "pwd"];
-
-/// What machines make. Compared with names in lower case, without `_`, `-`, `.` and blanks.
-const KEYS: &[&str] = &[
-    "secret",
-    "token",
-    "apikey",
-    "accesskey",
-    "secretkey",
-    "secretkeybase",
-    "privatekey",
-    "signingkey",
-    "encryptionkey",
-    "masterkey",
-    "accountkey",
-    "storagekey",
-    "sharedkey",
-    "authkey",
-    "servicekey",
-    "rolekey",
-    "webhookkey",
-    "sessionkey",
-    "credential",
-    "credentials",
-];
-
-/// Those that are also the end of other words (`compass`, `unauth`): only by themselves, or after a sign.
-const WHOLE: &[(&str, Class)] = &[("pass", Class::Password), ("pw", Class::Password), ("auth", Class::Key)];
-
-/// Values of such names that keep no secret.
-const PLACEHOLDERS: &[&str] = &[
-    "any",
-    "argon2",
-    "argon2id",
-    "base64",
-    "basic",
-    "bcrypt",
-    "bearer",
-    "bool",
-    "boolean",
-    "bytes",
-    "changeit",
-    "changeme",
-    "char",
-    "default",
-    "disabled",
-    "dummy",
-    "empty",
-    "enabled",
-    "encrypted",
-    "env",
-    "example",
-    "expired",
-    "false",
-    "file",
-    "hash",
-    "hashed",
-    "hidden",
-    "hmac",
-    "hunter",
-    "input",
-    "int",
-    "integer",
-    "invalid",
-    "jwt",
-    "keyring",
-    "login",
-    "md5",
-    "missing",
-    "nil",
-    "no",
-    "none",
-    "not",
-    "null",
-    "nullable",
-    "number",
-    "oauth",
-    "oauth2",
-    "object",
-    "off",
-    "on",
-    "optional",
-    "pass",
-    "passphrase",
-    "passwd",
-    "password",
-    "pbkdf2",
-    "plain",
-    "plaintext",
-    "prompt",
-    "pwd",
-    "random",
-    "redacted",
-    "refresh",
-    "required",
-    "reset",
-    "rsa",
-    "scram",
-    "scrypt",
-    "secret",
-    "secure",
-    "sha1",
-    "sha256",
-    "sha512",
-    "str",
-    "string",
-    "text",
-    "todo",
-    "token",
-    "true",
-    "undefined",
-    "unknown",
-    "unset",
-    "user",
-    "username",
-    "uuid",
-    "value",
-    "vault",
-    "void",
-    "wrong",
-    "yes",
-];
-
-#[derive(Clone, Copy, PartialEq)]
-enum Class {
-    Password,
-    Key,
-}
 
 /// What stands between a name and its value.
 #[derive(Clone, Copy, PartialEq)]
@@ -160,6 +35,8 @@ enum Sign {
     Call,
     /// `<name>value<`.
     Element,
+    /// Nothing but a blank: `the name is value`.
+    Blank,
 }
 
 pub(super) fn find(text: &str, found: &mut Vec<Found>) {
@@ -180,39 +57,50 @@ pub(super) fn find(text: &str, found: &mut Vec<Found>) {
                 (Sign::Element, at + 1)
             }
             b'-' if next == b'-' && last != b'-' => (Sign::Flag, at + 2),
+            // `：`
+            0x9a if bytes[..at].ends_with(&[0xef, 0xbc]) => (Sign::Colon, at + 1),
+            b' ' if may_end_name(&bytes[..at]) => (Sign::Blank, at + 1),
             _ => continue,
         };
-        let (class, from) = if sign == Sign::Flag {
+        if sign == Sign::Flag {
             let length = bytes[from..].iter().take(MAX_NAME).take_while(|byte| is_name(**byte)).count();
-            if bytes.get(from + length) != Some(&b' ') {
-                continue;
+            let class = class_of(&text[from..from + length]);
+            if let Some(class) = class.filter(|_| bytes.get(from + length) == Some(&b' ')) {
+                let value = value(text, at, from + length, sign, class);
+                found.extend(value.map(|at| Found { at, name: "" }));
             }
-            match class_of(&text[from..from + length]) {
-                Some(class) => (class, from + length),
-                None => continue,
-            }
-        } else {
-            match name_before(text, at, sign).and_then(class_of) {
-                Some(class) => (class, from),
-                None => continue,
-            }
-        };
-        if let Some(value) = value(text, at, from, sign, class) {
-            found.push(Found { at: value, name: "" });
+            continue;
         }
+        // A sign may be of more than one byte.
+        let sign_at = if *byte == 0x9a { at - 2 } else { at };
+        let Some(name) = name_before(text, sign_at, sign) else { continue };
+        let Some(class) = class_of(&text[name.clone()]) else { continue };
+        let value = match sign {
+            Sign::Blank => prose::value(text, &name, from, class),
+            _ => value(text, sign_at, from, sign, class).or_else(|| pair(text, &name, from, sign)),
+        };
+        found.extend(value.map(|at| Found { at, name: "" }));
     }
+}
+
+/// `user/password = bob/secret`, `credentials: bob / secret`.
+fn pair(text: &str, name: &Range<usize>, from: usize, sign: Sign) -> Option<Range<usize>> {
+    if !matches!(sign, Sign::Colon | Sign::Equals | Sign::Tight) {
+        return None;
+    }
+    let last = name.end.saturating_sub("credentials".len());
+    let both = text[..name.start].ends_with('/')
+        || text.get(last..name.end).is_some_and(|name| name.to_ascii_lowercase().contains("credential"));
+    let rest = text.get(from..boundary(text, from + MAX_VALUE)).filter(|_| both)?;
+    second_of_pair(rest).map(|at| from + at.start..from + at.end)
 }
 
 fn is_blank(byte: u8) -> bool {
     byte == b' ' || byte == b'\t'
 }
 
-fn is_name(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.')
-}
-
-/// The name that ends before a sign.
-fn name_before(text: &str, at: usize, sign: Sign) -> Option<&str> {
+/// Where the name is that ends before a sign.
+fn name_before(text: &str, at: usize, sign: Sign) -> Option<Range<usize>> {
     let bytes = text.as_bytes();
     let back = |mut end: usize, drop: &dyn Fn(u8) -> bool, most: usize| {
         let least = end.saturating_sub(most);
@@ -221,8 +109,15 @@ fn name_before(text: &str, at: usize, sign: Sign) -> Option<&str> {
         }
         end
     };
+    let word = |end: usize| {
+        let mut start = back(end, &|byte| is_name(byte) || !byte.is_ascii(), MAX_NAME);
+        while !text.is_char_boundary(start) {
+            start += 1;
+        }
+        start
+    };
     let mut end = at;
-    if matches!(sign, Sign::Colon | Sign::Equals) {
+    if matches!(sign, Sign::Colon | Sign::Equals | Sign::Blank) {
         if sign == Sign::Equals && end > 0 && bytes[end - 1] == b':' {
             end -= 1;
         }
@@ -230,51 +125,25 @@ fn name_before(text: &str, at: usize, sign: Sign) -> Option<&str> {
         // `"name"`, `\"name\"`, `map["name"]`, `**name**`.
         end = back(end, &|byte| matches!(byte, b'"' | b'\'' | b'`' | b'\\' | b']' | b'*'), 4);
     }
-    let start = back(end, &is_name, MAX_NAME);
+    let mut start = word(end);
     if start == end {
         return None;
     }
     if sign == Sign::Element && (start == 0 || bytes[start - 1] != b'<') {
         return None;
     }
+    let name = &text[start..end];
     // `API key: …`
-    if text[start..end].eq_ignore_ascii_case("key") && start > 0 && bytes[start - 1] == b' ' {
-        return text.get(back(start - 1, &is_name, MAX_NAME)..end);
+    if name.eq_ignore_ascii_case("key") && start > 0 && bytes[start - 1] == b' ' {
+        start = word(start - 1);
+    } else if name.eq_ignore_ascii_case("passe") && ends_with(&text[..start], "mot de ") {
+        start -= "mot de ".len();
     }
-    text.get(start..end)
-}
-
-fn class_of(name: &str) -> Option<Class> {
-    // `PASSWORD_2`, `token1`
-    let name = name.trim_end_matches(|c: char| c.is_ascii_digit()).trim_end_matches(['_', '-', '.']);
-    let least = name.len().saturating_sub(24);
-    let tail = (least..=name.len()).find(|at| name.is_char_boundary(*at)).and_then(|at| name.get(at..))?;
-    let mut end = String::with_capacity(24);
-    end.extend(tail.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()));
-    if PASSWORDS.iter().any(|word| end.ends_with(word)) {
-        return Some(Class::Password);
-    }
-    if KEYS.iter().any(|word| end.ends_with(word)) {
-        return Some(Class::Key);
-    }
-    WHOLE.iter().find_map(|(word, class)| {
-        let before = name.len().checked_sub(word.len())?;
-        let (head, tail) = (name.get(..before)?, name.get(before..)?);
-        let camel = tail.starts_with(|c: char| c.is_ascii_uppercase())
-            && head.ends_with(|c: char| c.is_ascii_lowercase());
-        (tail.eq_ignore_ascii_case(word) && (head.is_empty() || head.ends_with(['_', '-', '.']) || camel))
-            .then_some(*class)
-    })
+    Some(start..end)
 }
 
 /// Where the secret is that stands after a sign, if there is one.
-fn value(
-    text: &str,
-    sign_at: usize,
-    from: usize,
-    sign: Sign,
-    class: Class,
-) -> Option<std::ops::Range<usize>> {
+fn value(text: &str, sign_at: usize, from: usize, sign: Sign, class: Class) -> Option<Range<usize>> {
     let bytes = text.as_bytes();
     let mut at = from;
     let limit = bytes.len().min(from + MAX_BLANKS);
@@ -341,15 +210,23 @@ fn value(
     let tight = sign == Sign::Tight;
     let line_start = boundary(text, sign_at.saturating_sub(MAX_LINE));
     let name_line = text[line_start..sign_at].rfind('\n').map_or(line_start, |at| line_start + at + 1);
+    let setting = &text[name_line..sign_at];
     let place = Place {
         // Nothing but a comment behind it: code would go on, or end its line with a sign.
         last: behind.is_empty() || behind.starts_with('#'),
         prose: bytes.get(end) == Some(&b' ') && behind.starts_with(|c: char| c.is_alphanumeric()),
         tight,
         followed: bytes.get(end).copied().unwrap_or(b'\n'),
-        file: tight && is_setting(&text[name_line..sign_at]),
+        file: tight && is_setting(setting),
+        alone: setting.trim().bytes().all(is_name),
         sign,
     };
+    // `passphrase: open sesame 42`
+    let line = text.get(at..line_end).unwrap_or_default().trim_end();
+    let phrase = class == Class::Password && (sign == Sign::Colon || place.file) && !place.last;
+    if phrase && is_phrase(line, class, false) {
+        return Some(at..at + line.len());
+    }
     // Where nothing can follow, a value goes on to the next blank.
     if class == Class::Password && (sign == Sign::Colon || place.file) && !place.last {
         let whole = at + rest.iter().position(u8::is_ascii_whitespace).unwrap_or(rest.len());
@@ -372,8 +249,13 @@ fn value(
     bare(value, class, place).then_some(at..end)
 }
 
+fn ends_with(text: &str, end: &str) -> bool {
+    let at = text.len().checked_sub(end.len());
+    at.and_then(|at| text.get(at..)).is_some_and(|last| last.eq_ignore_ascii_case(end))
+}
+
 /// The place, or the next one before it where a character begins.
-fn boundary(text: &str, at: usize) -> usize {
+pub(super) fn boundary(text: &str, at: usize) -> usize {
     let at = at.min(text.len());
     (0..=at).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0)
 }
@@ -387,6 +269,8 @@ struct Place {
     followed: u8,
     /// Looks like a line of an environment or properties file, or a part of a connection string.
     file: bool,
+    /// There is nothing else in front of the sign but the name, as in files of settings.
+    alone: bool,
     sign: Sign,
 }
 
@@ -446,85 +330,15 @@ fn typed(rest: &str) -> bool {
     TYPES.contains(&&word[..length])
 }
 
-/// Does it stand for a value, or say that there is none?
-pub(super) fn is_placeholder(value: &str) -> bool {
-    let lower = value.to_ascii_lowercase();
-    let lower = lower.trim_end_matches(['.', ':', '!', '?']);
-    let filler = |c: char| matches!(c, 'x' | '*' | '.' | '-' | '_' | '#' | '?' | '0' | '•' | '…' | '+' | '=');
-    PLACEHOLDERS.contains(&lower)
-        || lower.chars().all(filler)
-        || lower.contains("...")
-        || lower.contains('…')
-        || [
-            "your",
-            "my-",
-            "my_",
-            "<",
-            "{",
-            "$",
-            "%",
-            "@@",
-            "change",
-            "replace",
-            "insert",
-            "example",
-            "placeholder",
-            "redacted",
-            "(redacted",
-            "env:",
-            "file:",
-            "vault:",
-            "test-",
-            "test_",
-            "fake",
-            "dummy",
-            "xxx",
-            "not-",
-            "not_",
-            "no-",
-            "no_",
-            "todo",
-            "some-",
-            "some_",
-        ]
-        .iter()
-        .any(|start| lower.starts_with(start))
-        || lower.contains("://")
-        || lower.contains("${")
-        || lower.contains("{{")
-        || lower.contains("$(")
-}
-
-/// A path, a time, a size, a version, a date, a number with a unit.
-fn is_plain(value: &str) -> bool {
-    let path = value.starts_with(['/', '~', '\\']) || value.starts_with("./") || value.starts_with("../");
-    let digits = value.bytes().take_while(u8::is_ascii_digit).count();
-    let unit = digits > 0
-        && value.len() - digits <= 4
-        && value[digits..].bytes().all(|byte| byte.is_ascii_alphabetic() || byte == b'%');
-    let version = value
-        .trim_start_matches('v')
-        .bytes()
-        .all(|byte| byte.is_ascii_digit() || matches!(byte, b'.' | b'-' | b':' | b'/'));
-    path || unit || (version && value.bytes().any(|byte| !byte.is_ascii_digit()))
-}
-
-/// Words joined by signs or humps, perhaps with a number at the end: a name, not a value.
-fn is_words(value: &str) -> bool {
-    let Pieces { signs, count, digits, .. } = Pieces::of(value);
-    value.bytes().all(is_name)
-        && digits <= 4
-        && count >= 2
-        && signs >= count * 3
-        && value.contains(['_', '-', '.'])
-}
-
 fn quoted(value: &str, class: Class, sign: Sign) -> bool {
     let chars = value.chars().count();
-    if chars < 4
-        || is_placeholder(value)
-        || value.contains(['<', '>', ' ', '\t', '\\', '(']) && class == Class::Key
-    {
+    if chars < 4 || is_placeholder(value) {
+        return false;
+    }
+    if value.contains(' ') {
+        return sign != Sign::Call && is_phrase(value, class, true);
+    }
+    if value.contains(['<', '>', '\t', '\\', '(']) && class == Class::Key {
         return false;
     }
     if value.contains(char::is_whitespace) || is_plain(value) {
@@ -537,10 +351,8 @@ fn quoted(value: &str, class: Class, sign: Sign) -> bool {
                 return chars >= 6 && sign != Sign::Call;
             }
             let single = value.bytes().all(|byte| byte.is_ascii_lowercase());
-            let special = value.bytes().any(|byte| {
-                byte.is_ascii_punctuation() && !is_name(byte) && byte != b'/' && byte != b':' && byte != b','
-            });
-            !is_words(value) && (mixes(value) || special || (single && chars >= 5 && sign != Sign::Call))
+            !is_words(value)
+                && (mixes(value) || has_special(value) || (single && chars >= 5 && sign != Sign::Call))
         }
         Class::Key => {
             let one = value.bytes().all(|byte| byte.is_ascii_alphanumeric());
@@ -559,13 +371,7 @@ fn bare(value: &str, class: Class, place: Place) -> bool {
     if goes_on || value.contains("::") || value.ends_with('!') && class == Class::Key {
         return false;
     }
-    let reference = value.contains('.')
-        && !value.ends_with('.')
-        && value.split('.').all(|part| {
-            let Pieces { signs, count, .. } = Pieces::of(part);
-            part.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_') && signs * 10 >= count * 25
-        });
-    if reference {
+    if is_reference(value) {
         return false;
     }
     if is_random(value, 16) {
@@ -582,14 +388,27 @@ fn bare(value: &str, class: Class, place: Place) -> bool {
         Sign::Colon => place.last || (class == Class::Password && place.prose),
         Sign::Tight => place.tight,
         Sign::Flag | Sign::Element => true,
-        Sign::Equals | Sign::Call => false,
+        // `password = S3cret99` of an ini file, and neither `password = password2` nor `hash = sha1`.
+        Sign::Equals => {
+            let digits = value.bytes().filter(u8::is_ascii_digit).count();
+            let value_like = digits >= 2 || (has_special(value) && has_digit(value));
+            place.alone && place.last && class == Class::Password && value_like && class_of(value).is_none()
+        }
+        Sign::Call | Sign::Blank => false,
     };
     if !written {
         return false;
     }
     let word = value.bytes().all(|byte| byte.is_ascii_alphanumeric());
     match class {
-        Class::Password => (chars >= 6 && (mixes(value) || is_number(value))) || (place.file && word),
+        Class::Password => {
+            let upper = value.bytes().any(|byte| byte.is_ascii_uppercase());
+            let lower = value.bytes().any(|byte| byte.is_ascii_lowercase());
+            // `Summer!Sun`
+            let joined = value.trim_end_matches('!').contains(['!', '#', '^', '+', '~', '&', '@']);
+            let joined = joined && upper && lower && place.last && place.sign == Sign::Colon;
+            (chars >= 6 && (mixes(value) || is_number(value) || joined)) || (place.file && word)
+        }
         Class::Key => {
             let Pieces { count, .. } = Pieces::of(value);
             (word && chars >= 8 && mixes(value) && (place.file || count >= 4))

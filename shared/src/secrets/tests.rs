@@ -49,8 +49,57 @@ fn issued() -> Vec<String> {
         format!("pplx-{twice}"),
         format!("dckr_pat_{long}"),
         format!("tskey-auth-{long}"),
+        format!("glcbt-{long}"),
+        format!("xapp-1-A0B1C2D3E4F-123456789012-{}", &hex[..40]),
+        format!("ATCTT3x{twice}"),
+        format!("glc_eyJ{twice}"),
+        format!("ntn_12345678901{}", &long[..35]),
+        format!("figd_{long}"),
+        format!("pat-na1-{}", uuid()),
+        format!("PMAK-{}-{}", &hex[..24], &hex[..34]),
+        format!("pul-{}", &hex[..40]),
+        format!("rubygems_{}", &hex[..48]),
+        format!("pnu_{}", &long[..36]),
+        format!("rdme_{}{}", &hex[..60], &hex[..10]),
+        format!("xkeysib-{}{}-{}", &hex[..60], &hex[..4], &long[..16]),
+        format!("shippo_live_{}", &hex[..40]),
+        format!("duffel_live_{long}"),
+        format!("dt0c01.{}.{}", &capitals[..24], &capitals[..64]),
+        format!("EZAK{}", &twice[..54]),
+        format!("CLOJARS_{}", &hex[..60]),
+        format!("p8e-{}", &long[..32]),
+        format!("ops_eyJ{twice}{twice}"),
+        format!("A3-{}-{}-QP0ZR-Y9X8G-QP0ZR", &capitals[..6], &capitals[..11]),
+        format!("AKCp{}", &twice[..69]),
+        format!("ABSK{twice}{twice}"),
+        format!("HRKU-{long}"),
+        format!("sq0atp-{long}"),
+        format!("squ_{}", &hex[..40]),
+        format!("sgp_{}", &hex[..40]),
+        format!("tfp_{}", &twice[..59]),
+        format!("nfp_{}", &long[..36]),
+        format!("fo1_{long}"),
+        format!("ico-{}", &long[..32]),
+        format!("sha256~{long}"),
+        format!("CCIPAT_{}_{}", &long[..22], &hex[..40]),
+        format!("bkua_{}", &hex[..40]),
+        format!("v1.0-{}-{}", &hex[..24], &hex.repeat(3)[..146]),
+        format!("pcsk_{long}"),
+        format!("lsv2_pt_{}_{}", &hex[..32], &hex[..10]),
+        format!("CFPAT-{long}"),
+        format!("sl.{twice}{twice}"),
+        format!("sk.eyJ{twice}.{long}"),
+        format!("FLWSECK-{}-X", &hex[..32]),
+        format!("tk-us-{}", &twice[..48]),
+        format!("fio-u-{}", &twice[..64]),
+        format!("LS0tLS1CRUdJTiBSU0EgUFJJVkFURSBLRVkt{twice}{twice}"),
         private_key("RSA "),
     ]
+}
+
+fn uuid() -> String {
+    let hex = "0a1b2c3d4e".repeat(6);
+    format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..32])
 }
 
 /// Too common, or of too little use, to leave a document out.
@@ -60,6 +109,13 @@ fn only_redacted() -> Vec<String> {
         format!("key-{}", &hex[..32]),
         format!("SK{}", &hex[..32]),
         format!("https://hooks.slack.com/services/T0/B0/{LONG}"),
+        format!("https://discord.com/api/webhooks/123456789012345678/{LONG}"),
+        format!("LTAI{}", &LONG[..20]),
+        format!("access-sandbox-{}", uuid()),
+        format!("sm_pat_{}", &LONG[..16]),
+        format!("pat{}.{hex}{}", &LONG[..14], &hex[..4]),
+        format!("{}.atlasv1.{LONG}{LONG}", &LONG[..14]),
+        format!("abc8Q~{}", &LONG[..34]),
         format!("AccountKey={LONG}{LONG}=="),
         format!("eyJ{LONG}.eyJ{LONG}.{LONG}"),
         format!("12345678{}:AA{}", 90, &LONG[..33]),
@@ -108,6 +164,14 @@ fn what_an_issuer_gave_out_is_found_with_its_line_and_redacted() {
         assert!(redacted.starts_with("before (redacted ") && redacted.ends_with(" after"), "{redacted}");
         assert!(!redacted.contains("aB3dE5"), "{redacted}");
     }
+}
+
+#[test]
+fn each_form_has_an_example() {
+    let examples = [issued(), only_redacted()].concat().join("\n");
+    let seen = |what: &&str| ISSUED.matching(&examples).iter().any(|(seen, _)| seen == what);
+    let unseen: Vec<_> = FORMS.iter().map(|form| form.what).filter(|what| !seen(what)).collect();
+    assert_eq!(unseen, Vec::<&str>::new());
 }
 
 #[test]
@@ -183,6 +247,202 @@ fn what_its_place_makes_a_secret_is_redacted() {
     }
     assert_eq!(wrong, [], "what came out");
     assert_eq!(redact(&format!("token = {uuid}")), "token = (redacted)");
+}
+
+/// As people write them down in notes, run-books and shells: each with what must be left of it.
+#[test]
+fn what_a_sentence_a_table_or_a_command_tells_is_redacted() {
+    let cases = [
+        ("password: \"correct horse battery staple\"", "password: \"(redacted)\""),
+        ("api_key: 'abcd efgh'", "api_key: '(redacted)'"),
+        ("passphrase: open sesame 42", "passphrase: (redacted)"),
+        ("passphrase: correct horse battery staple", "passphrase: (redacted)"),
+        ("{\"password\": \"Correct Horse Battery Staple\"}", "{\"password\": \"(redacted)\"}"),
+        ("Kennwort: Herbst2026!", "Kennwort: (redacted)"),
+        ("mot de passe : Automne2025!", "mot de passe : (redacted)"),
+        ("contraseña: Invierno2025!", "contraseña: (redacted)"),
+        ("密码：Winter2025xx", "密码：(redacted)"),
+        ("пароль: Zima2025xx", "пароль: (redacted)"),
+        ("password: Sommer!Sonne", "password: (redacted)"),
+        ("export MYSQL_PWD='Winter 2025'", "export MYSQL_PWD='(redacted)'"),
+        ("The password is \"Staging-DB-2024!\"", "The password is \"(redacted)\""),
+        ("Password – Winter2025", "Password – (redacted)"),
+        (
+            "[\"mysql\", \"-u\", \"root\", \"-pWinter2025\"]",
+            "[\"mysql\", \"-u\", \"root\", \"-p(redacted)\"]",
+        ),
+        ("Passwort lautet Herbst2025!", "Passwort lautet (redacted)"),
+        ("password is Tr0ub4dor&3xyz", "password is (redacted)"),
+        ("The password of the admin is `hunter22`.", "The password of the admin is `(redacted)`."),
+        (
+            "Das Passwort für die Datenbank lautet „Sommer2024“.",
+            "Das Passwort für die Datenbank lautet „(redacted)“.",
+        ),
+        ("The password was changed to Wint3rIsHere.", "The password was changed to (redacted)."),
+        ("Password (production): Wint3rIsHere!", "Password (production): (redacted)"),
+        ("The API key is 0123456789abcdef0123456789abcdef.", "The API key is (redacted)."),
+        ("token `f47ac10b58cc4372a5670e02b2c3d479`", "token `(redacted)`"),
+        ("**password** `hunter22`", "**password** `(redacted)`"),
+        ("mysql -u root -pS3cretRoot99", "mysql -u root -p(redacted)"),
+        ("mysqldump -h db \\\n  -p'S3cret Root' shop", "mysqldump -h db \\\n  -p'(redacted)' shop"),
+        ("sshpass -p 'Deploy#2024' ssh me@host", "sshpass -p '(redacted)' ssh me@host"),
+        ("docker login -u bob -p D0ckerPass99", "docker login -u bob -p (redacted)"),
+        ("redis-cli -a R3disPass99 ping", "redis-cli -a (redacted) ping"),
+        ("ldapsearch -x -w LdapPass99", "ldapsearch -x -w (redacted)"),
+        ("7z a -pSesam99 out.7z dir", "7z a -p(redacted) out.7z dir"),
+        ("keytool -storepass s3cretStore -v", "keytool -storepass (redacted) -v"),
+        (
+            "machine api.example.com login bob password n3trcPassw0rd",
+            "machine api.example.com login bob password (redacted)",
+        ),
+        (
+            "machine host\n  login bob\n  password n3trcPassw0rd",
+            "machine host\n  login bob\n  password (redacted)",
+        ),
+        ("requirepass f00bared", "requirepass (redacted)"),
+        ("host:5432:db:user:pgPassF1le", "host:5432:db:user:(redacted)"),
+        ("admin:$apr1$Zx8kPq1L$kH3bV9qT7yN2mR5wC8xD1/", "admin:(redacted password hash)"),
+        ("htpasswd -nb admin Secr3tPass", "htpasswd -nb admin (redacted)"),
+        ("echo \"root:toor1234\" | sudo chpasswd", "echo \"root:(redacted)\" | sudo chpasswd"),
+        ("client-key-data: LS0tLS1CRUdJTiBSU0EgUFJJVkFURSBLRVkt", "client-key-data: (redacted private key)"),
+        ("| password | Winter2025xx |", "| password | (redacted) |"),
+        (
+            "| `DB_PASSWORD` | string | `hunter22` | the password |",
+            "| `DB_PASSWORD` | string | `(redacted)` | the password |",
+        ),
+        (
+            "| user | Password |\n|---|:--:|\n| bob | hunter22 |",
+            "| user | Password |\n|---|:--:|\n| bob | (redacted) |",
+        ),
+        ("user/password = bob/alicepass99", "user/password = bob/(redacted)"),
+        ("credentials: admin / hunter22", "credentials: admin / (redacted)"),
+        ("password = S3cretRoot99", "password = (redacted)"),
+        ("sig=abcDEF123%2Bxyz456%3D&se=2026", "sig=(redacted)&se=2026"),
+        (
+            "Twilio AC0a1b2c3d4e0a1b2c3d4e0a1b2c3d4e0a auth 0123456789abcdef0123456789abcdef",
+            "Twilio AC0a1b2c3d4e0a1b2c3d4e0a1b2c3d4e0a auth (redacted)",
+        ),
+        (
+            "AC0a1b2c3d4e0a1b2c3d4e0a1b2c3d4e0a / 0123456789abcdef0123456789abcdef",
+            "AC0a1b2c3d4e0a1b2c3d4e0a1b2c3d4e0a / (redacted)",
+        ),
+    ];
+    let mut wrong = Vec::new();
+    for (text, left) in cases {
+        let (within, left_within) = (format!("one\n{text}\nthree"), format!("one\n{left}\nthree"));
+        if redact(text) != left || redact(&within) != left_within {
+            wrong.push((text, redact(text).into_owned()));
+        }
+        // They are reason to take out words, and none to leave a document out.
+        assert_eq!(find(text), None, "{text}");
+    }
+    assert_eq!(wrong, [], "what came out");
+}
+
+/// What architecture documents say about secrets without telling one, a block for each kind of text.
+const ORDINARY: &[&str] = &[
+    r"the password is stored in the vault
+The password is stored in the vault, and the token is read from `TOKEN_FILE`.
+password: see the vault
+passphrase: see the vault
+token `budget`
+the API key is rotated every 90 days
+password is required
+Passwort lautet wie im Handbuch
+Passwort ist im Tresor hinterlegt
+commit `3f9a2c1b77aa4c219d553f9a2c1b77aa4c219d55` and UUID `3f9a2c1b-77aa-4c21-9d55-0123456789ab`
+| Field | password | required |
+| password | string | The password |
+| password | changeme |
+| `API_KEY` | `sk-…` | the key |
+| password | `VARCHAR(255)` | |
+| password | 8-64 characters |",
+    r"| Name | Password | Token |
+|------|----------|-------|
+| bob  | `<your password>` | none |
+| eve  | ******** | `$TOKEN` |
+| max  | see vault | string |
+| x | bcrypt | uuid4 |
+| y | `DB_PASSWORD_2` | `TOKEN_V2_NAME` |",
+    r#"mysql -u root -p
+mysql -u root -p shop
+mysql -p
+docker run -p 8080:80 -p 127.0.0.1:8081:81 image1
+docker compose -p project1 up; docker run --rm -p 5432:5432 postgres16
+ssh -p 22 host1; ssh -p 2222 me@host99
+mkdir -p path/to99/dir
+cp -a src99 dst99
+curl -w "%{http_code}" https://host; curl -w format99 x
+ps -p 1234, tar -a, ls -a dir99, git add -p file99.rs
+redis-cli -a $REDIS_PASSWORD ping
+docker login -u "$USER" -p "$TOKEN_2"
+sshpass -p "${DEPLOY_PASS}" ssh host
+docker login -p is insecure, redis-cli -a and sshpass -p are too
+Use `redis-cli -a` or `docker login -p`.
+The password is hashed with Argon2id; it is SHA-256 of the token, password is base64-encoded.
+The password is PBKDF2-HMAC-SHA256 encoded, the token is OAuth2 based and Base64.
+password: minimum 8 characters
+password: 8 to 64 characters
+Password: at least 12 characters, one digit
+password: "must match"
+"password": "Enter your password"
+"password": "Passwort vergessen?"
+"password": "The password of the user"
+"token": "Invalid token"
+"secret": "Client Secret"
+"password": "Password is required"
+password: "too short"
+passwort: wie im Handbuch
+Passphrase: a sequence of words
+Passphrase: words that a user remembers
+token: opaque string of 32 bytes
+The token is issued by the gateway, and the API key is `sk-...`.
+user/password = <user>/<password>
+user/password authentication
+credentials: read from `~/.aws/credentials`
+credentials: `same-origin`
+host:5432:database:user:password
+localhost:8080, 127.0.0.1:5432:5432, shared/src/lib.rs:1234:5:error
+at 2026-01-01T12:30:45 and 12:30:45:123:456
+machine learning, login and password are asked for
+login form password field
+The machine asks for login name and password together
+`sig=inspect.signature(f)`; sig=SIGTERM
+let signature = sign(x); signature=hmac_sha256(key)
+token budget of 4096 tokens; a token is 4 characters
+The secret is mounted at /run/secrets/db_password1.
+The password is in DB_PASSWORD_FILE.
+The secret `atlas-secrets-v2` holds all of them. Secret `postgres-16-credentials`.
+`password` is TEXT64, auth `oauth2`
+token bucket with 10 tokens a second; token `gpt-4o-2024-08-06`
+API key `ATLAS_API_KEY_2` is read from the environment
+auth v2.1.0-rc1 and key ab12cd34
+password = password2
+password = sha256(x1)
+password = hash1
+password=os.environ["X1"]
+password rules: 8-64 characters, 1 digit
+The token is `worker_v2_token`; the token is `12345`.
+Password to change: admin2fa
+| token | f32 |
+| Tokens | 128000 |
+| Model | Token limit |
+|---|---|
+| gpt-4.1 | 128k |
+Passwords (see RFC2617) and tokens (RFC6750)
+Secret key (AES256) and password (SHA512)"#,
+];
+
+#[test]
+fn documents_that_speak_of_secrets_pass_untouched() {
+    let lines = |text: &str| text.lines().map(str::to_owned).collect::<Vec<_>>();
+    let mut wrong = Vec::new();
+    for text in ORDINARY {
+        let redacted = redact(text);
+        wrong.extend(lines(&redacted).into_iter().zip(lines(text)).filter(|(left, line)| left != line));
+        assert_eq!(find(text), None);
+    }
+    assert_eq!(wrong, []);
 }
 
 #[test]
@@ -289,6 +549,9 @@ proptest! {
                 prop::sample::select(vec![
                     "AKIA", "sk-", "ghp_", "-----BEGIN PRIVATE KEY-----", "-----END PRIVATE KEY-----", "password",
                     "Pwd", "secret", "api_key", "Bearer ", "token", "://", "eyJ", "curl -u a:b1c", "--token ", "\\n",
+                    "Kennwort", "password is ", "| ", "|---|---|\n", "mysql -p", "docker login -p ", "`", " / ", "：",
+                    "login me password ", "h:5432:d:u:", "$apr1$", "sig=", "Passwort lautet ", "пароль", "-storepass ",
+                    "echo a:", " | chpasswd", "htpasswd -nb u ", "correct horse ", "battery staple", "Hunter22", "is ",
                 ]).prop_map(str::to_owned),
                 (0_usize..20).prop_map(line_of_key),
             ],
