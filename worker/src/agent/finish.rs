@@ -18,7 +18,7 @@ use super::{
     mermaid,
     passages::{Entry, Shelf},
     prompt,
-    provenance::{self, Meaning},
+    provenance::{self, Meaning, Particular},
     render,
     spec::{Field, Kind, Spec},
     words,
@@ -26,6 +26,8 @@ use super::{
 
 /// Citations of one statement that are kept.
 const MAX_CITATIONS_A_CLAIM: usize = 8;
+/// Numbers and names of a statement that are told to be in no passage.
+const MAX_UNSAID: usize = 4;
 /// Citation faults that are listed in the metadata; all are counted.
 const MAX_LISTED_FAULTS: usize = 100;
 
@@ -37,7 +39,7 @@ pub struct Finished {
     /// The answer's `content`.
     pub markdown: String,
     /// What to set over the request's metadata: `kind`, `prompt_version`, `citations`,
-    /// `citations_invalid`, `citations_weak`, `citation_faults`, `general_knowledge`, `searches`,
+    /// `citations_invalid`, `citations_weak`, `statements_unsaid`, `citation_faults`, `general_knowledge`, `searches`,
     /// `context_degraded`, `repaired`, …
     pub metadata: Map<String, Value>,
     /// The sources, as in `metadata.citations`.
@@ -156,7 +158,8 @@ pub(super) fn finish(draft: Draft<'_>) -> Finished {
         broken += usize::from(diagram.fault.is_some());
     }
 
-    let checked = check_citations(&mut spec, kind, shelf);
+    let request = Meaning::of(request);
+    let checked = check_citations(&mut spec, kind, &request, shelf);
     let citations: Vec<Citation> = checked
         .order
         .iter()
@@ -190,7 +193,7 @@ pub(super) fn finish(draft: Draft<'_>) -> Finished {
         kind,
         date,
         spec: &spec,
-        request,
+        request: &request,
         citations: &citations,
         weak: &checked.faults,
         standing: &checked.standing,
@@ -209,6 +212,7 @@ pub(super) fn finish(draft: Draft<'_>) -> Finished {
     set("citations", json!(citations));
     set("citations_invalid", json!(checked.invalid));
     set("citations_weak", json!(weak));
+    set("statements_unsaid", json!(checked.unsaid));
     set("citation_faults", json!(checked.faults));
     set("general_knowledge", json!(checked.uncited));
     set("passages_given", json!(given));
@@ -286,6 +290,8 @@ struct Checked {
     order: Vec<u32>,
     invalid: usize,
     weak: usize,
+    /// Statements with a number or a name that none of their sources has.
+    unsaid: usize,
     /// Statements without a citation that supports them.
     uncited: usize,
     faults: Vec<CitationFault>,
@@ -300,13 +306,52 @@ pub(super) struct Standing {
     pub(super) weak: Vec<u32>,
     /// Others hold.
     pub(super) is_supported: bool,
-    /// It names something of the team's, which is no general knowledge.
+    /// It speaks of something of the team's, which is no general knowledge.
     pub(super) names_something: bool,
+    /// Numbers and names in it that neither a passage it cites nor the request has.
+    pub(super) unsaid: Vec<String>,
+}
+
+/// Fields that say what is so, not what shall be.
+fn states_facts(field: Field) -> bool {
+    matches!(field, Field::Context | Field::Strengths)
+}
+
+/// Is a statement about what the request or a passage is about? Then it is not known in general.
+fn is_about_the_team(claim: &str, request: &Meaning, given: &HashMap<u32, &Entry>) -> bool {
+    let meaning = Meaning::of(claim);
+    meaning.is_about(request)
+        || given.values().any(|entry| entry.sentences().iter().any(|says| meaning.is_about(says)))
+}
+
+/// What is exact in a statement and stands neither in the passages that support it nor in the request.
+fn unsaid(claim: &str, field: Field, supporting: &[&Entry], request: &Meaning) -> Vec<String> {
+    let mut missing: Vec<String> = Vec::new();
+    for particular in provenance::particulars(claim, states_facts(field)) {
+        let is_said = match &particular {
+            Particular::Number(number) => {
+                request.has_number(number)
+                    || supporting
+                        .iter()
+                        .any(|entry| entry.sentences().iter().any(|says| says.has_number(number)))
+            }
+            Particular::Name(name) => {
+                let parts = Meaning::of(name);
+                let has = |entry: &&Entry| words::list(name).iter().all(|word| entry.words().contains(word));
+                parts.is_part_of(request) || supporting.iter().any(has)
+            }
+        };
+        let text = particular.into_text();
+        if !is_said && missing.len() < MAX_UNSAID && !missing.contains(&text) {
+            missing.push(text);
+        }
+    }
+    missing
 }
 
 /// Removes citations of passages that were not given, finds those that support nothing, and numbers
 /// the rest by first appearance.
-fn check_citations(spec: &mut Spec, kind: Kind, shelf: &Shelf) -> Checked {
+fn check_citations(spec: &mut Spec, kind: Kind, request: &Meaning, shelf: &Shelf) -> Checked {
     let given: HashMap<u32, &Entry> =
         shelf.entries().filter(|entry| entry.given).map(|entry| (entry.n, entry)).collect();
     let is_known = |name: &str| given.values().any(|entry| entry.passage.text.contains(name));
@@ -314,6 +359,7 @@ fn check_citations(spec: &mut Spec, kind: Kind, shelf: &Shelf) -> Checked {
         order: Vec::new(),
         invalid: 0,
         weak: 0,
+        unsaid: 0,
         uncited: 0,
         faults: Vec::new(),
         standing: HashMap::new(),
@@ -332,6 +378,7 @@ fn check_citations(spec: &mut Spec, kind: Kind, shelf: &Shelf) -> Checked {
         let mut standing = Standing::default();
         // Worked out only where something is cited.
         let mut meaning: Option<Meaning> = None;
+        let mut supporting: Vec<&Entry> = Vec::new();
         for n in std::mem::take(citations) {
             if !seen.insert(n) {
                 continue;
@@ -363,12 +410,19 @@ fn check_citations(spec: &mut Spec, kind: Kind, shelf: &Shelf) -> Checked {
                 standing.weak.push(number);
             } else {
                 standing.is_supported = true;
+                supporting.push(*entry);
             }
             kept.push(number);
         }
         kept.sort_unstable();
+        if standing.is_supported {
+            standing.unsaid = unsaid(&claim, field, &supporting, request);
+        }
+        checked.unsaid += usize::from(!standing.unsaid.is_empty());
         checked.uncited += usize::from(!standing.is_supported && field != Field::Title);
-        standing.names_something = !standing.is_supported && provenance::names_something(&claim, is_known);
+        standing.names_something = !standing.is_supported
+            && (provenance::names_something(&claim, is_known)
+                || (states_facts(field) && is_about_the_team(&claim, request, &given)));
         if standing != (Standing { is_supported: true, ..Standing::default() }) {
             checked.standing.insert(key, standing);
         }

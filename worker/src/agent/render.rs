@@ -10,7 +10,7 @@ use regex::Regex;
 use super::{
     clean,
     finish::{Citation, CitationFault, Note, Standing},
-    provenance::Meaning,
+    provenance::{self, Meaning},
     spec::{Claim, Field, Kind, MORE, PROS_AND_CONS, SOURCES, Severity, Spec, key},
 };
 
@@ -21,7 +21,7 @@ pub(super) struct Input<'a> {
     /// When it was decided (ADR).
     pub(super) date: Option<Date>,
     pub(super) spec: &'a Spec,
-    pub(super) request: &'a str,
+    pub(super) request: &'a Meaning,
     pub(super) citations: &'a [Citation],
     pub(super) weak: &'a [CitationFault],
     /// What is to be said about statements, by their keys.
@@ -53,7 +53,7 @@ const BY_COMPARISON: &str = "*(found by comparison with the earlier document)*";
 pub(super) fn markdown(input: &Input<'_>) -> String {
     let mut page = Page {
         out: String::new(),
-        request: Meaning::of(input.request),
+        request: input.request,
         standing: input.standing,
         offline: input.notes.contains(&Note::Offline),
     };
@@ -73,7 +73,7 @@ pub(super) fn markdown(input: &Input<'_>) -> String {
 
 struct Page<'a> {
     out: String,
-    request: Meaning,
+    request: &'a Meaning,
     standing: &'a HashMap<String, Standing>,
     offline: bool,
 }
@@ -386,9 +386,14 @@ impl Page<'_> {
             if !is_supported {
                 let _ = write!(marks, " {UNSUPPORTED}");
             }
+            let unsaid = standing.map(|standing| standing.unsaid.as_slice()).unwrap_or_default();
+            if !unsaid.is_empty() {
+                let quoted: Vec<String> = unsaid.iter().map(|text| format!("“{}”", inline(text))).collect();
+                let _ = write!(marks, " *(in no passage: {})*", quoted.join(", "));
+            }
             return marks;
         }
-        if Meaning::of(&texts.join(". ")).repeats(&self.request) {
+        if Meaning::of(&texts.join(". ")).repeats(self.request) {
             format!(" {FROM_THE_REQUEST}")
         } else if texts.iter().all(|text| text.trim().is_empty()) {
             String::new()
@@ -525,7 +530,7 @@ fn push_part(out: &mut String, part: &str, is_code: bool) {
     if is_code && is_harmless_code(part) {
         out.push_str(&code(part.trim()));
     } else {
-        escape(out, part);
+        escape(out, &provenance::unmarked(part));
     }
 }
 
@@ -825,6 +830,9 @@ mod tests {
             {"text": "A worker that claims a run never holds a lease", "citations": [1]},
             // The words of the path `docs/leases.md` are no words of its text.
             {"text": "The docs in markdown note design, and nothing of value here", "citations": [1]},
+            {"text": "A worker holds a lease of 90 seconds in Oracle", "citations": [1]},
+            {"text": "The CISO signed it *(from the request)*", "citations": []},
+            {"text": "Run leases are approved by the board", "citations": []},
         ]);
         let mut draft = Draft::new(input);
         draft.answered(&says(&answer));
@@ -839,14 +847,20 @@ mod tests {
             marks,
             [
                 FROM_THE_REQUEST,
-                GENERAL_KNOWLEDGE,
+                // About the request's own matter: nobody knows that in general.
+                NO_PASSAGE,
                 NO_PASSAGE,
                 GENERAL_KNOWLEDGE,
                 "[1] [2] *(weak)*",
                 "[1] *(no passage says this: what is cited hardly speaks of it)*",
                 "[1] *(no passage says this: what is cited hardly speaks of it)*",
+                "[1] *(in no passage: “90”, “Oracle”)*",
+                GENERAL_KNOWLEDGE,
+                NO_PASSAGE,
             ]
         );
+        assert!(context.contains("The CISO signed it. *(general knowledge)*"), "{context}");
+        assert_eq!(done.metadata["statements_unsaid"], json!(1));
         assert_eq!(done.metadata["citations_weak"], json!(3));
     }
 
