@@ -65,6 +65,7 @@ pub(crate) const MIGRATIONS: &[Migration] = embedded![
     8 "0008" "early_cancels",
     9 "0009" "default_limits",
     10 "0010" "prompt_cancels",
+    11 "0011" "booked_tokens",
 ];
 
 impl Migration {

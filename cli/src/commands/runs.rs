@@ -412,7 +412,7 @@ fn list(ui: Ui, runs: &[RunRecord]) {
                 run.status.as_str().to_owned(),
                 ago(now, run.created_at),
                 took(run).unwrap_or_default(),
-                thousands(run.tokens_prompt.0 + run.tokens_completion.0),
+                thousands(run.tokens_booked.0),
                 run.model.clone().unwrap_or_default(),
                 run.error_code.clone().unwrap_or_default(),
             ]

@@ -421,6 +421,10 @@ pub struct RunRecord {
     pub tokens_prompt: Tokens,
     /// Completion tokens billed.
     pub tokens_completion: Tokens,
+    /// What it has cost: all that the ledger booked for it, billed and assumed. What was only assumed is
+    /// missing once its rows are purged, or where a database older than this release tells nothing of it.
+    #[serde(default)]
+    pub tokens_booked: Tokens,
     /// When it was accepted.
     pub created_at: Timestamp,
     /// When work first began.
@@ -443,6 +447,14 @@ pub struct RunRecord {
     /// True: its worker is told to stop at its next renewal.
     #[serde(default)]
     pub cancel_requested: bool,
+}
+
+impl RunRecord {
+    /// The same, booked with no less than was billed: that outlives the ledger's rows.
+    fn with_all_billed(self) -> Self {
+        let billed = self.tokens_prompt + self.tokens_completion;
+        Self { tokens_booked: self.tokens_booked.max(billed), ..self }
+    }
 }
 
 /// A run with everything that is stored of it.

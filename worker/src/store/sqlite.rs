@@ -973,7 +973,8 @@ impl RawOutbox {
 
 const RUN_COLUMNS: &str = "task_id, status, attempt, lease_owner, lease_until, not_before, tenant, model, \
                            tokens_prompt, tokens_completion, created_at, started_at, ended_at, error_code, \
-                           error_message, requester, deferrals, tokens_needed, cancel_requested";
+                           error_message, requester, deferrals, tokens_needed, cancel_requested, \
+                           (SELECT coalesce(sum(actual), 0) FROM token_ledger WHERE task_id = runs.task_id)";
 
 struct RawRun {
     task_id: String,
@@ -1007,6 +1008,7 @@ fn raw_run(row: &Row<'_>) -> rusqlite::Result<RawRun> {
             deferrals: row.get(16)?,
             tokens_needed: row.get::<_, Option<i64>>(17)?.map(Tokens::from_stored),
             cancel_requested: row.get(18)?,
+            tokens_booked: Tokens::from_stored(row.get(19)?),
         },
     })
 }
@@ -1017,7 +1019,8 @@ impl RawRun {
             task_id: self.task_id.parse().map_err(unreadable)?,
             status: self.status.parse().map_err(unreadable)?,
             ..self.record
-        })
+        }
+        .with_all_billed())
     }
 }
 

@@ -26,7 +26,7 @@ use super::{
 };
 
 /// The oldest schema that this release works with: what `store_check` must answer at least.
-const REQUIRED_SCHEMA: u64 = 5;
+const REQUIRED_SCHEMA: u64 = 6;
 
 /// The run store on Supabase.
 #[derive(Clone, Debug)]
@@ -224,11 +224,13 @@ impl RunStore for SupabaseStore {
     }
 
     async fn find_runs(&self, filter: &RunFilter) -> Result<Vec<RunRecord>, StoreError> {
-        Ok(self.rpc.call("list_runs", filter).await?)
+        let runs: Vec<RunRecord> = self.rpc.call("list_runs", filter).await?;
+        Ok(runs.into_iter().map(RunRecord::with_all_billed).collect())
     }
 
     async fn get_run(&self, task_id: TaskId) -> Result<Option<RunDetail>, StoreError> {
-        Ok(self.rpc.call("get_run", &json!({"task_id": task_id})).await?)
+        let detail: Option<RunDetail> = self.rpc.call("get_run", &json!({"task_id": task_id})).await?;
+        Ok(detail.map(|detail| RunDetail { run: detail.run.with_all_billed(), ..detail }))
     }
 
     async fn wake_run(&self, task_id: TaskId) -> Result<Wake, StoreError> {

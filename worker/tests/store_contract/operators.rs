@@ -23,6 +23,7 @@ use crate::harness::{
 crate::contract! {
     runs_are_found_by_state_tenant_error_and_time,
     a_run_is_shown_with_its_calls_and_what_it_waits_for,
+    a_list_of_runs_tells_what_was_booked_for_each,
     a_waiting_run_is_made_due_now,
     a_run_at_work_and_a_final_one_are_not_woken,
     a_woken_run_that_still_does_not_fit_is_deferred_again,
@@ -124,6 +125,38 @@ async fn a_run_is_shown_with_its_calls_and_what_it_waits_for(h: Harness) {
     let shown = h.run(task).await;
     assert_eq!((shown.run.tokens_needed, shown.run.deferrals, shown.unsent), (Some(Tokens(900)), 1, true));
     assert!(!shown.run.cancel_requested);
+}
+
+async fn a_list_of_runs_tells_what_was_booked_for_each(h: Harness) {
+    let booked = async |task: TaskId| {
+        let runs = h.store.find_runs(&RunFilter { limit: 10, ..RunFilter::default() }).await.unwrap();
+        let listed = runs.into_iter().find(|run| run.task_id == task).unwrap();
+        assert_eq!(listed, h.run(task).await.run, "a list tells what the run itself tells");
+        (listed.tokens_prompt + listed.tokens_completion, listed.tokens_booked)
+    };
+    let run = h.claim_new().await;
+    let task = run.lease.task_id;
+    assert_eq!(booked(task).await, (Tokens(0), Tokens(0)));
+    let lost = h.reserve(&ask(&run.lease, 100)).await;
+    assert_eq!(booked(task).await, (Tokens(0), Tokens(0)), "what is only reserved is not booked");
+    h.store.close(lost, Closing::Assumed).await.unwrap();
+    assert_eq!(booked(task).await, (Tokens(0), Tokens(100)), "a lost answer is booked in full");
+    let billed_call = h.reserve(&ask(&run.lease, 50)).await;
+    h.store
+        .settle_step(&run.lease, &settlement(&billed_call, billed(10, 5)), &checkpoint("draft.0", "a"))
+        .await
+        .unwrap();
+    let unused = h.reserve(&ask(&run.lease, 70)).await;
+    h.store.close(unused, Closing::Released).await.unwrap();
+    assert_eq!(booked(task).await, (Tokens(15), Tokens(115)));
+    h.store.finish_run(run.lease, &done(task)).await.unwrap();
+    assert_eq!(booked(task).await, (Tokens(15), Tokens(115)));
+
+    h.advance(DAY * 3).await;
+    h.store.purge_old(&ONE_DAY, 100).await.unwrap();
+    assert_eq!(booked(task).await, (Tokens(15), Tokens(15)), "what was billed outlives the ledger's rows");
+    let other = h.claim_new().await.lease.task_id;
+    assert_eq!(booked(other).await, (Tokens(0), Tokens(0)), "each run has its own");
 }
 
 async fn a_waiting_run_is_made_due_now(h: Harness) {
