@@ -47,7 +47,9 @@ pub struct Sketch {
     told: String,
     /// It begins a block or a list's item.
     opens: bool,
-    /// What is said after the text that is being shown.
+    /// What is said before the text that is being shown, if it says anything.
+    before: &'static str,
+    /// What is said after it.
     after: &'static str,
     /// What may be shown.
     ready: String,
@@ -91,6 +93,7 @@ impl Sketch {
             looked_at: 0,
             told: String::new(),
             opens: false,
+            before: "",
             after: "",
             ready: String::new(),
             shown: 0,
@@ -237,7 +240,11 @@ impl Sketch {
         let (text, _) = read::text(&self.text, read::MAX_TEXT_CHARS);
         let text = if self.opens { render::block(&text) } else { render::inline(&text) };
         // Else what comes now changes what was shown, and no more of it is.
-        if let Some(more) = text.strip_prefix(self.told.as_str()) {
+        if let Some(more) = text.strip_prefix(self.told.as_str())
+            && !more.is_empty()
+        {
+            let before = std::mem::take(&mut self.before);
+            self.show(before);
             self.show(more);
             self.told = text;
         }
@@ -247,7 +254,13 @@ impl Sketch {
         if self.is_whole {
             self.tell();
         } else {
+            let before = std::mem::take(&mut self.before);
+            self.show(before);
             self.show(" …");
+        }
+        if !std::mem::take(&mut self.before).is_empty() {
+            // Nothing came, so nothing is to be closed.
+            self.after = "";
         }
         self.text.clear();
         self.told.clear();
@@ -296,10 +309,12 @@ impl Sketch {
         } else if field == Field::Outcome && key == "rationale" {
             ", because ".to_owned()
         } else {
-            between_texts(&key).to_owned()
+            self.before = between_texts(&key);
+            String::new()
         };
         self.show(&before);
-        self.opens = before.ends_with("- ") || (before.is_empty() && field != Field::Title);
+        self.opens =
+            before.ends_with("- ") || (before.is_empty() && self.before.is_empty() && field != Field::Title);
         let is_name = first
             && !in_list
             && matches!(key.as_str(), "name" | "section" | "chosen" | "title")
@@ -407,6 +422,15 @@ mod tests {
             text.push_str(&sketch.take(64));
         }
         text + &sketch.take(usize::MAX)
+    }
+
+    #[test]
+    fn a_field_without_a_text_has_no_label() {
+        let component = serde_json::json!({"name": "Ledger", "responsibility": "Books tokens.", "technology": "",
+            "interfaces": " ", "citations": []});
+        let answer = serde_json::json!({"components": [component]}).to_string();
+        let told = shown(Kind::Spec, &answer, 3);
+        assert!(told.trim_end().ends_with("**Ledger**: Books tokens."), "{told}");
     }
 
     #[test]
