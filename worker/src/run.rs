@@ -900,7 +900,8 @@ fn token_use(mut answered: Value, spent: Tokens) -> Option<Value> {
     if spent == Tokens(0) {
         return None;
     }
-    let tokens = |call: &Value| ["prompt", "completion"].map(|name| call[name].as_u64().unwrap_or(0));
+    let tokens =
+        |call: &Value| ["prompt", "completion", "tokens"].map(|name| call[name].as_u64().unwrap_or(0));
     let calls = answered["calls"].as_array();
     let billed: u64 = calls.into_iter().flatten().flat_map(tokens).sum();
     if answered.is_null() {

@@ -86,7 +86,10 @@ async fn within(stack: Stack, check: impl Fn(u64, u64)) -> Outcome {
 /// What `token_use` adds up to.
 fn accounted(answer: &Answer) -> u64 {
     let Some(token_use) = answer.metadata.get("token_use") else { return 0 };
-    let tokens = |call: &Value| call["prompt"].as_u64().unwrap() + call["completion"].as_u64().unwrap();
+    let tokens = |call: &Value| {
+        let billed = call["prompt"].as_u64().unwrap() + call["completion"].as_u64().unwrap();
+        billed + call["tokens"].as_u64().unwrap_or(0)
+    };
     let calls: u64 = token_use["calls"].as_array().into_iter().flatten().map(tokens).sum();
     calls + token_use["lost"].as_u64().unwrap_or(0)
 }
@@ -574,7 +577,11 @@ async fn an_answer_without_choices_says_what_it_cost_and_is_tried_again() {
 async fn an_answer_that_does_not_say_what_it_cost_is_booked_at_its_bound() {
     let done = at_most(Stack::start().await.script(fault("no_usage", 1))).await;
     assert!(done.markdown().contains("## Decisions"));
-    assert_eq!(done.meta("token_use")["calls"][0]["assumed"], true);
+    let token_use = done.meta("token_use");
+    let call = &token_use["calls"][0];
+    assert_eq!((&call["assumed"], &call["tokens"]), (&json!(true), done.meta("tokens")));
+    assert_eq!((&call["prompt"], &call["completion"]), (&json!(0), &json!(0)), "nobody knows its parts");
+    assert_eq!(token_use["prompt"], json!({}), "nor what they were spent on");
 }
 
 #[tokio::test]

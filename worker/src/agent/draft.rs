@@ -224,16 +224,20 @@ pub(super) struct CallUse {
     pub(super) step: String,
     /// The model that answered.
     pub(super) model: String,
-    /// What it billed.
+    /// What it billed; nothing where that is `assumed`.
     #[serde(flatten)]
     pub(super) usage: Usage,
-    /// The server did not say: this is what was booked.
+    /// The server did not say.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(super) assumed: bool,
+    /// What was booked for an `assumed` one: a bound for prompt and completion together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) tokens: Option<Tokens>,
 }
 
 impl TokenUse {
     fn add(&mut self, call: CallUse, parts: &[(&'static str, u64)]) {
+        // Nothing where the usage is assumed: a bound has no parts.
         let all: u64 = parts.iter().map(|(_, bytes)| bytes).sum();
         let prompt = call.usage.prompt.0;
         let mut left = prompt;
@@ -390,7 +394,8 @@ impl Draft {
     /// bound that was booked.
     pub fn billed(&mut self, parts: &PromptParts, model: &str, usage: Usage, assumed: bool) {
         let step = self.step();
-        self.token_use.add(CallUse { step, model: model.to_owned(), usage, assumed }, &parts.0);
+        let (usage, tokens) = if assumed { (Usage::default(), Some(usage.total())) } else { (usage, None) };
+        self.token_use.add(CallUse { step, model: model.to_owned(), usage, assumed, tokens }, &parts.0);
     }
 
     /// What the prompt of `request` is made of, in bytes.
@@ -1605,7 +1610,9 @@ mod tests {
         draft.squeeze(Tokens(4_000), count).unwrap();
         assert!(transcript(&call(&mut draft).request).contains("characters left out"));
         draft.answered(&says(good_spec()));
-        assert!(finished(&mut draft).markdown.contains("its middle was left out"));
+        let done = finished(&mut draft);
+        assert!(done.markdown.contains("its middle was left out"));
+        assert_eq!(done.metadata["request_cut"], json!(true));
     }
 
     #[test]

@@ -235,6 +235,9 @@ pub(super) fn finish(draft: Draft<'_>) -> Finished {
             )),
         );
     }
+    if notes.contains(&Note::SubjectCut) {
+        set("request_cut", json!(true));
+    }
     set("diagrams_broken", json!(broken));
     set("context_degraded", json!(degraded.is_some()));
     if let Some(why) = degraded {
