@@ -7,7 +7,7 @@ mod support;
 
 use std::fs;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use support::{Sandbox, assert_citations_hold, wait};
 
 const RETRIES: &str = "# Retries\n\nA call that fails with a timeout is retried three times.\n\
@@ -61,6 +61,23 @@ fn a_folder_is_indexed_searched_and_asked_about_and_every_citation_holds() {
     let budget = sandbox.atlas(&["budget", "show", "--json"]).ok().json();
     assert_eq!(budget["budget"]["used"], 0);
     sandbox.atlas(&["doctor"]).ok();
+}
+
+#[test]
+fn a_script_gets_the_answer_that_says_why_there_is_no_spec() {
+    let sandbox = project();
+    let parent = "67e55044-10b1-426f-9247-bb680e5fe0c8";
+    let asked = sandbox.atlas(&["ask", "Now with two queues", "--parent", parent, "--json"]);
+    assert_eq!(asked.code, Some(1), "{}", asked.stderr);
+    let answer = asked.json();
+    assert_eq!((&answer["msg_type"], &answer["metadata"]["status"]), (&json!("error"), &json!("error")));
+    assert_eq!(answer["metadata"]["error_code"], "parent_not_found");
+    assert!(asked.stderr.contains("the request failed (parent_not_found)"), "{}", asked.stderr);
+
+    let file = ["ask", "Now with two queues", "--parent", parent, "--out", "spec.md"];
+    let asked = sandbox.atlas(&file);
+    assert_eq!((asked.code, asked.stdout.as_str()), (Some(1), ""));
+    assert!(!sandbox.path().join("spec.md").exists(), "no spec, no file");
 }
 
 #[test]

@@ -68,7 +68,7 @@ pub(crate) struct Ask {
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     timeout: u64,
 
-    /// Print the whole answer message as JSON
+    /// Print the whole answer message as JSON, also one that says why there is no spec
     #[arg(long)]
     json: bool,
 
@@ -113,7 +113,12 @@ impl Ask {
         if let Some(stack) = stack {
             stack.stop().await;
         }
-        self.deliver(context.ui, &answer?)
+        let answer = answer?;
+        let failure = failure(&answer);
+        if failure.is_none() || self.json {
+            self.deliver(context.ui, &answer)?;
+        }
+        failure.map_or(Ok(()), Err)
     }
 
     /// A stack for this question, where nothing else serves it.
@@ -177,8 +182,32 @@ impl Ask {
             }
             None => ui.out(text),
         }
-        summarise(ui, answer);
+        if answer.msg_type == AnswerType::Spec {
+            summarise(ui, answer);
+        }
         Ok(())
+    }
+}
+
+/// Why an answer is no spec.
+pub(crate) fn failure(answer: &Answer) -> Option<CliError> {
+    let id = answer.task_id;
+    match answer.msg_type {
+        AnswerType::Spec => None,
+        AnswerType::Error => {
+            let code = answer.metadata.get("error_code").and_then(Value::as_str).unwrap_or("error");
+            Some(
+                CliError::failure(format!("the request failed ({code})"))
+                    .because(spec_text(answer))
+                    .fix(format!("the whole story: atlas runs show {id}")),
+            )
+        }
+        AnswerType::Progress | AnswerType::Control => Some(
+            CliError::failure("today's token budget is used up; the request waits for more")
+                .because(spec_text(answer))
+                .fix("see it: atlas budget show")
+                .fix(format!("get it later: atlas runs show {id}")),
+        ),
     }
 }
 
@@ -248,7 +277,7 @@ impl Waiter {
         Ok(waiter)
     }
 
-    /// The spec, or why there is none (yet).
+    /// The message that ends the waiting: the spec, or [why there is none](failure) (yet).
     pub(crate) async fn wait(&mut self, stop: &mut Stop, bound: Duration) -> Result<Answer> {
         let later = format!("get it later: atlas runs show {}", self.task_id);
         let deadline = tokio::time::sleep(bound);
@@ -291,19 +320,8 @@ impl Waiter {
                     }
                     return Ok(answer);
                 }
-                (AnswerType::Error, _) => {
-                    let code = answer.metadata.get("error_code").and_then(Value::as_str).unwrap_or("error");
-                    return Err(CliError::failure(format!("the request failed ({code})"))
-                        .because(spec_text(&answer))
-                        .fix(format!("the whole story: atlas runs show {}", self.task_id)));
-                }
-                (AnswerType::Progress, Some(AnswerStatus::Deferred)) => {
-                    return Err(CliError::failure(
-                        "today's token budget is used up; the request waits for more",
-                    )
-                    .because(spec_text(&answer))
-                    .fix("see it: atlas budget show")
-                    .fix(later));
+                (AnswerType::Error, _) | (AnswerType::Progress, Some(AnswerStatus::Deferred)) => {
+                    return Ok(answer);
                 }
                 (AnswerType::Progress | AnswerType::Control, _) => self.stage(spec_text(&answer)),
             }

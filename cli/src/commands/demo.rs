@@ -11,7 +11,7 @@ use serde_json::Map;
 use crate::{
     citations,
     commands::{
-        ask::{Waiter, spec_text, summarise},
+        ask::{Waiter, failure, spec_text, summarise},
         index::{Job, Mode},
     },
     context::Context,
@@ -126,6 +126,9 @@ async fn show(
         let answer = waiter.wait(stop, ANSWER_BOUND).await;
         waiter.close().await;
         let answer = answer?;
+        if let Some(failure) = failure(&answer) {
+            return Err(failure);
+        }
         ui.out("");
         ui.out(spec_text(&answer).trim_end());
         ui.out("");
