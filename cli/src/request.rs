@@ -36,27 +36,50 @@ impl Request {
         Self { task_id: Some(task_id), data: Bytes::from(message.to_string()) }
     }
 
-    /// Bytes as they are.
+    /// Bytes as they are; a message that leaves its name to the queue gets one here.
     pub(crate) fn raw(data: impl Into<Bytes>) -> Self {
         let data = data.into();
-        let task_id = serde_json::from_slice::<Value>(&data)
-            .ok()
-            .and_then(|message| message.get("task_id")?.as_str()?.parse().ok());
-        Self { task_id, data }
+        if let Some(task_id) = named(&data) {
+            return Self { task_id: Some(task_id), data };
+        }
+        let task_id = TaskId::random();
+        match name(&data, task_id) {
+            Some(data) => Self { task_id: Some(task_id), data },
+            None => Self { task_id: None, data },
+        }
     }
 
-    /// Publishes it and returns the task it will be served as.
-    pub(crate) async fn publish(&self, config: &Config) -> Result<TaskId> {
+    /// Publishes it and returns the task it will be served as; `None`: it can be none.
+    pub(crate) async fn publish(&self, config: &Config) -> Result<Option<TaskId>> {
         let publisher: Arc<dyn ResultPublisher> = queue::open_publisher(config).await?;
         let mut attributes =
             vec![("role".to_owned(), ROLE.to_owned()), ("requester".to_owned(), "atlas-cli".to_owned())];
         if let Some(task_id) = self.task_id {
             attributes.push(("task_id".to_owned(), task_id.to_string()));
         }
-        let message_id =
-            publisher.publish(&Topics::of(config).requests, self.data.clone(), attributes).await?;
-        Ok(self.task_id.unwrap_or_else(|| TaskId::from_message_id(&message_id)))
+        publisher.publish(&Topics::of(config).requests, self.data.clone(), attributes).await?;
+        Ok(self.task_id)
     }
+}
+
+/// The task that a message names itself.
+pub(crate) fn named(data: &[u8]) -> Option<TaskId> {
+    serde_json::from_slice::<Value>(data).ok()?.get("task_id")?.as_str()?.parse().ok()
+}
+
+/// The same message with a task id, all else byte for byte; `None` where it has one or is no object. Whoever
+/// publishes must name it: a worker would name it by the queue's id for it, and where ids begin anew (the
+/// emulator's do) also by the time of publishing, which only the worker is told.
+pub(crate) fn name(data: &[u8], task_id: TaskId) -> Option<Bytes> {
+    let message: Map<String, Value> = serde_json::from_slice(data).ok()?;
+    if message.get("task_id").is_some_and(|named| !named.is_null()) {
+        return None;
+    }
+    let body = data.trim_ascii_end().strip_suffix(b"}")?;
+    let comma = if message.is_empty() { "" } else { "," };
+    // At the end: of two fields of one name (there may be a null) the last one counts.
+    let field = format!("{comma}\"task_id\":\"{task_id}\"}}");
+    Some([body, field.as_bytes()].concat().into())
 }
 
 /// The request text of a command: an argument, `-` for standard input, or a file. Bounded by
@@ -122,7 +145,28 @@ mod tests {
     fn a_raw_message_keeps_its_bytes_and_its_task() {
         let request = Request::raw(r#"{"task_id":"67e55044-10b1-426f-9247-bb680e5fe0c8",  "role":"chef"}"#);
         assert_eq!(request.task_id.unwrap().to_string(), "67e55044-10b1-426f-9247-bb680e5fe0c8");
-        assert_eq!(Request::raw("not json").task_id, None);
+        for nameless in ["not json", "[]", r#"{"task_id":7}"#, r#"{"task_id":"no uuid"}"#] {
+            assert_eq!(Request::raw(nameless), Request { task_id: None, data: nameless.into() });
+        }
+    }
+
+    #[test]
+    fn a_raw_message_without_a_task_is_named_before_it_is_published() {
+        let chat = r#"{"role":"architect",  "msg_type":"chat","content":"Design it","task_id":null} "#;
+        let control = r#"{"role":"architect","msg_type":"control","content":{"command":"heartbeat"}}"#;
+        for text in [chat, control, "{}", "{ }\n"] {
+            let request = Request::raw(text);
+            let body = text.trim_end().strip_suffix('}').unwrap();
+            assert!(request.data.starts_with(body.as_bytes()), "{request:?}");
+            assert_eq!(named(&request.data), request.task_id);
+            assert!(request.task_id.is_some(), "{text}");
+        }
+        // As every queue would deliver it: under an id of its own.
+        let Inbound::Chat(task) = message::parse(&Request::raw(chat).data, "1@2.3", 1 << 20).unwrap() else {
+            panic!("not a chat");
+        };
+        assert_eq!(task.content, "Design it");
+        assert_ne!(task.task_id, TaskId::from_message_id("1@2.3"));
     }
 
     #[test]

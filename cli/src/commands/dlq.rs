@@ -21,6 +21,7 @@ use crate::{
     commands::runs::{MOST_ROWS, open_store, rows},
     context::Context,
     error::{CliError, Result},
+    request,
     times::{ago, parse_age, parse_since, seconds},
     ui::{BOLD, Ui, bytes, count, paint, table},
 };
@@ -472,7 +473,15 @@ async fn plan(
             (task, named)
         }
         (Ok(_), _) => return Ok(Plan::AsItCame { task_id: None }),
-        (Err(_), _) if force => return Ok(Plan::AsItCame { task_id: letter.task_id }),
+        (Err(_), _) if force => {
+            // Named here, because the queue would name it anew: by the letter's own id, so that doing it
+            // twice makes one run.
+            let task_id = letter.task_id.unwrap_or(TaskId(letter.id));
+            return Ok(match request::name(data, task_id) {
+                Some(data) => Plan::As { task_id, data, retry_of: None },
+                None => Plan::AsItCame { task_id: request::named(data) },
+            });
+        }
         (Err(rejection), _) => return Ok(Plan::Refused { why: rejection.to_string() }),
     };
     // Without an id in the message a second replay would be a second task: the letter's own id names it.

@@ -24,7 +24,8 @@ use crate::{
   cat request.md | atlas publish - --metadata priority:=5
   atlas publish --raw '{\"role\":\"architect\",\"msg_type\":\"control\",\"content\":{\"command\":\"heartbeat\"}}'
 
-Prints the task id: `atlas runs show ID` gives the answer once there is one.
+Prints the task id: `atlas runs show ID` gives the answer once there is one. A --raw message that
+names no task gets a task_id at its end.
 With PUBSUB_PROJECT_ID it goes to Pub/Sub, else into the embedded queue of the data folder, where it
 waits for `atlas dev`.")]
 pub(crate) struct Publish {
@@ -40,7 +41,7 @@ pub(crate) struct Publish {
     #[arg(short, long, value_name = "NAME=VALUE", value_parser = parse_field, conflicts_with = "raw")]
     metadata: Vec<(String, Value)>,
 
-    /// The text is the whole message, published byte for byte
+    /// The text is the whole message, published byte for byte, with a task_id if it has none
     #[arg(long)]
     raw: bool,
 
@@ -65,8 +66,10 @@ impl Publish {
         let task_id = request.publish(&config).await?;
         if self.json {
             context.ui.json(&json!({ "task_id": task_id }))?;
-        } else {
+        } else if let Some(task_id) = task_id {
             context.ui.out(task_id);
+        } else {
+            context.ui.note("Published. The message names no task, so there is no id to print.");
         }
         if matches!(config.queue, QueueConfig::Embedded(_)) && running_dev(context).await.is_none() {
             context.ui.note("It waits in the embedded queue: `atlas dev` serves it.");
