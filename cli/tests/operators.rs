@@ -31,8 +31,8 @@ fn request(task: TaskId) -> Value {
     json!({"task_id": task, "role": "architect", "msg_type": "chat", "content": "Design the queue", "metadata": {"team": "billing"}})
 }
 
-async fn claimed(store: &SqliteStore, task: TaskId) -> ClaimedRun {
-    let claim = ClaimRequest {
+fn claim(task: TaskId) -> ClaimRequest {
+    ClaimRequest {
         task_id: task,
         claim_id: Uuid::new_v4(),
         message: request(task),
@@ -40,8 +40,11 @@ async fn claimed(store: &SqliteStore, task: TaskId) -> ClaimedRun {
         requester: Some("ci".to_owned()),
         worker: WorkerId("worker-1".to_owned()),
         lease: Duration::from_hours(1),
-    };
-    match store.claim_run(&claim).await.unwrap() {
+    }
+}
+
+async fn claimed(store: &SqliteStore, task: TaskId) -> ClaimedRun {
+    match store.claim_run(&claim(task)).await.unwrap() {
         Claim::Claimed(run) => run,
         other => panic!("{other:?}"),
     }
@@ -336,6 +339,7 @@ async fn the_budget_is_set_for_the_fleet_and_its_history_kept() {
         &["budget", "set", "--per-run", "0"],
         &["budget", "set", "--tenant", "acme"],
         &["budget", "set", "--tenant", " ", "--daily", "5"],
+        &["budget", "set", "--tenant", "ac me", "--daily", "5"],
         &["budget", "set", "--tenant", "acme", "--per-run", "5"],
         &["budget", "reset", "--tenant", " "],
         &["budget", "reset", "--tenant", "acme", "--daily"],
@@ -347,6 +351,78 @@ async fn the_budget_is_set_for_the_fleet_and_its_history_kept() {
     ] {
         assert_eq!(sandbox.atlas(wrong).code, Some(2), "{wrong:?}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_waits_for_its_tenants_tokens_says_whose_limit_to_raise() {
+    let (sandbox, store) = sandbox().await;
+    let (of_tenant, of_nobody) = (TaskId::random(), TaskId::random());
+    for (task, tenant) in [(of_tenant, Some("acme")), (of_nobody, None)] {
+        let claim = ClaimRequest { tenant: tenant.map(str::to_owned), ..claim(task) };
+        let Claim::Claimed(run) = store.claim_run(&claim).await.unwrap() else { panic!("not claimed") };
+        store.defer_run(run.lease, Tokens(9000), "architect_out", &answer(task, "wait"), &[]).await.unwrap();
+    }
+    let next = |task: TaskId| {
+        let shown = sandbox.atlas(&["runs", "show", &task.to_string()]).ok().stdout;
+        shown.lines().find(|line| line.starts_with("next")).unwrap().to_owned()
+    };
+    sandbox.atlas(&["budget", "set", "--tenant", "acme", "--daily", "5000"]).ok();
+    assert!(next(of_tenant).ends_with("budget show, atlas budget set --tenant acme --daily N"));
+    assert!(next(of_nobody).ends_with("budget show, atlas budget set --daily N"));
+    let waiting = sandbox.atlas(&["budget", "show"]).ok().stderr;
+    assert!(waiting.contains(&format!("{of_tenant} needs 9,000, tenant acme\n")), "{waiting}");
+    assert!(waiting.contains(&format!("{of_nobody} needs 9,000\n")), "{waiting}");
+
+    sandbox.atlas(&["budget", "set", "--daily", "100"]).ok();
+    assert!(
+        next(of_tenant).ends_with("set --tenant acme --daily N, atlas budget set --daily N"),
+        "both are short"
+    );
+    sandbox.atlas(&["budget", "set", "--tenant", "acme", "--no-limit"]).ok();
+    assert!(next(of_tenant).ends_with("budget show, atlas budget set --daily N"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_that_a_filter_empties_says_so() {
+    let (sandbox, store) = sandbox().await;
+    let none = sandbox.atlas(&["runs", "list"]).ok().stderr;
+    assert!(none.starts_with("No runs."), "{none}");
+    failed(&store).await;
+    let bad = dead(&store, b"no json", None, "not_json").await;
+    for (filter, told) in [
+        (&["runs", "list", "--tenant", "nobody"][..], "No run matches the filter"),
+        (&["runs", "list", "--status", "deferred"], "No run matches the filter"),
+        (&["runs", "list", "--since", "2099-01-01"], "No run matches the filter"),
+        (&["runs", "retry", "--all-failed", "--tenant", "nobody"], "No failed run matches the filter"),
+        (&["dlq", "list", "--reason", "bogus"], "No dead letter that waits matches the filter"),
+        (&["dlq", "list", "--reason", "bogus", "--all"], "No dead letter matches the filter"),
+        (&["dlq", "replay", "--all", "--reason", "bogus"], "No dead letter that waits matches the filter"),
+    ] {
+        let ran = sandbox.atlas(filter).ok();
+        assert!(ran.stdout.is_empty() && ran.stderr.contains(told), "{filter:?}: {}", ran.stderr);
+    }
+    // A replay that sends nothing does not ask to be confirmed.
+    let dry = sandbox.atlas(&["dlq", "replay", "--all"]).ok();
+    assert!(dry.stdout.contains(&bad), "{}", dry.stdout);
+    assert!(dry.stderr.contains("--yes would send nothing either"), "{}", dry.stderr);
+    assert!(dry.stderr.contains("1 message would be refused again") && !dry.stderr.contains("error:"));
+    dead(&store, request(TaskId::random()).to_string().as_bytes(), None, "delivery_attempts_exhausted").await;
+    let dry = sandbox.atlas(&["dlq", "replay", "--all"]).ok();
+    assert!(dry.stderr.contains("add --yes to replay 1 dead letter."), "{}", dry.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_without_a_task_is_named_before_it_is_sent() {
+    let (sandbox, store) = sandbox().await;
+    let chat = r#"{"role":"architect","msg_type":"chat","content":"Design the queue"}"#;
+    let published = sandbox.atlas(&["publish", "--raw", chat]).ok().stdout.trim().to_owned();
+    // A letter that workers refuse, sent again all the same, goes under the id that is printed.
+    let refused = r#"{"role":"architect","msg_type":"chat","content":"  "}"#;
+    let letter =
+        dead(&store, refused.as_bytes(), Some(TaskId::from_message_id("m-1")), "empty_content").await;
+    let forced = sandbox.atlas(&["dlq", "replay", &letter, "--force", "--json"]).ok().json();
+    assert_eq!(forced[0]["task_id"], TaskId::from_message_id("m-1").to_string());
+    serve(&sandbox, &[published]);
 }
 
 #[test]

@@ -2,7 +2,8 @@
 
 use atlas_shared::{
     Tokens,
-    ledger::{GLOBAL_SCOPE, Limits, NewLimit},
+    ledger::{GLOBAL_SCOPE, Limits, NewLimit, tenant_scope},
+    message,
 };
 use atlas_worker::store::{DayAccount, FleetChange, FleetState, RunFilter, RunStatus, RunStore, TenantLimit};
 use serde_json::json;
@@ -125,7 +126,7 @@ impl Budget {
                 }
                 let tenants = store.budget_history(TENANT_DAYS, limits).await?;
                 show(ui, &fleet, &tenants);
-                Ok(())
+                waiting(ui, store.as_ref(), &fleet).await
             }
             Action::Set { daily, per_run, tenant, no_limit, json } => {
                 let tokens = |number: Option<i64>| number.map(|n| Tokens(n.unsigned_abs()));
@@ -177,10 +178,11 @@ impl Budget {
 }
 
 fn of_tenant(tenant: String, limit: Option<Tokens>) -> Result<FleetChange> {
-    if tenant.trim().is_empty() {
-        return Err(
-            CliError::usage("--tenant is empty").fix("name it as metadata.tenant of its requests does")
-        );
+    // What somebody has set under any name can be removed.
+    if tenant.trim().is_empty() || (limit.is_some() && !message::is_name(&tenant)) {
+        return Err(CliError::usage(format!("--tenant is {tenant:?}, which no request can name"))
+            .because("a tenant's name is 1 to 128 letters, digits, '.', '_' or '-'")
+            .fix("name it as metadata.tenant of its requests does"));
     }
     Ok(FleetChange { tenant_limit: Some(TenantLimit { tenant, limit }), ..FleetChange::default() })
 }
@@ -203,10 +205,15 @@ async fn change(
         }));
     }
     changed(ui, wanted, (&before.0, &before.1), (&after.0, &after.1));
+    waiting(ui, store, &after.0).await
+}
+
+/// Names runs that wait for tokens, and whose tokens those may be.
+async fn waiting(ui: Ui, store: &dyn RunStore, fleet: &FleetState) -> Result<()> {
     let filter = RunFilter { status: Some(RunStatus::Deferred), limit: NAMED_RUNS, ..RunFilter::default() };
     let waiting = store.find_runs(&filter).await?;
     if !waiting.is_empty() {
-        let number = usize::try_from(after.0.deferred_runs).unwrap_or(usize::MAX);
+        let number = usize::try_from(fleet.deferred_runs).unwrap_or(usize::MAX);
         ui.note(format_args!(
             "{} waiting for tokens; what fits goes on by itself, the oldest first. The newest of them:",
             count(number, "run")
@@ -214,7 +221,8 @@ async fn change(
         let others = number.saturating_sub(waiting.len());
         for run in waiting {
             let needs = thousands(run.tokens_needed.unwrap_or_default().0);
-            ui.note(format_args!("  {} needs {needs}", run.task_id));
+            let whose = run.tenant.map(|tenant| format!(", tenant {tenant}")).unwrap_or_default();
+            ui.note(format_args!("  {} needs {needs}{whose}", run.task_id));
         }
         if others > 0 {
             ui.note(format_args!("  … and {others} more: atlas runs list --status deferred -n {number}"));
@@ -245,6 +253,21 @@ fn tenants(accounts: &[DayAccount], today: &str) -> Vec<DayAccount> {
         }
     }
     tenants
+}
+
+/// What a tenant may still use today; `None`: as much as the fleet.
+pub(crate) async fn tenant_left(
+    store: &dyn RunStore,
+    limits: Limits,
+    tenant: &str,
+    today: &str,
+) -> Result<Option<Tokens>> {
+    let scope = tenant_scope(tenant);
+    let accounts = tenants(&store.budget_history(TENANT_DAYS, limits).await?, today);
+    Ok(accounts
+        .into_iter()
+        .find(|account| account.scope == scope)
+        .and_then(|account| Some(account.limit?.saturating_sub(account.used + account.reserved))))
 }
 
 fn show(ui: Ui, fleet: &FleetState, accounts: &[DayAccount]) {
@@ -303,7 +326,7 @@ fn changed(
         }
     }
     if let Some(TenantLimit { tenant, .. }) = &change.tenant_limit {
-        let scope = atlas_shared::ledger::tenant_scope(tenant);
+        let scope = tenant_scope(tenant);
         let limit = |accounts: &[DayAccount]| {
             accounts
                 .iter()

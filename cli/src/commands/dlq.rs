@@ -160,7 +160,8 @@ impl Dlq {
                 if json {
                     return ui.json(&letters);
                 }
-                list(ui, &letters, all);
+                let filtered = filter.reason.is_some() || filter.since.is_some();
+                list(ui, &letters, all, filtered);
                 Ok(())
             }
             Action::Show { id, raw, json } => {
@@ -182,6 +183,7 @@ impl Dlq {
                 Ok(())
             }
             Action::Replay { ids, all, reason, since, yes, force, json } => {
+                let filtered = reason.is_some() || since.is_some();
                 let ids = if all {
                     let filter = DeadLetterFilter { reason, replayed: Some(false), since, limit: MOST_ROWS };
                     // The oldest first, as they would have been served.
@@ -189,7 +191,7 @@ impl Dlq {
                 } else {
                     ids
                 };
-                replay(context, store, &ids, Mode { act: !all || yes, force, json }).await
+                replay(context, store, &ids, Mode { act: !all || yes, force, json, filtered }).await
             }
             Action::Purge { ids, reason, older_than, unreplayed, yes, json } => {
                 let named = !ids.is_empty();
@@ -254,12 +256,13 @@ fn decode(detail: &DeadLetterDetail) -> Result<Bytes> {
     Ok(Bytes::from(data))
 }
 
-fn list(ui: Ui, letters: &[DeadLetterRecord], all: bool) {
+fn list(ui: Ui, letters: &[DeadLetterRecord], all: bool, filtered: bool) {
     if letters.is_empty() {
-        ui.note(if all {
-            "No dead letters."
-        } else {
-            "No dead letters wait. --all shows replayed ones too."
+        ui.note(match (all, filtered) {
+            (true, false) => "No dead letters.",
+            (false, false) => "No dead letters wait. --all shows replayed ones too.",
+            (true, true) => "No dead letter matches the filter: atlas dlq list --all",
+            (false, true) => "No dead letter that waits matches the filter. --all shows replayed ones too.",
         });
         return;
     }
@@ -378,6 +381,8 @@ struct Mode {
     act: bool,
     force: bool,
     json: bool,
+    /// Some of those that wait were not asked for.
+    filtered: bool,
 }
 
 /// What is to be done about one dead letter.
@@ -441,11 +446,36 @@ async fn replay(context: &Context, store: &dyn RunStore, ids: &[Uuid], mode: Mod
         ui.json(&outcomes)?;
     }
     if ids.is_empty() {
-        ui.note("No dead letters wait.");
-    } else if !mode.act {
-        ui.note(format_args!("Nothing was sent: add --yes to replay {}.", count(ids.len(), "dead letter")));
+        ui.note(if mode.filtered {
+            "No dead letter that waits matches the filter."
+        } else {
+            "No dead letters wait."
+        });
     }
-    let refused = outcomes.iter().filter(|outcome| outcome.outcome == "refused").count();
+    let number = |word| outcomes.iter().filter(|told| told.outcome == word).count();
+    let refused = number("refused");
+    if !mode.act && !ids.is_empty() {
+        let (sent, served) = (number("replayed"), number("served"));
+        let mut would = Vec::new();
+        if sent > 0 {
+            would.push(format!("replay {}", count(sent, "dead letter")));
+        }
+        if served > 0 {
+            would
+                .push(format!("put down {} as replayed, with nothing to send", count(served, "dead letter")));
+        }
+        ui.note(match would.as_slice() {
+            [] => "Nothing was sent, and --yes would send nothing either.".to_owned(),
+            would => format!("Nothing was sent: add --yes to {}.", would.join(", and ")),
+        });
+        if refused > 0 {
+            ui.note(format_args!(
+                "{} would be refused again and stay here: mend the publisher and publish anew. If the workers have \
+                 changed since: atlas dlq replay ID --force",
+                count(refused, "message")
+            ));
+        }
+    }
     if refused > 0 && mode.act {
         return Err(CliError::failure(format!("{} would be refused again", count(refused, "message")))
             .because("workers would put it back into the dead letters")

@@ -17,6 +17,7 @@ use serde_json::Value;
 
 use crate::{
     again::{self, Again, Requests},
+    commands::budget,
     context::Context,
     error::{CliError, Result},
     times::{ago, parse_since, seconds},
@@ -179,7 +180,8 @@ impl Runs {
                 if json {
                     return context.ui.json(&runs);
                 }
-                list(context.ui, &runs);
+                let everything = RunFilter { limit, ..RunFilter::default() };
+                list(context.ui, &runs, filter != everything);
             }
             Action::Show { task_id, spec, json } => {
                 let Some(detail) = store.get_run(task_id).await? else {
@@ -192,10 +194,16 @@ impl Runs {
                 if json {
                     return context.ui.json(&detail);
                 }
-                if spec { show_spec(context.ui, &detail)? } else { show(context.ui, &detail) }
+                if spec {
+                    show_spec(context.ui, &detail)?;
+                } else {
+                    let short = short_of(context, store.as_ref(), &detail.run).await?;
+                    show(context.ui, &detail, short);
+                }
             }
             Action::Retry { task_ids, all_failed, since, tenant, error, yes, json } => {
                 let mut task_ids = task_ids;
+                let filtered = since.is_some() || tenant.is_some() || error.is_some();
                 if all_failed {
                     let cancelled_too = error.is_some();
                     let filter = RunFilter {
@@ -223,7 +231,11 @@ impl Runs {
                 let outcomes = retry(context, store.as_ref(), &task_ids, act).await?;
                 report(context.ui, &outcomes, json)?;
                 if outcomes.is_empty() {
-                    context.ui.note("No failed runs.");
+                    context.ui.note(if filtered {
+                        "No failed run matches the filter."
+                    } else {
+                        "No failed runs."
+                    });
                 } else if !act {
                     let again = outcomes.iter().filter(|outcome| outcome.outcome == "retried").count();
                     context.ui.note(format_args!(
@@ -398,9 +410,13 @@ pub(crate) async fn open_store(context: &Context) -> Result<Arc<dyn RunStore>> {
     Ok(store::open(&config).await?)
 }
 
-fn list(ui: Ui, runs: &[RunRecord]) {
+fn list(ui: Ui, runs: &[RunRecord], filtered: bool) {
     if runs.is_empty() {
-        ui.note("No runs. `atlas ask \"…\"` makes one.");
+        ui.note(if filtered {
+            "No run matches the filter: `atlas runs list` shows all."
+        } else {
+            "No runs. `atlas ask \"…\"` makes one."
+        });
         return;
     }
     let now = Timestamp::now();
@@ -421,7 +437,30 @@ fn list(ui: Ui, runs: &[RunRecord]) {
     ui.out(table(&["TASK", "STATUS", "CREATED", "TOOK", "TOKENS", "MODEL", "ERROR"], &rows));
 }
 
-fn show(ui: Ui, detail: &RunDetail) {
+/// The accounts that have no room for what a run waits for.
+#[derive(Clone, Copy, Debug, Default)]
+struct Short {
+    /// The fleet's day.
+    fleet: bool,
+    /// Its tenant's day.
+    tenant: bool,
+}
+
+/// What keeps a deferred run waiting now; that may have changed since it was deferred.
+async fn short_of(context: &Context, store: &dyn RunStore, run: &RunRecord) -> Result<Short> {
+    let (RunStatus::Deferred, Some(needed)) = (run.status, run.tokens_needed) else {
+        return Ok(Short::default());
+    };
+    let limits = context.config()?.limits;
+    let budget = store.fleet_state(limits).await?.budget;
+    let of_tenant = match &run.tenant {
+        Some(tenant) => budget::tenant_left(store, limits, tenant, &budget.day).await?,
+        None => None,
+    };
+    Ok(Short { fleet: budget.available() < needed, tenant: of_tenant.is_some_and(|left| left < needed) })
+}
+
+fn show(ui: Ui, detail: &RunDetail, short: Short) {
     let RunRecord { task_id, status, attempt, tokens_prompt, tokens_completion, .. } = &detail.run;
     let style = match status {
         RunStatus::Done => GREEN,
@@ -483,7 +522,7 @@ fn show(ui: Ui, detail: &RunDetail) {
             ui.detail(paint(DIM, format_args!("call      {line}")));
         }
     }
-    field("next", &next_step(detail));
+    field("next", &next_step(detail, short));
     if let Some(request) = detail.request.get("content").and_then(|content| content.as_str()) {
         field("request", request);
     }
@@ -520,7 +559,7 @@ fn took(run: &RunRecord) -> Option<String> {
 }
 
 /// What an operator can do, or what happens by itself.
-fn next_step(detail: &RunDetail) -> String {
+fn next_step(detail: &RunDetail, short: Short) -> String {
     let RunRecord { task_id, status, not_before, tokens_needed, error_code, .. } = &detail.run;
     match status {
         RunStatus::Queued => match not_before {
@@ -536,10 +575,19 @@ fn next_step(detail: &RunDetail) -> String {
             "its worker has it until {}, and renews that; to stop it: atlas runs cancel {task_id}",
             detail.run.lease_until.map(seconds).unwrap_or_default()
         ),
-        RunStatus::Deferred => format!(
-            "resumes when {} tokens fit: atlas budget show, atlas budget set --daily N",
-            thousands(tokens_needed.unwrap_or_default().0)
-        ),
+        RunStatus::Deferred => {
+            let fits = format!(
+                "resumes when {} tokens fit: atlas budget show",
+                thousands(tokens_needed.unwrap_or_default().0)
+            );
+            let of_tenant = match &detail.run.tenant {
+                Some(tenant) if short.tenant => format!(", atlas budget set --tenant {tenant} --daily N"),
+                _ => String::new(),
+            };
+            let of_fleet =
+                if short.fleet || of_tenant.is_empty() { ", atlas budget set --daily N" } else { "" };
+            format!("{fits}{of_tenant}{of_fleet}")
+        }
         RunStatus::Done | RunStatus::Failed if detail.unsent => {
             "its answer waits to be published: is a worker running? atlas doctor".to_owned()
         }
