@@ -142,7 +142,9 @@ pub(super) fn finish(draft: Draft<'_>) -> Finished {
         source_urls,
     } = draft;
 
-    for item in spec.items(kind) {
+    // A number in brackets in what is quoted is the file's own.
+    let is_quoted = notes.contains(&Note::Offline);
+    for item in if is_quoted { Vec::new() } else { spec.items(kind) } {
         let mut found = Vec::new();
         for text in item.texts {
             found.extend(take_markers(text));
