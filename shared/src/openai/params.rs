@@ -23,18 +23,24 @@ pub(super) struct Params {
     pub(super) max_completion_tokens: bool,
     /// Reasoning models refuse it.
     pub(super) temperature: bool,
+    /// Takes messages of the role `system`; the first reasoning models refuse them.
+    pub(super) system: bool,
     /// The best response format it can do.
     pub(super) format: ResponseFormatSetting,
 }
 
-const CHAT: Params =
-    Params { max_completion_tokens: true, temperature: true, format: ResponseFormatSetting::JsonSchema };
+const CHAT: Params = Params {
+    max_completion_tokens: true,
+    temperature: true,
+    system: true,
+    format: ResponseFormatSetting::JsonSchema,
+};
 const REASONING: Params = Params { temperature: false, ..CHAT };
 
 /// By prefix of the model's name, the longest first. Source: OpenAI's model pages.
 const FAMILIES: &[(&str, Params)] = &[
-    ("o1-mini", Params { format: ResponseFormatSetting::Text, ..REASONING }),
-    ("o1-preview", Params { format: ResponseFormatSetting::Text, ..REASONING }),
+    ("o1-mini", Params { system: false, format: ResponseFormatSetting::Text, ..REASONING }),
+    ("o1-preview", Params { system: false, format: ResponseFormatSetting::Text, ..REASONING }),
     ("o1", REASONING),
     ("o3", REASONING),
     ("o4", REASONING),
@@ -54,7 +60,7 @@ const FAMILIES: &[(&str, Params)] = &[
 pub(super) fn params(model: &str, base_url: &Url) -> Params {
     // Routers put the vendor in front (`openai/gpt-4.1`), fine-tuned models `ft:`.
     let name = model.rsplit('/').next().unwrap_or(model);
-    let name = name.strip_prefix("ft:").unwrap_or(name);
+    let name = name.strip_prefix("ft:").unwrap_or(name).to_ascii_lowercase();
     let is = |prefix: &str| {
         name.strip_prefix(prefix)
             .is_some_and(|rest| rest.is_empty() || rest.starts_with(['-', '.', ':', '@']))
@@ -85,7 +91,15 @@ pub fn best_response_format(
 /// The body of the call.
 pub(super) fn request_body(request: &ChatRequest, base_url: &Url) -> CreateChatCompletionRequest {
     let params = params(&request.model, base_url);
-    let mut messages: Vec<ChatCompletionRequestMessage> = request.messages.iter().map(message).collect();
+    let system = |content: &str| if params.system { system(content) } else { user(content) };
+    let mut messages: Vec<ChatCompletionRequestMessage> = request
+        .messages
+        .iter()
+        .map(|it| match it {
+            ChatMessage::System { content } => system(content),
+            it => message(it),
+        })
+        .collect();
     let response_format = match (&request.response_format, params.format) {
         (ResponseFormat::Text, _) | (ResponseFormat::JsonObject, ResponseFormatSetting::Text) => None,
         (ResponseFormat::JsonObject, _) => Some(ApiResponseFormat::JsonObject),
@@ -145,12 +159,14 @@ fn system(content: &str) -> ChatCompletionRequestMessage {
     ChatCompletionRequestMessage::System(ChatCompletionRequestSystemMessage::from(content))
 }
 
+fn user(content: &str) -> ChatCompletionRequestMessage {
+    ChatCompletionRequestMessage::User(ChatCompletionRequestUserMessage::from(content))
+}
+
 fn message(message: &ChatMessage) -> ChatCompletionRequestMessage {
     match message {
         ChatMessage::System { content } => system(content),
-        ChatMessage::User { content } => {
-            ChatCompletionRequestMessage::User(ChatCompletionRequestUserMessage::from(content.as_str()))
-        }
+        ChatMessage::User { content } => user(content),
         ChatMessage::Assistant { content, tool_calls } => {
             let calls: Vec<ChatCompletionMessageToolCalls> = tool_calls
                 .iter()
@@ -236,6 +252,17 @@ mod tests {
             let body = serde_json::to_value(request_body(&request(model, schema()), &openai())).unwrap();
             assert_eq!(body.get("temperature"), None, "{model}");
             assert_eq!(body["max_completion_tokens"], 100, "{model}");
+        }
+    }
+
+    #[test]
+    fn models_that_refuse_the_role_system_get_the_rules_from_the_user() {
+        for (model, role) in [("o1-mini", "user"), ("O1-Preview-2024-09-12", "user"), ("o1", "system")] {
+            let body = serde_json::to_value(request_body(&request(model, schema()), &openai())).unwrap();
+            assert_eq!(body["messages"][0]["role"], role, "{model}");
+            assert_eq!(body["messages"][0]["content"], "rules", "{model}");
+            let others = body["messages"].as_array().unwrap().iter().skip(1);
+            assert_eq!(others.filter(|it| it["role"] == "system").count(), 0, "{model}");
         }
     }
 
