@@ -405,7 +405,17 @@ impl Run<'_> {
             }));
         }
         if !rag.fail_open {
-            return Err(Interrupted::Upstream(error));
+            return Err(match error {
+                // The same search will never be taken.
+                UpstreamError::Permanent { code, message, .. } => Interrupted::Failed(Failure {
+                    message: format!(
+                        "The knowledge base refused the search ({message}), and RAG_FAIL_OPEN=false wants no \
+                         document without passages."
+                    ),
+                    code,
+                }),
+                error => Interrupted::Upstream(error),
+            });
         }
         tracing::warn!(task_id = %self.task.task_id, error = %error, error_code = error.code(), "going on without passages");
         self.context.metrics.context_degraded.inc();

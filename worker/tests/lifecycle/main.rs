@@ -386,6 +386,12 @@ async fn an_unknown_collection_is_said_to_be_one_and_costs_nothing_where_it_was_
     let why = default.metadata["context_degraded_reason"].as_str().unwrap();
     assert!(why.contains("Nothing is indexed"), "{why}");
     worker.drain().await;
+
+    let strict = stack.with("RAG_FAIL_OPEN", "false");
+    let worker = strict.worker().await;
+    let refused = strict.ask("Design the event bus", json!({})).await;
+    assert_eq!(refused.metadata["error_code"], "unknown_collection");
+    worker.drain().await;
 }
 
 #[tokio::test]
