@@ -85,6 +85,8 @@ fn a_spec_goes_into_a_file_and_can_be_refined() {
     let sandbox = project();
     sandbox.atlas(&["index", ".", "-q"]).ok();
     let asked = sandbox.atlas(&["ask", "Design the queue", "--out", "spec.md"]).ok();
+    let told = asked.stderr.matches("writing an architecture spec (spec, chosen from the request").count();
+    assert_eq!(told, 1, "{}", asked.stderr);
     assert_eq!(asked.stdout, "");
     let spec = fs::read_to_string(sandbox.path().join("spec.md")).unwrap();
     assert!(spec.starts_with('#') || spec.starts_with('>'), "{spec}");

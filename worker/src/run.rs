@@ -39,8 +39,8 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
     agent::{
-        self, AgentOptions, Draft, DraftInput, Failure, Finished, Fitted, Lookup, Next, PromptParts, lookup,
-        offline,
+        self, AgentOptions, Draft, DraftInput, Failure, Finished, Fitted, Kind, Lookup, Next, PromptParts,
+        lookup, offline,
     },
     call::{Answered, CallEnd, Caller},
     context::{Context, attributes},
@@ -122,6 +122,7 @@ pub(crate) async fn execute(
         stop,
         waited: Duration::ZERO,
         began,
+        kind: None,
         model: None,
         fallbacks: Vec::new(),
         token_use: Value::Null,
@@ -176,6 +177,8 @@ struct Run<'a> {
     /// Time spent waiting for gateway and model.
     waited: Duration,
     began: Instant,
+    /// What kind of document it writes, once that is known.
+    kind: Option<Kind>,
     /// The model of the last answer.
     model: Option<String>,
     /// Why models of the chain were given up.
@@ -222,13 +225,15 @@ impl Run<'_> {
         }
         let mut draft = match restore(&self.task, steps) {
             Some(draft) => {
+                self.kind = Some(draft.kind());
                 self.fallbacks.extend(draft.refusals());
                 self.token_use = draft.token_use();
                 draft
             }
             None => {
-                if let Err(failure) = agent::admit(&self.task, parent.as_ref()) {
-                    return self.fail(&failure.code, &failure.message, None).await;
+                match agent::admit(&self.task, parent.as_ref()) {
+                    Ok(kind) => self.kind = Some(kind),
+                    Err(failure) => return self.fail(&failure.code, &failure.message, None).await,
                 }
                 self.progress("retrieving", 5, "Searching the team's documents.");
                 let (passages, degraded) = match Box::pin(self.look_up(parent.as_ref())).await {
@@ -649,6 +654,7 @@ impl Run<'_> {
         self.context.metrics.citations_invalid.inc_by(invalid);
         let mut answer = Answer::to_task(&self.task, AnswerType::Spec, AnswerStatus::Done, markdown);
         answer.metadata.extend(metadata);
+        answer.metadata.insert("kind_from".to_owned(), json!(Kind::chosen_by(&self.task)));
         // Plain data: it serialises.
         answer.extra.insert("spec".to_owned(), serde_json::to_value(spec).unwrap_or(Value::Null));
         let finish = Finish {
@@ -899,6 +905,10 @@ impl Run<'_> {
         let mut answer = Answer::to_task(&self.task, AnswerType::Progress, AnswerStatus::InProgress, message);
         answer.metadata.insert("stage".to_owned(), json!(stage));
         answer.metadata.insert("percent".to_owned(), json!(percent));
+        if let Some(kind) = self.kind {
+            answer.metadata.insert("kind".to_owned(), json!(kind));
+            answer.metadata.insert("kind_from".to_owned(), json!(Kind::chosen_by(&self.task)));
+        }
         answer.metadata.insert("attempt".to_owned(), json!(self.lease.attempt));
         answer
     }

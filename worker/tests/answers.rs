@@ -624,6 +624,7 @@ async fn long_requests_and_long_parents_are_squeezed_not_refused() {
     let child = stack.ask("Use one topic per tenant", json!({"parent_id": parent.task_id})).await;
     assert_eq!(child.msg_type, AnswerType::Spec, "{child:?}");
     assert_eq!(child.metadata["kind"], "refine");
+    assert_eq!([&parent.metadata["kind_from"], &child.metadata["kind_from"]], ["request", "metadata"]);
     assert!(child.content.as_str().unwrap().contains("## What changed"));
     let (ledger, meter) = stack.books().await;
     assert_eq!(ledger, meter);

@@ -139,7 +139,9 @@ async fn searches_and_repairs_stream_too_and_the_books_agree() {
     assert!(steps.contains(&"draft.1") && !steps.contains(&"draft.0"), "{steps:?}");
     let searching =
         messages.iter().find(|message| message.metadata.get("stage") == Some(&json!("searching")));
-    assert_eq!(searching.unwrap().metadata["searches"], 1);
+    let searching = &searching.unwrap().metadata;
+    assert_eq!(searching["searches"], 1);
+    assert_eq!((&searching["kind"], &searching["kind_from"]), (&json!("spec"), &json!("request")));
     let (ledger, meter) = stack.books().await;
     assert_eq!(ledger, meter);
     worker.drain().await;

@@ -35,6 +35,11 @@ const GIVE_BACK: Duration = Duration::from_secs(1);
   atlas ask \"Design a rate limiter\" --out rate-limiter.md
   cat request.md | atlas ask -
   atlas ask \"Use Redis instead\" --parent 67e55044-10b1-426f-9247-bb680e5fe0c8
+  atlas ask \"Caching in the gateway\" --kind adr
+
+Without --kind and --parent the request's first sentences decide what kind of document is written
+(\"Design …\": a spec, \"Kafka or NATS?\": a decision record, \"Review our …\": a review); the first
+stages say which.
 
 The spec goes to standard output, the stages to standard error. Citations come from what
 `atlas index` has indexed. On a terminal the text is shown while it is written (--live). With PUBSUB_PROJECT_ID the request goes to the fleet; else the running
@@ -56,7 +61,7 @@ pub(crate) struct Ask {
     #[arg(long, value_name = "ID")]
     parent: Option<TaskId>,
 
-    /// What kind of document: spec, adr, review, refine
+    /// What kind: spec, adr, review, refine [default: chosen from the request]
     #[arg(long, value_name = "KIND")]
     kind: Option<String>,
 
@@ -257,6 +262,8 @@ pub(crate) struct Waiter {
     answers: Box<dyn AnswerStream>,
     started: Instant,
     live: LiveText,
+    /// Whether it was told what kind of document is written.
+    told_kind: bool,
     ui: Ui,
 }
 
@@ -268,7 +275,7 @@ impl Waiter {
         };
         let answers = Box::pin(queue::watch_answers(config, task_id)).await?;
         let started = Instant::now();
-        let waiter = Self { task_id, answers, started, live: LiveText::default(), ui };
+        let waiter = Self { task_id, answers, started, live: LiveText::default(), told_kind: false, ui };
         if let Err(error) = Box::pin(request.publish(config)).await {
             waiter.close().await;
             return Err(error);
@@ -313,6 +320,12 @@ impl Waiter {
             if self.live.shown {
                 self.ui.note("");
             }
+            if !self.told_kind
+                && let Some(line) = kind_line(&answer.metadata)
+            {
+                self.stage(&line);
+                self.told_kind = true;
+            }
             match (answer.msg_type, status(&answer)) {
                 (AnswerType::Spec, _) => {
                     if self.live.shown {
@@ -343,6 +356,25 @@ fn status(answer: &Answer) -> Option<AnswerStatus> {
     serde_json::from_value(answer.metadata.get("status")?.clone()).ok()
 }
 
+/// What kind of document is written, and who chose it. A guess is told, so that a wrong one can be stopped
+/// before it is paid.
+fn kind_line(metadata: &Map<String, Value>) -> Option<String> {
+    let [kind, from] = ["kind", "kind_from"].map(|name| metadata.get(name).and_then(Value::as_str));
+    let (kind, from) = (kind?, from?);
+    let document = match kind {
+        "spec" => "an architecture spec",
+        "adr" => "a decision record",
+        "review" => "a review",
+        "refine" => "a refinement of the parent's spec",
+        other => other,
+    };
+    Some(if from == "request" {
+        format!("writing {document} ({kind}, chosen from the request; `atlas ask --kind` sets another)")
+    } else {
+        format!("writing {document} ({kind}, as set)")
+    })
+}
+
 /// One line about what it cost and how far it can be trusted.
 pub(crate) fn summarise(ui: Ui, answer: &Answer) {
     let metadata = &answer.metadata;
@@ -368,6 +400,26 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
     use super::*;
+
+    #[test]
+    fn what_is_written_is_told_with_who_chose_it() {
+        let line = |metadata: Value| kind_line(metadata.as_object().unwrap());
+        assert_eq!(
+            line(json!({"kind": "adr", "kind_from": "request"})).unwrap(),
+            "writing a decision record (adr, chosen from the request; `atlas ask --kind` sets another)"
+        );
+        assert_eq!(
+            line(json!({"kind": "review", "kind_from": "metadata"})).unwrap(),
+            "writing a review (review, as set)"
+        );
+        assert_eq!(
+            line(json!({"kind": "refine", "kind_from": "metadata"})).unwrap(),
+            "writing a refinement of the parent's spec (refine, as set)"
+        );
+        // The request's own metadata comes back with every message; a worker that knows says who chose.
+        assert_eq!(line(json!({"kind": "adr"})), None);
+        assert_eq!(line(json!({})), None);
+    }
 
     #[test]
     fn a_file_that_cannot_be_written_is_found_before_the_question_is_asked() {

@@ -76,5 +76,5 @@ pub use schema::of_kind as schema_of;
 pub use sketch::Sketch;
 pub use spec::{
     Alternative, Change, Choice, Claim, Component, Consequences, Decision, Diagram, Field, Finding, Kind,
-    Outcome, Requirements, Risk, Severity, Spec,
+    KindFrom, Outcome, Requirements, Risk, Severity, Spec,
 };

@@ -34,6 +34,16 @@ pub enum Kind {
     Refine,
 }
 
+/// What decided about the [`Kind`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KindFrom {
+    /// The request's words.
+    Request,
+    /// `metadata.kind`, or `metadata.parent_id` without it.
+    Metadata,
+}
+
 impl Kind {
     /// All kinds.
     pub const ALL: [Self; 4] = [Self::Spec, Self::Adr, Self::Review, Self::Refine];
@@ -61,6 +71,16 @@ impl Kind {
             return Ok(Self::Refine);
         }
         Ok(guess::kind(&task.content))
+    }
+
+    /// What decided that a request gets a document of the kind that it gets.
+    pub fn chosen_by(task: &Task) -> KindFrom {
+        let options = &task.options;
+        if options.kind.is_some() || options.parent_id.is_some() {
+            KindFrom::Metadata
+        } else {
+            KindFrom::Request
+        }
     }
 
     /// The level-2 headings of a document of this kind, in order. A record has those of
