@@ -42,8 +42,10 @@ const MAX_SOURCES: usize = 500;
 
 Eleven checks without a model; the same file always gets the same card. They tell whether a
 document is complete, honest about its sources and readable, not whether it is right:
-docs/JUDGE.md explains each. Cited files and lines are looked up with git in the commits that the
-sources name; a commit that is in no --repository costs nothing, and the card says so.
+docs/JUDGE.md explains each. A document that cites next to nothing, few of whose sources hold
+or that is not safe scores less than 90, whatever else it has. Cited files and lines are looked
+up with git in the commits that the sources name; a commit that is in no --repository costs
+nothing, and the card says so.
 
 --model asks OPENAI_MODEL for groundedness and usefulness by the rubric in docs/JUDGE.md. It reads
 the cited lines in those commits too, or, where a commit is not at hand, in the files as they are

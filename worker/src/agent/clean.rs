@@ -67,6 +67,11 @@ pub(super) fn cut_middle(text: &str, max: usize) -> Cow<'_, str> {
     ))
 }
 
+/// A character that no reader sees, and that [`text`] drops.
+pub(super) fn is_hidden(c: char) -> bool {
+    keep(c).is_none()
+}
+
 fn keep(c: char) -> Option<char> {
     match c {
         '\n' | '\t' => Some(c),

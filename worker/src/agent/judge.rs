@@ -6,12 +6,14 @@
 //! ([`judge_with_sources`]); nothing is read here.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     fmt::{self, Write as _},
     sync::LazyLock,
 };
 
-use pulldown_cmark::{Event, Options, Parser, Tag};
+use atlas_shared::secrets;
+use pulldown_cmark::{Event, Options, Parser, Tag, TagEnd};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 
@@ -26,8 +28,20 @@ use super::{
 const WORDS: std::ops::RangeInclusive<usize> = 150..=4_000;
 /// A mean above this is hard to read.
 const MAX_SENTENCE_WORDS: f64 = 28.0;
+/// No sentence is longer.
+const LONGEST_SENTENCE: usize = 80;
 /// Statements with a citation, at least, for full marks.
 const WANTED_GROUNDING: f64 = 0.5;
+
+/// Checks that nothing else makes up for: with less than half of their marks the whole document has a cap.
+const CAPPING: &[&str] = &["citations", "grounding", "safety"];
+/// The cap of a document that fails one of them altogether.
+const LEAST_CAP: f64 = 70.0;
+
+/// Words that stand where something is still to be written.
+const PLACEHOLDERS: &[&str] = &["tbd", "tba", "tbc", "todo", "fixme", "xxx", "n/a"];
+/// What a statement costs that is nothing else.
+const PRICE_OF_A_PLACEHOLDER: f64 = 0.1;
 
 /// Places in which a statement may not stand any more.
 const AGAIN: usize = 3;
@@ -91,13 +105,14 @@ impl Check {
 }
 
 impl ScoreCard {
-    /// The mean of all checks, 0 to 100.
+    /// The mean of all checks, 0 to 100; no more than the cap of those that nothing makes up for.
     pub fn score(&self) -> u32 {
         let sum: f64 = self.checks.iter().map(|check| check.score).sum();
         let mean = sum / self.checks.len().max(1) as f64;
+        let cap = self.checks.iter().filter_map(cap).min();
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 100")]
         let score = (mean * 100.0).floor() as u32;
-        score
+        cap.map_or(score, |cap| score.min(cap))
     }
 
     /// True when every check has full marks.
@@ -124,6 +139,13 @@ impl fmt::Display for ScoreCard {
     }
 }
 
+/// The most that a document can have with this check, where it has less than half of its marks.
+fn cap(check: &Check) -> Option<u32> {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 100")]
+    let cap = (LEAST_CAP + 2.0 * (100.0 - LEAST_CAP) * check.score).floor() as u32;
+    (check.score < 0.5 && CAPPING.contains(&check.name.as_str())).then_some(cap)
+}
+
 /// Judges a rendered document by itself.
 pub fn judge(markdown: &str) -> ScoreCard {
     card(markdown, None)
@@ -136,19 +158,24 @@ pub fn judge_with_sources(markdown: &str, looked_up: &[(Source, Lookup)]) -> Sco
 
 fn card(markdown: &str, looked_up: Option<&[(Source, Lookup)]>) -> ScoreCard {
     let page = Page::read(markdown);
-    let checks = vec![
+    let mut checks = vec![
         complete(&page),
         headings(&page),
         decisions(&page),
         components(&page),
         citations(&page, looked_up),
-        grounding(&page),
+        grounding(&page, looked_up),
         diagrams(&page),
         length(&page),
         repetition(&page),
         language(&page),
         safety(markdown, &page),
     ];
+    for check in &mut checks {
+        if let Some(cap) = cap(check) {
+            let _ = write!(check.detail, "; no score above {cap}");
+        }
+    }
     ScoreCard { kind: page.kind, checks }
 }
 
@@ -248,6 +275,7 @@ impl<'a> Page<'a> {
                 // What stands between the title and a record's summary.
                 && !["> **Note:**", "- Status: ", "- Date: "].iter().any(|begin| line.starts_with(begin))
                 && !matches!(line, NONE_GIVEN | NONE_FOUND)
+                && !is_nothing(line, field)
         });
         said || (field == Field::Diagrams && !self.blocks.is_empty())
     }
@@ -268,9 +296,51 @@ fn item(line: &str) -> Option<&str> {
     ["- ", "* ", "+ "].iter().find_map(|bullet| line.strip_prefix(bullet))
 }
 
-/// True of what is more than a filler.
+/// True of what is more than a filler; citations and marks are no words of it.
 fn says_something(text: &str) -> bool {
-    text.split_whitespace().count() >= 2
+    let words = plain_words(&unmarked(text));
+    words.len() >= 2 && !is_placeholder(&words)
+}
+
+/// A line that stands in a section and leaves it empty.
+fn is_nothing(line: &str, field: Field) -> bool {
+    if line.starts_with(['>', '|']) {
+        return false;
+    }
+    let words = plain_words(&unmarked(item(line).unwrap_or(line)));
+    is_placeholder(&words)
+        || words.iter().all(|word| matches!(word.as_str(), "none" | "nothing" | "unknown"))
+        || (field == Field::OpenQuestions && is_honest_nothing(&words))
+}
+
+/// Somebody meant to write something here.
+fn is_placeholder(words: &[String]) -> bool {
+    let is_open = words.len() <= 3 && words.starts_with(&["to".to_owned(), "be".to_owned()]);
+    let all = words.iter().all(|word| PLACEHOLDERS.contains(&word.as_str()));
+    !words.is_empty() && (all || is_open)
+}
+
+/// The words of a text, in lower case and without the signs around them.
+fn plain_words(text: &str) -> Vec<String> {
+    text.split_whitespace().map(words::plain).filter(|word| !word.is_empty()).collect()
+}
+
+/// A text without what the renderer wrote beside its statements, and without its citations.
+fn unmarked(text: &str) -> Cow<'_, str> {
+    static CITED: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"\s*\[\d{1,5}\]").ok());
+    let text = without_marks(text);
+    match &*CITED {
+        Some(cited) => Cow::Owned(cited.replace_all(&text, "").into_owned()),
+        None => text,
+    }
+}
+
+/// A text without the marks that say where its statements come from.
+fn without_marks(text: &str) -> Cow<'_, str> {
+    static MARK: LazyLock<Option<Regex>> = LazyLock::new(|| {
+        Regex::new(r"\s*\*\((?:general knowledge|from the request|no passage says this|in no passage|weak|found by comparison)\b.*?\)\*").ok()
+    });
+    MARK.as_ref().map_or(Cow::Borrowed(text), |mark| mark.replace_all(text, ""))
 }
 
 fn check(name: &str, score: f64, detail: impl Into<String>) -> Check {
@@ -304,6 +374,16 @@ fn complete(page: &Page<'_>) -> Check {
         score -= 0.1;
         detail.push_str("; no title");
     }
+    let sections = page.sections.iter().filter(|(heading, _)| **heading != SOURCES);
+    let open = sections
+        .flat_map(|(_, lines)| lines)
+        .flat_map(|line| statements(line))
+        .filter(|statement| is_placeholder(&plain_words(statement)))
+        .count();
+    if open > 0 {
+        score -= PRICE_OF_A_PLACEHOLDER * open as f64;
+        let _ = write!(detail, "; {open} × TBD or the like");
+    }
     check("complete", score, detail)
 }
 
@@ -332,13 +412,20 @@ fn decisions(page: &Page<'_>) -> Check {
     if page.kind == Kind::Review {
         let findings = page.section(Field::Findings);
         let count = findings.iter().filter(|line| line.starts_with("### ")).count();
-        let advised = findings.iter().filter(|line| line.starts_with("**Do:**")).count();
+        let advised = findings
+            .iter()
+            .filter(|line| {
+                line.strip_prefix("**Do:**").is_some_and(|advice| !is_placeholder(&plain_words(advice)))
+            })
+            .count();
         let detail = format!("{advised} of {count} findings say what to do");
         return check(NAME, if count == 0 { 0.0 } else { share(advised.min(count), count) }, detail);
     }
     if page.kind == Kind::Adr {
         let weighed = page.sections.get(PROS_AND_CONS).map_or(&[][..], Vec::as_slice);
-        let options = weighed.iter().filter(|line| line.starts_with("### ")).count();
+        let named: BTreeSet<Vec<String>> =
+            weighed.iter().filter_map(|line| line.strip_prefix("### ")).map(plain_words).collect();
+        let options = named.len();
         let weighed = options >= 2 && page.says(Field::Outcome);
         return check(NAME, if weighed { 1.0 } else { 0.0 }, format!("{options} options weighed"));
     }
@@ -348,7 +435,7 @@ fn decisions(page: &Page<'_>) -> Check {
         if line.starts_with("### ") {
             if let Some(done) = current.replace(Weighing::default()) {
                 count += 1;
-                good += usize::from(done.alternatives >= 2 && done.consequences >= 1 && done.reason);
+                good += usize::from(done.alternatives() >= 2 && done.consequences >= 1 && done.reason);
             }
             continue;
         }
@@ -358,7 +445,7 @@ fn decisions(page: &Page<'_>) -> Check {
             "**Consequences**" => weighing.list = List::Consequences,
             line => match (item(line), &weighing.list) {
                 (Some(text), List::Alternatives) => {
-                    weighing.alternatives += usize::from(says_something(text));
+                    weighing.weigh(text);
                 }
                 (Some(text), List::Consequences) => {
                     weighing.consequences += usize::from(says_something(text));
@@ -377,9 +464,34 @@ fn decisions(page: &Page<'_>) -> Check {
 #[derive(Default)]
 struct Weighing {
     list: List,
-    alternatives: usize,
+    /// What the alternatives are called, and what speaks against them: each once.
+    names: BTreeSet<Vec<String>>,
+    objections: BTreeSet<Vec<String>>,
     consequences: usize,
     reason: bool,
+}
+
+impl Weighing {
+    /// Notes an alternative that says something: `*Name*: what speaks against it`.
+    fn weigh(&mut self, text: &str) {
+        if !says_something(text) {
+            return;
+        }
+        let (name, objection) = match text.strip_prefix('*').and_then(|text| text.split_once("*:")) {
+            Some(parts) => parts,
+            None => (text, text),
+        };
+        let objection = plain_words(&unmarked(objection));
+        if !objection.is_empty() && !is_placeholder(&objection) {
+            self.names.insert(plain_words(name));
+            self.objections.insert(objection);
+        }
+    }
+
+    /// One alternative under two names, or refused twice for the same words, is one.
+    fn alternatives(&self) -> usize {
+        self.names.len().min(self.objections.len())
+    }
 }
 
 #[derive(Default)]
@@ -412,9 +524,29 @@ fn components(page: &Page<'_>) -> Check {
         return check(NAME, 1.0, "not part of this kind");
     }
     let all: Vec<&str> = page.items(Field::Components).collect();
-    let told = all.iter().filter(|line| !markers(line).is_empty() || is_labelled(line)).count();
-    let detail = format!("{told} of {} say where they come from", all.len());
+    let told = all
+        .iter()
+        .filter(|line| !markers(line).is_empty() || is_labelled(line))
+        .filter(|line| !told_by(line).is_empty())
+        .count();
+    let empty = all.iter().filter(|line| told_by(line).is_empty()).count();
+    let mut detail = format!("{told} of {} say where they come from", all.len());
+    if empty > 0 {
+        let _ = write!(detail, "; {empty} do nothing");
+    }
     check(NAME, if all.is_empty() { 0.0 } else { share(told, all.len()) }, detail)
+}
+
+/// The words of an item beside its name, its marks and its citations.
+fn told_by(line: &str) -> Vec<String> {
+    statements(line).into_iter().flat_map(plain_words).collect()
+}
+
+/// What an item says, for telling it from others. A statement in bold is one as well.
+fn claim(line: &str) -> Vec<String> {
+    let told = told_by(line);
+    let bold = plain_words(&unmarked(line));
+    if told.is_empty() && bold.len() >= STATEMENT_WORDS && !line.contains("**:") { bold } else { told }
 }
 
 /// An entry of *Sources*.
@@ -508,11 +640,14 @@ fn told_of(looked_up: &[(Source, Lookup)]) -> (usize, String) {
 
 fn citations(page: &Page<'_>, looked_up: Option<&[(Source, Lookup)]>) -> Check {
     let sources = page.sections.get(SOURCES).map_or(&[][..], Vec::as_slice);
-    let (mut listed, mut malformed) = (BTreeSet::new(), 0);
+    let (mut listed, mut malformed, mut again) = (BTreeSet::new(), 0, 0);
+    let mut places = BTreeSet::new();
     for line in sources.iter().filter(|line| item(line).is_some()) {
         match source(line) {
             Some(source) => {
                 listed.insert(source.n);
+                again +=
+                    usize::from(!places.insert((source.path, source.start, source.end, collection(line))));
             }
             None => malformed += 1,
         }
@@ -527,17 +662,42 @@ fn citations(page: &Page<'_>, looked_up: Option<&[(Source, Lookup)]>) -> Check {
     let unused = listed.difference(&cited).count();
     let weak = sources.iter().filter(|line| line.contains("*weak:")).count();
     let (wrong, told) = looked_up.map_or((0, String::new()), told_of);
-    let faults = unlisted + unused + malformed + weak + wrong;
+    // What a statement says and its passages do not is as weak as a citation that does not speak of it.
+    let unsaid = page.prose.iter().filter(|line| line.contains("*(in no passage:")).count();
+    let faults = unlisted + unused + malformed + weak + wrong + again + unsaid;
+    if listed.is_empty() && unlisted + malformed == 0 {
+        return check("citations", 0.0, "nothing is cited");
+    }
     if faults == 0 {
         return check("citations", 1.0, format!("{} sources, each cited, none missing{told}", listed.len()));
     }
-    let detail =
-        format!("{unlisted} not listed, {unused} not cited, {malformed} without lines, {weak} weak{told}");
-    check("citations", 1.0 - share(faults, listed.len() + unlisted + malformed), detail)
+    let mut detail =
+        format!("{unlisted} not listed, {unused} not cited, {malformed} without lines, {weak} weak");
+    if again > 0 {
+        let _ = write!(detail, ", {again} listed again");
+    }
+    if unsaid > 0 {
+        let _ = write!(detail, ", {unsaid} with what is in no passage");
+    }
+    detail.push_str(&told);
+    check("citations", 1.0 - share(faults, listed.len() + unlisted + malformed + unsaid), detail)
+}
+
+/// `atlas at 21ad0150a341…` of a source: the same lines of two collections are two places.
+fn collection(line: &str) -> String {
+    let origin = line.split(" — [open](").next().unwrap_or_default();
+    let last = origin.rsplit_once('(').and_then(|(_, last)| last.split_once(')'));
+    last.map_or_else(String::new, |(collection, _)| collection.to_owned())
 }
 
 /// How much of what is said stands on a passage.
-fn grounding(page: &Page<'_>) -> Check {
+fn grounding(page: &Page<'_>, looked_up: Option<&[(Source, Lookup)]>) -> Check {
+    let listed = page.sections.get(SOURCES).map_or(&[][..], Vec::as_slice);
+    let mut holding: BTreeSet<u32> =
+        listed.iter().filter_map(|line| source(line)).map(|source| source.n).collect();
+    for (source, _) in looked_up.unwrap_or_default().iter().filter(|(_, it)| matches!(it, Lookup::Wrong(_))) {
+        holding.remove(&source.n);
+    }
     let claims: Vec<&str> = page
         .kind
         .fields()
@@ -549,7 +709,14 @@ fn grounding(page: &Page<'_>) -> Check {
         .flat_map(|field| page.items(*field))
         .filter(|line| !line.contains("*(from the request)*"))
         .collect();
-    let cited = claims.iter().filter(|line| !markers(line).is_empty() && !is_general(line)).count();
+    // What is said again stands on its passage once, and what says nothing on none.
+    let cited: BTreeSet<Vec<String>> = claims
+        .iter()
+        .filter(|line| markers(line).iter().any(|n| holding.contains(n)) && !is_general(line))
+        .map(|line| claim(line))
+        .filter(|claim| !claim.is_empty())
+        .collect();
+    let cited = cited.len();
     let honest = claims.iter().filter(|line| !markers(line).is_empty() || is_labelled(line)).count();
     let detail = format!(
         "{cited} of {} statements cite a passage, {} are unmarked",
@@ -582,7 +749,8 @@ fn diagrams(page: &Page<'_>) -> Check {
 }
 
 fn length(page: &Page<'_>) -> Check {
-    let text: Vec<&str> = page.prose.iter().copied().filter(|line| !line.starts_with('#')).collect();
+    let text: Vec<Cow<'_, str>> =
+        page.prose.iter().filter(|line| !line.starts_with('#')).map(|line| without_marks(line)).collect();
     let words: usize = text.iter().map(|line| line.split_whitespace().count()).sum();
     let sentences: usize = text
         .iter()
@@ -599,7 +767,21 @@ fn length(page: &Page<'_>) -> Check {
     if mean > MAX_SENTENCE_WORDS {
         score *= MAX_SENTENCE_WORDS / mean;
     }
-    check("length", score, format!("{words} words, {mean:.0} a sentence"))
+    let mut detail = format!("{words} words, {mean:.0} a sentence");
+    let longest = page
+        .sections
+        .iter()
+        .filter(|(heading, _)| **heading != SOURCES)
+        .flat_map(|(_, lines)| lines)
+        .flat_map(|line| statements(line))
+        .map(|statement| statement.split_whitespace().count())
+        .max()
+        .unwrap_or_default();
+    if longest > LONGEST_SENTENCE {
+        score *= share(LONGEST_SENTENCE, longest);
+        let _ = write!(detail, ", one of {longest}");
+    }
+    check("length", score, detail)
 }
 
 /// What is said in many places fits everywhere, so it says nothing anywhere.
@@ -675,7 +857,7 @@ fn statements(line: &str) -> Vec<&str> {
     static LEAD: LazyLock<Option<Regex>> =
         LazyLock::new(|| Regex::new(r"^(?:\*\*[^*]+\*\*(?: \([^)]*\))?:?|\*[^*]+\*:)\s*").ok());
     static END: LazyLock<Option<Regex>> = LazyLock::new(|| {
-        Regex::new(r"[.!?;][*_\x22”'`)]*(?:\s+|$)|\s*\*(?:Why|Mitigation):\*\s*|\s*\*Interfaces:\*.*$|\s*\[\d{1,5}\]\s*|\s*\*\([^)]*\)\*\s*").ok()
+        Regex::new(r"[.!?;][*_\x22”'`)]*(?:\s+|$)|\s*\*(?:Why|Mitigation):\*\s*|\s*\*Interfaces:\*.*$|\s*\[\d{1,5}\]\s*|\s*\*\(.*?\)\*\s*").ok()
     });
     let (Some(lead), Some(end)) = (&*LEAD, &*END) else { return Vec::new() };
     if line.starts_with(['#', '>', '|']) {
@@ -717,7 +899,25 @@ fn language(page: &Page<'_>) -> Check {
 /// elsewhere (who reads the document would be seen there).
 fn safety(markdown: &str, page: &Page<'_>) -> Check {
     let mut found = BTreeMap::new();
+    // Where a link leads whose text is being read, and the text.
+    let mut link: Option<(String, String)> = None;
     for event in Parser::new_ext(markdown, Options::ENABLE_TABLES | Options::ENABLE_STRIKETHROUGH) {
+        match &event {
+            Event::Start(Tag::Link { dest_url, .. }) => link = Some((dest_url.to_string(), String::new())),
+            Event::Text(text) | Event::Code(text) => {
+                if let Some((_, shown)) = &mut link {
+                    shown.push_str(text);
+                }
+            }
+            Event::End(TagEnd::Link) => {
+                if let Some((address, shown)) = link.take()
+                    && is_elsewhere(&shown, &address)
+                {
+                    *found.entry("links that lead elsewhere than they say").or_insert(0) += 1;
+                }
+            }
+            _ => {}
+        }
         let what = match event {
             Event::Html(_) | Event::InlineHtml(_) => "HTML",
             Event::Start(Tag::Link { dest_url, .. }) if !is_plain_link(&dest_url) => "script links",
@@ -732,11 +932,34 @@ fn safety(markdown: &str, page: &Page<'_>) -> Check {
         0 => {}
         lines => *found.entry("HTML").or_insert(0) += lines,
     }
-    if found.is_empty() {
+    // A mark of the byte order begins files of some editors.
+    let text = markdown.strip_prefix('\u{feff}').unwrap_or(markdown);
+    match text.chars().filter(|c| *c != '\r' && clean::is_hidden(*c)).count() {
+        0 => {}
+        hidden => *found.entry("characters that hide or reorder text").or_insert(0) += hidden,
+    }
+    let credential = secrets::find(markdown).map(|(what, line)| format!("{what} in line {line}"));
+    if found.is_empty() && credential.is_none() {
         return check("safety", 1.0, "no HTML, no script links");
     }
-    let found: Vec<String> = found.iter().map(|(what, count)| format!("{count} × {what}")).collect();
+    let found: Vec<String> =
+        found.iter().map(|(what, count)| format!("{count} × {what}")).chain(credential).collect();
     check("safety", 0.0, found.join(", "))
+}
+
+/// Does the text of a link name another host than the one that it leads to?
+fn is_elsewhere(shown: &str, address: &str) -> bool {
+    host(shown.trim()).is_some_and(|says| host(address.trim()).as_ref() != Some(&says))
+}
+
+/// The host of an address as a browser reads it, which takes `\` for `/` and what is before `@` for a name.
+fn host(address: &str) -> Option<String> {
+    let address = address.to_lowercase().replace('\\', "/");
+    let rest = ["http://", "https://", "//"].iter().find_map(|scheme| address.strip_prefix(scheme));
+    let rest = rest.or_else(|| address.starts_with("www.").then_some(address.as_str()))?;
+    let host = rest.split(['/', '?', '#']).next()?.rsplit('@').next()?;
+    let host = host.strip_prefix("www.").unwrap_or(host).split_whitespace().next()?;
+    Some(host.trim_end_matches(['.', ',', '…']).to_owned())
 }
 
 /// HTML that does something, or a script link, in a fenced block.
@@ -864,6 +1087,134 @@ mod tests {
 
     fn safe(markdown: &str) -> bool {
         judge(markdown).checks.iter().any(|check| check.name == "safety" && check.passed())
+    }
+
+    const EXAMPLES: [&str; 3] = [
+        include_str!("../../../docs/examples/tenant-budgets.md"),
+        include_str!("../../../docs/examples/adr-leases.md"),
+        include_str!("../../../docs/examples/review-outbox.md"),
+    ];
+
+    fn check_of(markdown: &str, name: &str) -> Check {
+        judge(markdown).checks.into_iter().find(|check| check.name == name).unwrap()
+    }
+
+    /// The first example, with what `change` makes of each of its lines.
+    fn spoiled(change: impl Fn(&str) -> String) -> String {
+        let (body, sources) = EXAMPLES[0].split_once("## Sources").unwrap();
+        let body: String = body.lines().map(|line| change(line) + "\n").collect();
+        format!("{body}## Sources{sources}")
+    }
+
+    #[test]
+    fn honest_documents_lose_nothing_by_what_catches_empty_ones() {
+        for (example, least) in EXAMPLES.iter().zip([100, 97, 100]) {
+            let card = judge(example);
+            assert!(card.score() >= least, "{card}");
+        }
+    }
+
+    #[test]
+    fn a_document_that_stands_on_no_passage_is_not_passed() {
+        let regex = Regex::new(r" (?:\[\d+\] ?)+").unwrap();
+        let honest = EXAMPLES[0].split_once("## Sources").unwrap().0;
+        let honest = regex.replace_all(honest, " *(general knowledge)*") + "## Sources\n\n*None given.*\n";
+        let card = judge(&honest);
+        assert_eq!(card.score(), 70, "{card}");
+        assert_eq!(check_of(&honest, "citations").detail, "nothing is cited; no score above 70");
+        // One that is cited saves nothing.
+        let one =
+            honest.replacen("*(general knowledge)*", "[1]", 1).replace("*None given.*", "- [1] `a.md:1-2`");
+        let card = judge(&one);
+        assert!(card.score() < 80, "{card}");
+    }
+
+    #[test]
+    fn what_is_written_to_please_the_checks_does_not() {
+        let same_alternative = spoiled(|line| {
+            if line.starts_with("- *") && line.contains("*:") && !line.starts_with("- **") {
+                "- *Same thing*: it is not good enough here.".to_owned()
+            } else {
+                line.to_owned()
+            }
+        });
+        let cited = Regex::new(r"^- [^*].*?((?: \[\d+\])+)$").unwrap();
+        let same_statement =
+            spoiled(|line| cited.replace(line, "- The system does the thing$1").into_owned());
+        let component = Regex::new(r"^- (\*\*\w[^*]*\*\*) \(.*?((?: \[\d+\])+| \*\([^)]*\)\*)$").unwrap();
+        let empty_components = spoiled(|line| component.replace(line, "- $1:$2").into_owned());
+        let reason = Regex::new(r"\*Why:\* .*?((?: \[\d+\])+)$").unwrap();
+        let no_reasons = spoiled(|line| reason.replace(line, "*Why:* TBD$1").into_owned());
+        let place = Regex::new(r"(?m)^(- \[\d+\]) .*$").unwrap();
+        let one_place = place.replace_all(EXAMPLES[0], "$1 `README.md:1-1`").into_owned();
+        for (what, markdown, name) in [
+            ("one alternative", same_alternative, "decisions"),
+            ("one statement", same_statement, "grounding"),
+            ("empty components", empty_components.clone(), "components"),
+            ("no reasons", no_reasons, "decisions"),
+            ("one place", one_place, "citations"),
+        ] {
+            let found = check_of(&markdown, name);
+            assert!(found.score < 0.5, "{what}: {}", judge(&markdown));
+            assert!(
+                judge(&markdown).score() < if name == "components" { 95 } else { 90 },
+                "{what}: {}",
+                judge(&markdown)
+            );
+        }
+        assert!(check_of(&empty_components, "components").detail.ends_with("; 5 do nothing"));
+    }
+
+    #[test]
+    fn nothing_under_a_heading_and_a_sentence_without_end_cost() {
+        let (head, tail) = EXAMPLES[0].split_once("## Open questions").unwrap();
+        let sources = tail.split_once("## Sources").unwrap().1;
+        for nothing in ["- None.", "- None known.", "TBD", "- To be decided."] {
+            let markdown = format!("{head}## Open questions\n\n{nothing}\n\n## Sources{sources}");
+            let found = check_of(&markdown, "complete");
+            assert!(found.detail.starts_with("nothing in Open questions"), "{nothing}: {}", found.detail);
+        }
+        let endless = format!("- {}\n", "and then it goes on ".repeat(300));
+        let markdown = EXAMPLES[0].replacen("## Scaling\n\n", &format!("## Scaling\n\n{endless}"), 1);
+        let found = check_of(&markdown, "length");
+        assert!(found.score < 0.1 && found.detail.ends_with(", one of 1500"), "{}", found.detail);
+    }
+
+    #[test]
+    fn what_is_in_no_passage_is_weak_and_marks_are_no_words() {
+        let document = document(&good_spec(), "x y z", "spec");
+        let marked = document.replacen(" [1]\n", " [1] *(in no passage: “3 (three)”, “Oracle”)*\n", 1);
+        assert_ne!(marked, document);
+        let found = check_of(&marked, "citations");
+        assert!((found.score - 0.75).abs() < 1e-9, "{}", found.detail);
+        assert!(found.detail.ends_with(", 1 with what is in no passage"), "{}", found.detail);
+        assert_eq!(check_of(&marked, "length"), check_of(&document, "length"));
+        assert_eq!(check_of(&marked, "repetition"), check_of(&document, "repetition"));
+    }
+
+    #[test]
+    fn what_hides_or_deceives_or_gives_away_is_not_safe_and_not_passed() {
+        let token = format!("ghp_{}", "a1B2c3D4e5F6".repeat(3));
+        for bad in [
+            "a\u{202e}b",
+            "a\u{200b}b",
+            token.as_str(),
+            "[http://bank.example](http://evil.example/login)",
+            "[www.bank.example/a](https://bank.example@evil.example/a)",
+            "[`https://bank.example`](login)",
+        ] {
+            assert!(!safe(bad), "{bad}");
+            let markdown = format!("{}\n{bad}\n", EXAMPLES[0]);
+            assert_eq!(judge(&markdown).score(), 70, "{bad}");
+            assert!(!check_of(&markdown, "safety").detail.contains(&token));
+        }
+        for good in [
+            "\u{feff}# T\r\n\r\ntext\r\n",
+            "[https://bank.example/…](https://www.bank.example/login) [bank](http://evil.example) 👩\u{fe0f}",
+            "A token begins with `ghp_`.",
+        ] {
+            assert!(safe(good), "{good}");
+        }
     }
 
     #[test]
