@@ -6,13 +6,16 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::clean;
+use super::{clean, read};
 
 const MAX_LINES: usize = 200;
 const MAX_BYTES: usize = 10_000;
 const MAX_LABEL_CHARS: usize = 160;
+/// A text of this length that ends in our mark was cut: a sequence may end in one of its own, and a cut one has
+/// lost its styles.
+const NEARLY_ALL_CHARS: usize = read::MAX_TEXT_CHARS * 9 / 10;
 
-/// Why a diagram does not render.
+/// Why a diagram is outside the subset; it may render all the same.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("line {line}: {message}")]
 pub struct MermaidError {
@@ -59,6 +62,10 @@ pub(super) fn tidy(source: &str) -> String {
 /// Is this a diagram that renders?
 pub fn check(source: &str) -> Result<(), MermaidError> {
     let at = |line: usize, message: &str| MermaidError { line, message: message.to_owned() };
+    // Our own mark, where of a longer text no more is kept.
+    if source.ends_with('…') && source.chars().count() > NEARLY_ALL_CHARS {
+        return Err(at(source.lines().count(), "it was too long and is cut here; draw the main parts only"));
+    }
     if source.len() > MAX_BYTES || source.lines().count() > MAX_LINES {
         return Err(at(1, "the diagram is too large; draw the main parts only"));
     }
@@ -804,6 +811,17 @@ mod tests {
             })
             .collect();
         insta::assert_snapshot!(told.join("\n"));
+    }
+
+    #[test]
+    fn a_diagram_that_was_cut_says_so() {
+        let edges: Vec<String> = (0..600).map(|n| format!("    A{n} --> B{n}")).collect();
+        let (kept, is_cut) = read::text(&format!("flowchart LR\n{}", edges.join("\n")), read::MAX_TEXT_CHARS);
+        let line = tidy(&kept).lines().count();
+        let message = "it was too long and is cut here; draw the main parts only".to_owned();
+        assert!(is_cut && line > 100, "{line}");
+        assert_eq!(check(&tidy(&kept)), Err(MermaidError { line, message }));
+        assert_eq!(check("sequenceDiagram\n    A->>B: waits…"), Ok(()), "its own dots");
     }
 
     #[test]

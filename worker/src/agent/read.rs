@@ -435,7 +435,7 @@ fn is_required(field: Field) -> bool {
 fn check(spec: &Spec, fields: &[Field]) -> Vec<Fault> {
     let mut faults = Vec::new();
     for field in fields {
-        // A diagram is there and does not render; all else that is found here was not written.
+        // A diagram is there and may not render; all else that is found here was not written.
         let cure = if *field == Field::Diagrams { Cure::Form } else { Cure::Content };
         let mut fault = |text: String| faults.push(Fault { field: Some(*field), text, cure });
         let mut wanted = |missing: bool, what: &str| {

@@ -31,6 +31,8 @@ pub(super) struct Input<'a> {
     pub(super) without_passages: bool,
 }
 
+/// Says of a diagram that it may not render.
+pub(super) const UNCHECKED_DIAGRAM: &str = "this diagram is outside the subset of Mermaid that Atlas checks";
 /// Marks a statement that no passage supports.
 const GENERAL_KNOWLEDGE: &str = "*(general knowledge)*";
 /// Marks one that names something of the team's: nobody knows that in general.
@@ -362,7 +364,7 @@ impl Page<'_> {
                 None => self.line(&fenced("mermaid", &it.mermaid)),
                 Some(fault) => {
                     self.line(&format!(
-                        "> **Note:** this diagram does not render ({}), so its source is shown.",
+                        "> **Note:** {UNCHECKED_DIAGRAM} ({}), so its source is shown.",
                         inline(fault)
                     ));
                     self.line(&fenced("text", &defused(&it.mermaid)));

@@ -399,7 +399,7 @@ pub struct Diagram {
     pub title: String,
     /// Mermaid source, no fence.
     pub mermaid: String,
-    /// Why it does not render; then it is shown as text. Never asked of a model.
+    /// Why it is outside the subset that is checked; then it is shown as text. Never asked of a model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fault: Option<String>,
 }
