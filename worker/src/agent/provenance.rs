@@ -174,8 +174,8 @@ fn number_word(word: &str) -> Option<&'static str> {
     WORDS.iter().position(|known| *known == word).map(|at| DIGITS[at])
 }
 
-/// What a statement says so exactly that its sources must say it too: its quantities, and where
-/// `is_fact` also those in words and the names in it. A name in what is proposed may well be new.
+/// What a statement says so exactly that its sources must say it too: its quantities in digits, and where
+/// `is_fact` the names in it. A name in what is proposed may well be new.
 pub(super) fn particulars(text: &str, is_fact: bool) -> Vec<Particular> {
     let mut found = Vec::new();
     let mut begins = true;
@@ -184,8 +184,6 @@ pub(super) fn particulars(text: &str, is_fact: bool) -> Vec<Particular> {
         let is_quantity = bare.starts_with(|c: char| c.is_ascii_digit());
         if is_quantity {
             found.extend(numbers(bare).map(Particular::Number));
-        } else if let Some(number) = number_word(&words::plain(token)).filter(|_| is_fact) {
-            found.push(Particular::Number(number.to_owned()));
         } else if is_fact && !begins && bare.chars().count() > 2 && is_name(bare) {
             found.push(Particular::Name(bare.to_owned()));
         }
@@ -340,7 +338,7 @@ mod tests {
             particulars(text, is_fact).into_iter().map(Particular::into_text).collect::<Vec<_>>()
         };
         assert_eq!(of("Kept for 3 years, 1,000,000 rows, 60s, two copies.", false), ["3", "1000000", "60"]);
-        assert_eq!(of("In two copies", true), ["2"]);
+        assert_eq!(of("Kept by two workers", true), [""; 0]);
         assert_eq!(of("p99 of S3 and v2, EC2 and us-east-9", false), [""; 0]);
         let names = of("Storage: Writes go to Oracle in us-east-9. Billing runs on Fridays.", true);
         assert_eq!(names, ["Oracle", "us-east-9", "Fridays"]);
