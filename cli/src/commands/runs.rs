@@ -1,6 +1,6 @@
 //! `atlas runs`: what the store knows of requests, and what an operator does about them.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashSet, fmt::Write as _, sync::Arc};
 
 use atlas_shared::{TaskId, config::StoreConfig};
 use atlas_worker::{
@@ -461,7 +461,7 @@ async fn short_of(context: &Context, store: &dyn RunStore, run: &RunRecord) -> R
 }
 
 fn show(ui: Ui, detail: &RunDetail, short: Short) {
-    let RunRecord { task_id, status, attempt, tokens_prompt, tokens_completion, .. } = &detail.run;
+    let RunRecord { task_id, status, attempt, .. } = &detail.run;
     let style = match status {
         RunStatus::Done => GREEN,
         RunStatus::Failed => RED,
@@ -484,18 +484,9 @@ fn show(ui: Ui, detail: &RunDetail, short: Short) {
     if let Some(model) = &detail.run.model {
         field("model", model);
     }
-    // What a call billed that was cut off nobody knows: its bound is what counts.
     let assumed = detail.ledger.iter().filter(|call| call.state == EntryState::Assumed);
-    let assumed = match assumed.map(|call| call.actual.0).sum::<u64>() {
-        0 => String::new(),
-        tokens => format!(", {} assumed", thousands(tokens)),
-    };
-    let tokens = format!(
-        "{} prompt, {} completion{assumed}",
-        thousands(tokens_prompt.0),
-        thousands(tokens_completion.0)
-    );
-    field("tokens", &tokens);
+    let assumed = assumed.map(|call| call.actual.0).sum::<u64>();
+    field("tokens", &tokens(&detail.run, assumed));
     if let Some(code) = &detail.run.error_code {
         field("error", &format!("{code}: {}", detail.run.error_message.as_deref().unwrap_or_default()));
     }
@@ -530,6 +521,22 @@ fn show(ui: Ui, detail: &RunDetail, short: Short) {
         ui.out("");
         ui.out(content);
     }
+}
+
+/// What a run cost, of which this much is assumed: what a call billed that was cut off nobody knows, so its bound
+/// counts. A worker that woke up too late books what it was billed after the run's end; the run does not change.
+fn tokens(run: &RunRecord, assumed: u64) -> String {
+    let RunRecord { tokens_prompt: prompt, tokens_completion: completion, tokens_booked: booked, .. } = run;
+    let mut line = format!("{} prompt, {} completion", thousands(prompt.0), thousands(completion.0));
+    for (tokens, what) in [
+        (assumed, "assumed"),
+        (booked.0.saturating_sub(prompt.0 + completion.0 + assumed), "billed after its end"),
+    ] {
+        if tokens > 0 {
+            let _ = write!(line, ", {} {what}", thousands(tokens));
+        }
+    }
+    line
 }
 
 fn show_spec(ui: Ui, detail: &RunDetail) -> Result<()> {
@@ -598,5 +605,29 @@ fn next_step(detail: &RunDetail, short: Short) -> String {
             format!("atlas budget set --per-run N, then atlas runs retry {task_id}")
         }
         RunStatus::Failed => format!("mend the cause, then: atlas runs retry {task_id}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_tokens_of_a_run_add_up_to_what_is_booked() {
+        let run = |booked: u64| -> RunRecord {
+            serde_json::from_value(json!({
+                "task_id": TaskId::random(), "status": "done", "attempt": 2, "created_at": "2026-01-01T00:00:00Z",
+                "tokens_prompt": 7296, "tokens_completion": 1537, "tokens_booked": booked
+            }))
+            .unwrap()
+        };
+        assert_eq!(tokens(&run(8_833), 0), "7,296 prompt, 1,537 completion");
+        assert_eq!(tokens(&run(10_833), 2_000), "7,296 prompt, 1,537 completion, 2,000 assumed");
+        // Another worker's call, settled when it woke up: the run was done.
+        assert_eq!(tokens(&run(17_744), 0), "7,296 prompt, 1,537 completion, 8,911 billed after its end");
     }
 }
