@@ -231,10 +231,11 @@ impl Run<'_> {
                 draft
             }
             None => {
-                match agent::admit(&self.task, parent.as_ref()) {
-                    Ok(kind) => self.kind = Some(kind),
+                let admitted = match agent::admit(&self.task, parent.as_ref()) {
+                    Ok(admitted) => admitted,
                     Err(failure) => return self.fail(&failure.code, &failure.message, None).await,
-                }
+                };
+                self.kind = Some(admitted.kind);
                 self.progress("retrieving", 5, "Searching the team's documents.");
                 let (passages, degraded) = match Box::pin(self.look_up(parent.as_ref())).await {
                     Ok(found) => found,
@@ -256,12 +257,9 @@ impl Run<'_> {
                 };
                 if self.context.calls.is_none() {
                     self.model = Some(offline::MODEL.to_owned());
-                    return match offline::draft(&input) {
-                        Ok(finished) => self.finish(finished, None).await,
-                        Err(failure) => self.fail(&failure.code, &failure.message, None).await,
-                    };
+                    return self.finish(offline::of_kind(&input, admitted.kind), None).await;
                 }
-                Draft::new(input)
+                Draft::admitted(input, admitted)
             }
         };
 

@@ -10,12 +10,21 @@ use super::{draft::Failure, prompt::parent_text, spec::Kind};
 /// `parent_required` (there is nothing to refine). `parent` is what the store has for `parent_id`.
 ///
 /// A document that was to change another one and has not seen it would only pretend, so there is none.
-pub fn admit(task: &Task, parent: Option<&Value>) -> Result<Kind, Failure> {
-    kind_of(task, parent.and_then(parent_text).is_some())
+pub fn admit(task: &Task, parent: Option<&Value>) -> Result<Admitted, Failure> {
+    let parent = parent.and_then(parent_text);
+    kind_of(task, parent.is_some()).map(|kind| Admitted { kind, parent })
 }
 
-/// As [`admit`], of a request whose parent is `readable`, or not. A [`Kind::Refine`] has one that is.
-pub(super) fn kind_of(task: &Task, readable: bool) -> Result<Kind, Failure> {
+/// A request that can be answered, and what was found out by looking.
+#[derive(Clone, Debug)]
+pub struct Admitted {
+    /// The kind of document that it wants. A [`Kind::Refine`] has a parent that can be read.
+    pub kind: Kind,
+    /// Its parent as it is shown to a model, if it has one that can be read.
+    pub(super) parent: Option<String>,
+}
+
+fn kind_of(task: &Task, readable: bool) -> Result<Kind, Failure> {
     let kind = Kind::of(task, readable).map_err(|asked| {
         let known = Kind::ALL.map(Kind::as_str).join(", ");
         failure("unknown_kind", format!("`metadata.kind` is {asked:?}. Known kinds: {known}."))

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    admit::kind_of,
+    admit::{Admitted, admit},
     clean, compare,
     finish::{self, Finished, Note},
     passages::Shelf,
@@ -318,16 +318,23 @@ enum Stage {
 }
 
 impl Draft {
-    /// Starts a document.
+    /// Starts a document, or fails at once where the request is not [admitted](admit).
     pub fn new(input: DraftInput) -> Self {
+        match admit(&input.task, input.parent.as_ref()) {
+            Ok(admitted) => Self::admitted(input, admitted),
+            Err(failure) => {
+                let none = Admitted { kind: Kind::Spec, parent: None };
+                Self { stage: Stage::Failed(failure), ..Self::admitted(input, none) }
+            }
+        }
+    }
+
+    /// Starts the document of a request that was admitted.
+    pub fn admitted(input: DraftInput, admitted: Admitted) -> Self {
         let DraftInput { task, passages, parent, options, date, degraded } = input;
+        let Admitted { kind, parent: text } = admitted;
         let request = clean::text(&task.content);
         let fence = prompt::fence(&task, &passages);
-        let text = parent.as_ref().and_then(prompt::parent_text);
-        let (kind, stage) = match kind_of(&task, text.is_some()) {
-            Ok(kind) => (kind, Stage::Drafting { again: None }),
-            Err(failure) => (Kind::Spec, Stage::Failed(failure)),
-        };
         let structure = parent.as_ref().filter(|_| kind == Kind::Refine).and_then(compare::structure);
         let mut shelf = Shelf::new(&request);
         shelf.add(passages);
@@ -348,7 +355,7 @@ impl Draft {
             refusals: Vec::new(),
             search_left_out: false,
             fallback: None,
-            stage,
+            stage: Stage::Drafting { again: None },
         }
     }
 

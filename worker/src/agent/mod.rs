@@ -64,7 +64,7 @@ mod spec;
 mod testing;
 mod words;
 
-pub use admit::admit;
+pub use admit::{Admitted, admit};
 pub use draft::{
     AgentOptions, Call, DoesNotFit, Draft, DraftInput, Failure, Fitted, Next, PromptParts, Search,
 };

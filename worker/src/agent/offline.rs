@@ -38,7 +38,11 @@ const MAX_QUOTE_CHARS: usize = 220;
 /// Assembles a document from the passages at hand. Needs no model, bills nothing. Fails only for a
 /// request that is not [admitted](admit), as with a model.
 pub fn draft(input: &DraftInput) -> Result<Finished, Failure> {
-    let kind = admit(&input.task, input.parent.as_ref())?;
+    admit(&input.task, input.parent.as_ref()).map(|admitted| of_kind(input, admitted.kind))
+}
+
+/// As [`draft`], for a request that was admitted as one for this kind.
+pub fn of_kind(input: &DraftInput, kind: Kind) -> Finished {
     let request = clean::text(&input.task.content);
     let mut shelf = Shelf::new(&request);
     shelf.add(input.passages.clone());
@@ -50,7 +54,7 @@ pub fn draft(input: &DraftInput) -> Result<Finished, Failure> {
         Kind::Review => review(&request, &shelf),
         Kind::Refine => refinement(&request, input.parent.as_ref(), &shelf),
     };
-    Ok(finish::finish(finish::Draft {
+    finish::finish(finish::Draft {
         kind,
         date: input.date,
         spec,
@@ -63,7 +67,7 @@ pub fn draft(input: &DraftInput) -> Result<Finished, Failure> {
         search_left_out: false,
         token_use: &TokenUse::default(),
         source_urls: &input.options.source_urls,
-    }))
+    })
 }
 
 /// What every extract begins with: the quotable sentences, and the files they come from.

@@ -10,7 +10,10 @@ pub(super) struct Words(&'static [&'static str]);
 impl Words {
     /// Is this folded word one of them?
     pub(super) fn has(&self, word: &str) -> bool {
-        self.0.iter().any(|entry| match entry.strip_suffix('-') {
+        let first = word.as_bytes().first();
+        // Nearly all of them begin otherwise.
+        let mut entries = self.0.iter().filter(|entry| entry.as_bytes().first() == first);
+        entries.any(|entry| match entry.strip_suffix('-') {
             Some(stem) => word.strip_prefix(stem).is_some_and(|ending| ENDINGS.contains(&ending)),
             None => *entry == word,
         })
