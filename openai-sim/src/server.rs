@@ -392,7 +392,7 @@ fn html(status: StatusCode, title: &str) -> Response {
 pub(crate) fn send(admitted: &Admitted, body: &Value) -> Response {
     let text = body.to_string();
     let json = [(header::CONTENT_TYPE, "application/json")];
-    let half = (0..=text.len() / 2).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+    let half = text.floor_char_boundary(text.len() / 2);
     match admitted.fault {
         Some(Fault::Cut) => (json, cut_body(vec![Bytes::from(text[..half].to_owned())])).into_response(),
         Some(Fault::Truncated) => (json, text[..half].to_owned()).into_response(),

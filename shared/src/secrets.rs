@@ -464,7 +464,7 @@ fn second(captures: &Captures<'_>, secret: impl Fn(&str) -> bool) -> Option<Foun
 /// Is this within a call of curl, which may go over several lines?
 fn is_curl(text: &str, at: usize) -> bool {
     const NEAR: usize = 300;
-    let from = (at.saturating_sub(NEAR)..=at).find(|from| text.is_char_boundary(*from)).unwrap_or(at);
+    let from = text.ceil_char_boundary(at.saturating_sub(NEAR));
     text[from..at].rfind("curl").is_some_and(|curl| {
         let between = &text[from + curl..at];
         between.matches('\n').count() == between.matches("\\\n").count()

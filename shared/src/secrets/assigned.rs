@@ -91,7 +91,7 @@ fn pair(text: &str, name: &Range<usize>, from: usize, sign: Sign) -> Option<Rang
     let last = name.end.saturating_sub("credentials".len());
     let both = text[..name.start].ends_with('/')
         || text.get(last..name.end).is_some_and(|name| name.to_ascii_lowercase().contains("credential"));
-    let rest = text.get(from..boundary(text, from + MAX_VALUE)).filter(|_| both)?;
+    let rest = text.get(from..text.floor_char_boundary(from + MAX_VALUE)).filter(|_| both)?;
     second_of_pair(rest).map(|at| from + at.start..from + at.end)
 }
 
@@ -109,13 +109,8 @@ fn name_before(text: &str, at: usize, sign: Sign) -> Option<Range<usize>> {
         }
         end
     };
-    let word = |end: usize| {
-        let mut start = back(end, &|byte| is_name(byte) || !byte.is_ascii(), MAX_NAME);
-        while !text.is_char_boundary(start) {
-            start += 1;
-        }
-        start
-    };
+    let word =
+        |end: usize| text.ceil_char_boundary(back(end, &|byte| is_name(byte) || !byte.is_ascii(), MAX_NAME));
     let mut end = at;
     if matches!(sign, Sign::Colon | Sign::Equals | Sign::Blank) {
         if sign == Sign::Equals && end > 0 && bytes[end - 1] == b':' {
@@ -152,7 +147,7 @@ fn value(text: &str, sign_at: usize, from: usize, sign: Sign, class: Class) -> O
         at += 1;
     }
     if sign == Sign::Colon && text.is_char_boundary(at) {
-        let rest = text[at..boundary(text, at + MAX_NAME)].split('\n').next().unwrap_or_default();
+        let rest = text[at..text.floor_char_boundary(at + MAX_NAME)].split('\n').next().unwrap_or_default();
         if typed(rest) {
             // `password: &str = "…"`
             let equals = rest.find(" = ").filter(|length| *length < MAX_NAME)?;
@@ -205,30 +200,27 @@ fn value(text: &str, sign_at: usize, from: usize, sign: Sign, class: Class) -> O
         return None;
     }
     let line_end = bytes[end..].iter().take(MAX_LINE).position(|byte| *byte == b'\n');
-    let line_end = line_end.map_or_else(|| boundary(text, end + MAX_LINE), |length| end + length);
+    let line_end = line_end.map_or_else(|| text.floor_char_boundary(end + MAX_LINE), |length| end + length);
     let behind = text[end..line_end].trim();
-    let tight = sign == Sign::Tight;
-    let line_start = boundary(text, sign_at.saturating_sub(MAX_LINE));
+    let line_start = text.floor_char_boundary(sign_at.saturating_sub(MAX_LINE));
     let name_line = text[line_start..sign_at].rfind('\n').map_or(line_start, |at| line_start + at + 1);
     let setting = &text[name_line..sign_at];
     let place = Place {
         // Nothing but a comment behind it: code would go on, or end its line with a sign.
         last: behind.is_empty() || behind.starts_with('#'),
         prose: bytes.get(end) == Some(&b' ') && behind.starts_with(|c: char| c.is_alphanumeric()),
-        tight,
         followed: bytes.get(end).copied().unwrap_or(b'\n'),
-        file: tight && is_setting(setting),
+        file: sign == Sign::Tight && is_setting(setting),
         alone: setting.trim().bytes().all(is_name),
         sign,
     };
-    // `passphrase: open sesame 42`
-    let line = text.get(at..line_end).unwrap_or_default().trim_end();
-    let phrase = class == Class::Password && (sign == Sign::Colon || place.file) && !place.last;
-    if phrase && is_phrase(line, class, false) {
-        return Some(at..at + line.len());
-    }
-    // Where nothing can follow, a value goes on to the next blank.
     if class == Class::Password && (sign == Sign::Colon || place.file) && !place.last {
+        // `passphrase: open sesame 42`
+        let line = text.get(at..line_end).unwrap_or_default().trim_end();
+        if is_phrase(line, class, false) {
+            return Some(at..at + line.len());
+        }
+        // Where nothing can follow, a value goes on to the next blank.
         let whole = at + rest.iter().position(u8::is_ascii_whitespace).unwrap_or(rest.len());
         let ends = text.get(whole..line_end).is_some_and(|rest| rest.trim().is_empty());
         if ends
@@ -254,18 +246,11 @@ fn ends_with(text: &str, end: &str) -> bool {
     at.and_then(|at| text.get(at..)).is_some_and(|last| last.eq_ignore_ascii_case(end))
 }
 
-/// The place, or the next one before it where a character begins.
-pub(super) fn boundary(text: &str, at: usize) -> usize {
-    let at = at.min(text.len());
-    (0..=at).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0)
-}
-
 #[derive(Clone, Copy)]
 struct Place {
     last: bool,
     /// A word follows.
     prose: bool,
-    tight: bool,
     followed: u8,
     /// Looks like a line of an environment or properties file, or a part of a connection string.
     file: bool,
@@ -386,8 +371,7 @@ fn bare(value: &str, class: Class, place: Place) -> bool {
     let written = match place.sign {
         // In a sentence, too; after a value of code a sign follows.
         Sign::Colon => place.last || (class == Class::Password && place.prose),
-        Sign::Tight => place.tight,
-        Sign::Flag | Sign::Element => true,
+        Sign::Tight | Sign::Flag | Sign::Element => true,
         // `password = S3cret99` of an ini file, and neither `password = password2` nor `hash = sha1`.
         Sign::Equals => {
             let digits = value.bytes().filter(u8::is_ascii_digit).count();

@@ -6,7 +6,6 @@ use std::ops::Range;
 
 use super::{
     Found,
-    assigned::boundary,
     values::{is_named, is_placeholder, is_prose},
 };
 
@@ -136,7 +135,7 @@ pub(super) fn find(text: &str, found: &mut Vec<Found>) {
 
 /// Where the value of an option is, and whether it follows without a blank.
 fn value(text: &str, from: usize) -> Option<(Range<usize>, bool)> {
-    let rest = text.get(from..boundary(text, from + MAX_VALUE))?;
+    let rest = text.get(from..text.floor_char_boundary(from + MAX_VALUE))?;
     let blanks = rest.bytes().take_while(|byte| *byte == b' ').count();
     let rest = &rest[blanks..];
     let (start, length) = match rest.chars().next()? {
@@ -161,7 +160,7 @@ fn value(text: &str, from: usize) -> Option<(Range<usize>, bool)> {
 /// What a call has before its option. It may go over several lines.
 fn call(text: &str, at: usize) -> &str {
     let bytes = text.as_bytes();
-    let least = (at.saturating_sub(MAX_CALL)..=at).find(|at| text.is_char_boundary(*at)).unwrap_or(at);
+    let least = text.ceil_char_boundary(at.saturating_sub(MAX_CALL));
     let mut start = at;
     while start > least {
         let goes_on = match bytes[start - 1] {

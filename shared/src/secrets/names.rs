@@ -73,8 +73,7 @@ pub(super) fn is_name(byte: u8) -> bool {
 pub(super) fn class_of(name: &str) -> Option<Class> {
     // `PASSWORD_2`, `token1`
     let name = name.trim_end_matches(|c: char| c.is_ascii_digit()).trim_end_matches(['_', '-', '.']);
-    let least = name.len().saturating_sub(24);
-    let tail = (least..=name.len()).find(|at| name.is_char_boundary(*at)).and_then(|at| name.get(at..))?;
+    let tail = &name[name.ceil_char_boundary(name.len().saturating_sub(24))..];
     let mut end = String::with_capacity(24);
     end.extend(tail.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()));
     if PASSWORDS.iter().any(|word| end.ends_with(word)) {

@@ -4,7 +4,6 @@
 use std::ops::Range;
 
 use super::{
-    assigned::boundary,
     is_random,
     names::{Class, is_name},
     values::{is_named, is_phrase, is_placeholder, is_prose, is_stated, is_words},
@@ -23,7 +22,7 @@ const JOINTS: &[&str] = &["to", "auf", "=", "->", "→", "–", "—", "now"];
 
 /// Where the secret is that a sentence tells, whose name has a blank behind it.
 pub(super) fn value(text: &str, name: &Range<usize>, from: usize, class: Class) -> Option<Range<usize>> {
-    let line = text.get(from..boundary(text, from + MAX_BETWEEN + MAX_VALUE))?;
+    let line = text.get(from..text.floor_char_boundary(from + MAX_BETWEEN + MAX_VALUE))?;
     let line = line.split('\n').next().unwrap_or_default();
     let skipped = line.len() - line.trim_start_matches(' ').len();
     let (at, rest) = (from + skipped, &line[skipped..]);
@@ -119,9 +118,8 @@ fn is_file(text: &str, name: &Range<usize>) -> bool {
     if !matches!(word.as_str(), "password" | "passwd") {
         return false;
     }
-    let start = (name.start.saturating_sub(MAX_BEFORE)..=name.start).find(|at| text.is_char_boundary(*at));
-    let before: Vec<_> =
-        text[start.unwrap_or(name.start)..name.start].split_whitespace().rev().take(4).collect();
+    let start = text.ceil_char_boundary(name.start.saturating_sub(MAX_BEFORE));
+    let before: Vec<_> = text[start..name.start].split_whitespace().rev().take(4).collect();
     let user = before
         .first()
         .is_some_and(|user| user.bytes().all(|byte| is_name(byte) || matches!(byte, b'@' | b'+')));

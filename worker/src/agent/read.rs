@@ -227,10 +227,7 @@ impl Reading {
 /// more object, or cut off. True: it was cut off and closed here.
 fn find_object(content: &str, fields: &[Field]) -> Option<(Value, bool)> {
     let mut text = content.trim_start_matches('\u{feff}').trim();
-    if text.len() > MAX_ANSWER_BYTES {
-        let end = (0..=MAX_ANSWER_BYTES).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
-        text = &text[..end];
-    }
+    text = &text[..text.floor_char_boundary(MAX_ANSWER_BYTES)];
     // Reasoning models of some servers think aloud first.
     if let Some(end) = text.rfind("</think>") {
         text = &text[end + "</think>".len()..];

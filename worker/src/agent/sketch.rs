@@ -112,7 +112,7 @@ impl Sketch {
         if self.ready.len() <= max {
             return std::mem::take(&mut self.ready);
         }
-        let end = (0..=max).rev().find(|end| self.ready.is_char_boundary(*end)).unwrap_or(0);
+        let end = self.ready.floor_char_boundary(max);
         let rest = self.ready.split_off(end);
         std::mem::replace(&mut self.ready, rest)
     }
