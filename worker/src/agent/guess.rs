@@ -53,7 +53,7 @@ pub(super) fn kind(request: &str) -> Kind {
 
 /// A sentence without what is only polite ("could you please", "we would like you to"), its verb first.
 fn opening(sentence: &Sentence) -> Vec<&str> {
-    let all: Vec<&str> = sentence.words.iter().map(String::as_str).collect();
+    let all = sentence.all();
     let mut words = all.as_slice();
     loop {
         words = match words {
@@ -102,6 +102,11 @@ fn ends_object(word: &str) -> bool {
         ]
         .iter()
         .any(|words| words.has(word))
+}
+
+/// Where the object ends that a sentence begins with.
+fn object_end(words: &[&str]) -> usize {
+    words.iter().skip(1).position(|word| ends_object(word)).map_or(words.len(), |at| at + 1)
 }
 
 /// `ADR`, `decision record`: one of them.
@@ -158,7 +163,7 @@ fn is_object(sentence: &Sentence, opening: &[&str], is_noun: impl Fn(&[&str], us
                     .any(|object| is_noun(words, object) && !modifies(words, object))
         })
     };
-    let all: Vec<&str> = sentence.words.iter().map(String::as_str).collect();
+    let all = sentence.all();
     asked(opening, 0) || asked(&all, all.len().saturating_sub(opening.len()))
 }
 
@@ -285,7 +290,7 @@ fn asks_for_a_judgement(sentence: &Sentence, words: &[&str]) -> bool {
     let object = is_object(sentence, words, |words, at| {
         is_verdict(words, at) && words.get(at + 1).is_none_or(|next| is_of(next) || lex::OURS.has(next))
     });
-    let end = words.iter().skip(1).position(|word| ends_object(word)).map_or(words.len(), |at| at + 1);
+    let end = object_end(words);
     object
         || is_verdict(words, end - 1)
         || (lex::LOOK.has(words[end - 1]) && words.get(end).is_some_and(|next| lex::OURS.has(next)))
@@ -302,7 +307,7 @@ fn is_of(word: &str) -> bool {
 
 /// Asks how good something is that is there.
 fn doubts(sentence: &Sentence, words: &[&str]) -> bool {
-    let all: Vec<&str> = sentence.words.iter().map(String::as_str).collect();
+    let all = sentence.all();
     let (head, first) = (words[0], all[0]);
     let next = all.get(1).copied().unwrap_or_default();
     let ours = any(&all, &lex::OURS);
@@ -358,7 +363,7 @@ fn chooses(sentence: &Sentence, words: &[&str]) -> bool {
         return true;
     }
     let is_choice = |words: &[&str], at: usize| lex::CHOICE.has_compound(words[at]);
-    let end = words.iter().skip(1).position(|word| ends_object(word)).map_or(words.len(), |at| at + 1);
+    let end = object_end(words);
     if is_choice(words, end - 1) || is_object(sentence, words, is_choice) {
         return true;
     }
@@ -372,7 +377,7 @@ fn chooses(sentence: &Sentence, words: &[&str]) -> bool {
 
 /// Asks what should be done, or which of several.
 fn wonders(sentence: &Sentence, words: &[&str]) -> bool {
-    let all: Vec<&str> = sentence.words.iter().map(String::as_str).collect();
+    let all = sentence.all();
     let (first, head) = (all[0], words[0]);
     let or = any(&all, &lex::OR);
     if lex::HOW.has(head) {

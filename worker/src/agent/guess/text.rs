@@ -32,6 +32,13 @@ pub(super) struct Sentence {
     pub(super) asks: bool,
 }
 
+impl Sentence {
+    /// Its words, polite ones too.
+    pub(super) fn all(&self) -> Vec<&str> {
+        self.words.iter().map(String::as_str).collect()
+    }
+}
+
 /// A word in lower case, without accents and what stands around it.
 fn fold(token: &str) -> String {
     let mut folded = String::with_capacity(token.len());
