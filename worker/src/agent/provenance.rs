@@ -5,7 +5,7 @@
 
 use std::{borrow::Cow, sync::LazyLock};
 
-use regex::Regex;
+use regex::{Captures, Regex};
 
 use super::{clean, words};
 
@@ -152,18 +152,19 @@ pub(super) fn sentences(text: &str) -> Vec<Meaning> {
 }
 
 /// The numbers in a token, each group of digits; what separates thousands does not divide one.
-fn numbers(token: &str) -> impl Iterator<Item = String> {
-    static THOUSANDS: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"(\d)[,_’'](\d{3})\b").ok());
-    let has_digits = token.bytes().any(|byte| byte.is_ascii_digit());
-    let mut whole = Cow::Borrowed(if has_digits { token } else { "" });
-    while let Some(thousands) = &*THOUSANDS
-        && thousands.is_match(&whole)
-    {
-        whole = Cow::Owned(thousands.replace_all(&whole, "$1$2").into_owned());
+fn numbers(token: &str) -> Vec<String> {
+    static THOUSANDS: LazyLock<Option<Regex>> =
+        LazyLock::new(|| Regex::new(r"[0-9]+(?:[,_’'][0-9]{3})+\b").ok());
+    if !token.bytes().any(|byte| byte.is_ascii_digit()) {
+        return Vec::new();
     }
-    let digits =
-        |text: &str| text.split(|c: char| !c.is_ascii_digit()).map(str::to_owned).collect::<Vec<_>>();
-    digits(&whole).into_iter().filter(|digits| !digits.is_empty())
+    let digits = |text: &str| text.chars().filter(char::is_ascii_digit).collect::<String>();
+    let whole = match &*THOUSANDS {
+        Some(thousands) => thousands.replace_all(token, |number: &Captures<'_>| digits(&number[0])),
+        None => Cow::Borrowed(token),
+    };
+    let groups = whole.split(|c: char| !c.is_ascii_digit());
+    groups.filter(|group| !group.is_empty()).map(str::to_owned).collect()
 }
 
 /// A number that was written as a word. "One" is mostly an article.
@@ -183,7 +184,7 @@ pub(super) fn particulars(text: &str, is_fact: bool) -> Vec<Particular> {
         let bare = token.trim_matches(|c: char| !c.is_alphanumeric());
         let is_quantity = bare.starts_with(|c: char| c.is_ascii_digit());
         if is_quantity {
-            found.extend(numbers(bare).map(Particular::Number));
+            found.extend(numbers(bare).into_iter().map(Particular::Number));
         } else if is_fact && !begins && bare.chars().count() > 2 && is_name(bare) {
             found.push(Particular::Name(bare.to_owned()));
         }
