@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     clean, mermaid,
+    provenance::MARKS,
     render::{NONE_FOUND, NONE_GIVEN, UNCHECKED_DIAGRAM},
     spec::{BELOW, Field, Kind, PROS_AND_CONS, SOURCES},
     words,
@@ -261,6 +262,17 @@ impl<'a> Page<'a> {
         self.sections.get(field.heading_in(self.kind)).map_or(&[], Vec::as_slice)
     }
 
+    /// The lines of *Sources*.
+    fn sources(&self) -> &[&'a str] {
+        self.sections.get(SOURCES).map_or(&[], Vec::as_slice)
+    }
+
+    /// The lines of all other sections.
+    fn lines(&self) -> impl Iterator<Item = &'a str> {
+        let others = self.sections.iter().filter(|(heading, _)| **heading != SOURCES);
+        others.flat_map(|(_, lines)| lines).copied()
+    }
+
     /// The list items of a section.
     fn items(&self, field: Field) -> impl Iterator<Item = &'a str> {
         self.section(field).iter().filter_map(|line| item(line))
@@ -337,9 +349,8 @@ fn unmarked(text: &str) -> Cow<'_, str> {
 
 /// A text without the marks that say where its statements come from.
 fn without_marks(text: &str) -> Cow<'_, str> {
-    static MARK: LazyLock<Option<Regex>> = LazyLock::new(|| {
-        Regex::new(r"\s*\*\((?:general knowledge|from the request|no passage says this|in no passage|weak|found by comparison)\b.*?\)\*").ok()
-    });
+    static MARK: LazyLock<Option<Regex>> =
+        LazyLock::new(|| Regex::new(&format!(r"\s*\*\((?:{MARKS})\b.*?\)\*")).ok());
     MARK.as_ref().map_or(Cow::Borrowed(text), |mark| mark.replace_all(text, ""))
 }
 
@@ -374,12 +385,8 @@ fn complete(page: &Page<'_>) -> Check {
         score -= 0.1;
         detail.push_str("; no title");
     }
-    let sections = page.sections.iter().filter(|(heading, _)| **heading != SOURCES);
-    let open = sections
-        .flat_map(|(_, lines)| lines)
-        .flat_map(|line| statements(line))
-        .filter(|statement| is_placeholder(&plain_words(statement)))
-        .count();
+    let open =
+        page.lines().flat_map(statements).filter(|statement| is_placeholder(&plain_words(statement))).count();
     if open > 0 {
         score -= PRICE_OF_A_PLACEHOLDER * open as f64;
         let _ = write!(detail, "; {open} × TBD or the like");
@@ -578,7 +585,7 @@ pub enum Lookup {
 /// The sources that a document lists, those whose lines can be read.
 pub fn sources(markdown: &str) -> Vec<Source> {
     let page = Page::read(markdown);
-    let listed = page.sections.get(SOURCES).map_or(&[][..], Vec::as_slice);
+    let listed = page.sources();
     listed.iter().filter_map(|line| source(line)).collect()
 }
 
@@ -639,7 +646,7 @@ fn told_of(looked_up: &[(Source, Lookup)]) -> (usize, String) {
 }
 
 fn citations(page: &Page<'_>, looked_up: Option<&[(Source, Lookup)]>) -> Check {
-    let sources = page.sections.get(SOURCES).map_or(&[][..], Vec::as_slice);
+    let sources = page.sources();
     let (mut listed, mut malformed, mut again) = (BTreeSet::new(), 0, 0);
     let mut places = BTreeSet::new();
     for line in sources.iter().filter(|line| item(line).is_some()) {
@@ -652,12 +659,7 @@ fn citations(page: &Page<'_>, looked_up: Option<&[(Source, Lookup)]>) -> Check {
             None => malformed += 1,
         }
     }
-    let cited: BTreeSet<u32> = page
-        .sections
-        .iter()
-        .filter(|(heading, _)| **heading != SOURCES)
-        .flat_map(|(_, lines)| lines.iter().flat_map(|line| markers(line)))
-        .collect();
+    let cited: BTreeSet<u32> = page.lines().flat_map(markers).collect();
     let unlisted = cited.difference(&listed).count();
     let unused = listed.difference(&cited).count();
     let weak = sources.iter().filter(|line| line.contains("*weak:")).count();
@@ -692,7 +694,7 @@ fn collection(line: &str) -> String {
 
 /// How much of what is said stands on a passage.
 fn grounding(page: &Page<'_>, looked_up: Option<&[(Source, Lookup)]>) -> Check {
-    let listed = page.sections.get(SOURCES).map_or(&[][..], Vec::as_slice);
+    let listed = page.sources();
     let mut holding: BTreeSet<u32> =
         listed.iter().filter_map(|line| source(line)).map(|source| source.n).collect();
     for (source, _) in looked_up.unwrap_or_default().iter().filter(|(_, it)| matches!(it, Lookup::Wrong(_))) {
@@ -772,11 +774,8 @@ fn length(page: &Page<'_>) -> Check {
     }
     let mut detail = format!("{words} words, {mean:.0} a sentence");
     let longest = page
-        .sections
-        .iter()
-        .filter(|(heading, _)| **heading != SOURCES)
-        .flat_map(|(_, lines)| lines)
-        .flat_map(|line| statements(line))
+        .lines()
+        .flat_map(statements)
         .map(|statement| statement.split_whitespace().count())
         .max()
         .unwrap_or_default();
@@ -842,8 +841,7 @@ fn consequences_of_every_decision(page: &Page<'_>) -> BTreeSet<String> {
 fn said_in(line: &str) -> BTreeMap<String, &str> {
     let mut said = BTreeMap::new();
     for statement in statements(line) {
-        let words: Vec<String> =
-            statement.split_whitespace().map(words::plain).filter(|word| !word.is_empty()).collect();
+        let words = plain_words(statement);
         if words.len() < STATEMENT_WORDS || is_honest_nothing(&words) {
             continue;
         }

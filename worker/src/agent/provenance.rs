@@ -216,13 +216,16 @@ fn is_name(word: &str) -> bool {
     word.starts_with(char::is_uppercase) || word.chars().any(|c| c.is_ascii_digit())
 }
 
+/// How the marks begin that the renderer puts beside statements.
+pub(super) const MARKS: &str =
+    "general knowledge|from the request|no passage says this|in no passage|weak|found by comparison";
+
 /// A text without what looks like one of the marks by which Atlas says where a statement comes from.
 pub(super) fn unmarked(text: &str) -> Cow<'_, str> {
     static MARK: LazyLock<Option<Regex>> = LazyLock::new(|| {
-        Regex::new(
-            r"(?i)\s*[*_]*[(（]\s*[*_]*(?:from the request|general knowledge|no passage says|in no passage|weak|found by comparison)\b[^)）]{0,120}[)）][*_]*",
-        )
-        .ok()
+        let mark =
+            format!(r"(?i)\s*[*_]*[(（]\s*[*_]*(?:{MARKS}|no passage says)\b[^)）]{{0,120}}[)）][*_]*");
+        Regex::new(&mark).ok()
     });
     match &*MARK {
         Some(mark) if text.contains(['(', '（']) => mark.replace_all(text, ""),
