@@ -323,10 +323,9 @@ fn states_facts(field: Field) -> bool {
 }
 
 /// Is a statement about what the request or a passage is about? Then it is not known in general.
-fn is_about_the_team(claim: &str, request: &Meaning, given: &HashMap<u32, &Entry>) -> bool {
-    let meaning = Meaning::of(claim);
-    meaning.is_about(request)
-        || given.values().any(|entry| entry.sentences().iter().any(|says| meaning.is_about(says)))
+fn is_about_the_team(claim: &Meaning, request: &Meaning, given: &HashMap<u32, &Entry>) -> bool {
+    claim.is_about(request)
+        || given.values().any(|entry| entry.sentences().iter().any(|says| claim.is_about(says)))
 }
 
 /// What is exact in a statement and stands neither in the passages that support it nor in the request.
@@ -427,7 +426,12 @@ fn check_citations(spec: &mut Spec, kind: Kind, request: &Meaning, shelf: &Shelf
         checked.uncited += usize::from(!standing.is_supported && field != Field::Title);
         standing.names_something = !standing.is_supported
             && (provenance::names_something(&claim, is_known)
-                || (states_facts(field) && is_about_the_team(&claim, request, &given)));
+                || (states_facts(field)
+                    && is_about_the_team(
+                        meaning.get_or_insert_with(|| Meaning::of(&claim)),
+                        request,
+                        &given,
+                    )));
         if standing != (Standing { is_supported: true, ..Standing::default() }) {
             checked.standing.insert(key, standing);
         }
