@@ -188,26 +188,19 @@ impl RpcClient {
         let misconfigured = |variable, text: String, fix: &str| {
             UpstreamError::misconfigured(Dependency::Store, variable, text, fix).into()
         };
+        let told = || {
+            let said = if message.is_empty() { quote(answer) } else { format!("{message} ({code})") };
+            format!("{function}: HTTP {status}: {said}")
+        };
         let transient = || {
             RpcError::Upstream(UpstreamError::Transient {
                 dependency: Dependency::Store,
-                message: if message.is_empty() {
-                    format!("{function}: HTTP {status}: {}", quote(answer))
-                } else {
-                    format!("{function}: HTTP {status}: {message} ({code})")
-                },
+                message: told(),
                 retry_after,
             })
         };
-        let unstorable = || {
-            let said = if message.is_empty() { quote(answer) } else { format!("{message} ({code})") };
-            UpstreamError::permanent(
-                Dependency::Store,
-                UNSTORABLE,
-                format!("{function}: HTTP {status}: {said}"),
-            )
-            .into()
-        };
+        let unstorable = || UpstreamError::permanent(Dependency::Store, UNSTORABLE, told()).into();
+        let is_of = |classes: &[&str]| code.len() == 5 && classes.iter().any(|class| code.starts_with(class));
         match (status.as_u16(), code) {
             (_, "PT409") if message == "fenced" => RpcError::Fenced,
             (_, code) if code.starts_with("PT4") => {
@@ -232,19 +225,11 @@ impl RpcClient {
                 MIGRATE_FIX,
             ),
             // Lock, statement and connection limits; serialization; shutdown and crash recovery.
-            (_, code)
-                if ["40", "53", "55", "57", "58", "08"]
-                    .iter()
-                    .any(|class| code.len() == 5 && code.starts_with(class)) =>
-            {
-                transient()
-            }
+            _ if is_of(&["40", "53", "55", "57", "58", "08"]) => transient(),
             // Larger than the server takes, or not read by it (ours is always JSON); class 22, data that no column
             // of the kind can hold; class 54, more than Postgres takes.
             (413, _) | (_, "PGRST102") => unstorable(),
-            (_, code) if code.len() == 5 && (code.starts_with("22") || code.starts_with("54")) => {
-                unstorable()
-            }
+            _ if is_of(&["22", "54"]) => unstorable(),
             (408 | 425 | 429 | 500..=599, _) => transient(),
             _ if !is_json || code.is_empty() => self.not_postgrest(status, answer),
             _ => UpstreamError::permanent(
