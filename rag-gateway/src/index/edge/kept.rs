@@ -58,7 +58,8 @@ pub(super) fn put_back(dir: &Path) -> io::Result<bool> {
     Ok(true)
 }
 
-fn link_folder(from: &Path, to: &Path) -> io::Result<()> {
+/// Links the files of a folder into a new one, or copies them.
+pub(super) fn link_folder(from: &Path, to: &Path) -> io::Result<()> {
     fs::create_dir(to)?;
     for entry in fs::read_dir(from)? {
         let entry = entry?;
