@@ -11,10 +11,12 @@ pub(crate) fn generation(name: &str, number: u64) -> String {
     format!("{name}{MARK}{number}")
 }
 
-/// The collection and the number of a generation; `None` for the name of a collection.
+/// The collection and the number of a generation; `None` for what [`generation`] does not write, as the name of a
+/// collection.
 pub(crate) fn parse(name: &str) -> Option<(&str, u64)> {
-    let (name, number) = name.split_once(MARK)?;
-    Some((name, number.parse().ok()?))
+    let (plain, number) = name.split_once(MARK)?;
+    let number = number.parse().ok()?;
+    (generation(plain, number) == name).then_some((plain, number))
 }
 
 /// The collection's own name, whichever of its generations is named. Changes are announced under it:
@@ -44,7 +46,9 @@ mod tests {
         assert_eq!(generation("docs", 2), "docs@2");
         assert_eq!(parse("docs@12"), Some(("docs", 12)));
         assert_eq!(parse("docs"), None);
-        assert_eq!(parse("docs@x"), None);
+        for other in ["docs@x", "docs@+5", "docs@05", "docs@", "docs@1@1"] {
+            assert_eq!(parse(other), None, "{other}");
+        }
         assert_eq!(next("docs", ["docs@1", "docs@9", "doc@30", "docs"]), 10);
         assert_eq!(next("docs", []), 1);
     }
