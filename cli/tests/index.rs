@@ -248,7 +248,8 @@ fn secrets_never_leave_the_machine_and_the_user_is_told() {
         ("notes.md", &format!("my key is {key}\n")),
     ])
     .with_env("RAG_URL", &url);
-    let ran = sandbox.atlas(&["index", ".", "-v"]).ok();
+    // Not only with -v: who looks for the file must learn where it is.
+    let ran = sandbox.atlas(&["index", "."]).ok();
     assert_eq!(gateway.sources(), ["README.md"]);
     assert!(ran.stderr.contains("3 looks like a secret"), "{}", ran.stderr);
     assert!(ran.stderr.contains("notes.md (looks like a secret: an API key in line 1)"), "{}", ran.stderr);

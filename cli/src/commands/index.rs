@@ -30,8 +30,8 @@ use crate::{
     watch::Changes,
 };
 
-/// Failed documents that are listed without `--verbose`.
-const LISTED_FAILURES: usize = 10;
+/// Failed documents, and skipped ones that somebody may miss, that are listed without `--verbose`.
+const LISTED: usize = 10;
 
 /// How often progress is told where nobody sees a bar.
 const LOG_EVERY: Duration = Duration::from_secs(10);
@@ -59,10 +59,11 @@ const REBUILD_POLL: Duration = Duration::from_millis(500);
   atlas index . --rebuild                     with another embedding model, without downtime
 
 .gitignore and .atlasignore are obeyed. Binaries, lock files, minified and generated files, files
-over --max-file-bytes and files that look like secrets are skipped; the summary says how many, -v
-says which and why. Text is UTF-8, UTF-16 with a byte order mark, or Windows-1252. Of PDF and DOCX
-files the text is indexed; their lines are pages and paragraphs. --include and --exclude limit what this run looks at; what is outside stays as
-it is in the index. To take files out of it, name them in .atlasignore.
+over --max-file-bytes and files that look like secrets are skipped. The summary says how many, and
+names those that somebody may miss (secrets, too large, unreadable); -v names all, and why. Text is
+UTF-8, UTF-16 with a byte order mark, or Windows-1252. Of PDF and DOCX files the text is indexed;
+their lines are pages and paragraphs. --include and --exclude limit what this run looks at; what is
+outside stays as it is in the index. To take files out of it, name them in .atlasignore.
 
 Ctrl-C is safe: run the same command again and it goes on. A second run touches nothing.
 Uses the gateway at RAG_URL, else the running `atlas dev`, else opens the embedded index itself.")]
@@ -527,12 +528,29 @@ fn summarise_skips(ui: Ui, skipped: &[Skipped]) {
         .iter()
         .map(|(reason, number)| format!("{} {}", thousands(*number as u64), reason.describe()))
         .collect();
-    let hint = if ui.verbose { "" } else { " (-v lists them)" };
+    let hint = if ui.verbose { "" } else { " (-v lists all)" };
     ui.note(format_args!("Skipped {}: {}{hint}", count(skipped.len(), "file"), summary.join(", ")));
-    for Skipped { source, reason, detail } in skipped {
+    let line = |Skipped { source, reason, detail }: &Skipped| {
         let detail = detail.as_deref().map_or_else(String::new, |detail| format!(": {detail}"));
-        ui.detail(paint(DIM, format_args!("  {source} ({}{detail})", reason.describe())));
+        paint(DIM, format!("  {source} ({}{detail})", reason.describe()))
+    };
+    let (missed, usual): (Vec<&Skipped>, Vec<&Skipped>) =
+        skipped.iter().partition(|file| may_be_missed(file.reason));
+    let listed = if ui.verbose { missed.len() } else { LISTED };
+    for file in missed.iter().take(listed) {
+        ui.note(line(file));
     }
+    if missed.len() > listed {
+        ui.note(format_args!("  … and {} more of these (-v lists them)", missed.len() - listed));
+    }
+    for file in usual {
+        ui.detail(line(file));
+    }
+}
+
+/// Would somebody look for such a file in the index? Nobody does for a lock file.
+fn may_be_missed(reason: Skip) -> bool {
+    matches!(reason, Skip::Secret | Skip::TooLarge | Skip::NoText | Skip::Unreadable)
 }
 
 fn summarise(ui: Ui, outcome: &Outcome, unchanged: usize, took: Duration) {
@@ -546,7 +564,7 @@ fn summarise(ui: Ui, outcome: &Outcome, unchanged: usize, took: Duration) {
         thousands(unchanged as u64),
         thousands(*deleted as u64)
     ));
-    let listed = if ui.verbose { failed.len() } else { LISTED_FAILURES };
+    let listed = if ui.verbose { failed.len() } else { LISTED };
     for (source, why) in failed.iter().take(listed) {
         ui.warn(format_args!("  {source}: {why}"));
     }
