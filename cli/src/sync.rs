@@ -6,12 +6,15 @@
 //! the gateway's time limit.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, VecDeque},
     sync::{Mutex, MutexGuard},
     time::{Duration, Instant},
 };
 
-use atlas_rag_gateway::source::walk::{self, Candidate, WalkOptions};
+use atlas_rag_gateway::source::{
+    repo::Repository,
+    walk::{self, Candidate, WalkOptions},
+};
 use atlas_shared::{
     UpstreamError,
     gateway_api::{
@@ -44,19 +47,10 @@ pub(crate) struct Target {
     pub(crate) collection: String,
     /// The repository that documents belong to.
     pub(crate) repo: String,
-    /// The commit that is checked out, if the folder is a git repository.
-    pub(crate) commit: Option<String>,
-    /// Sources that are not as that commit has them.
-    pub(crate) uncommitted: BTreeSet<String>,
+    /// What git says of it.
+    pub(crate) repository: Repository,
     /// False where the gateway is known to embed nothing.
     pub(crate) may_embed: bool,
-}
-
-impl Target {
-    /// The commit that has this source as it is now.
-    fn commit_of(&self, source: &str) -> Option<String> {
-        if self.uncommitted.contains(source) { None } else { self.commit.clone() }
-    }
 }
 
 /// What has to be done.
@@ -76,16 +70,16 @@ impl Plan {
     pub(crate) fn new(
         files: Vec<Candidate>,
         manifest: &[IndexedDocument],
+        repository: &Repository,
         in_scope: impl Fn(&str) -> bool,
     ) -> Self {
-        let mut indexed: BTreeMap<&str, &str> = manifest
-            .iter()
-            .map(|document| (document.source.as_str(), document.content_hash.as_str()))
-            .collect();
+        let mut indexed: BTreeMap<&str, &IndexedDocument> =
+            manifest.iter().map(|document| (document.source.as_str(), document)).collect();
         let mut plan = Self::default();
         for file in files {
+            let commit = repository.commit_of(&file.source);
             match indexed.remove(file.source.as_str()) {
-                Some(hash) if hash == file.hash => plan.unchanged += 1,
+                Some(known) if known.holds(&file.hash, commit, &repository.origin) => plan.unchanged += 1,
                 _ => plan.changed.push(file),
             }
         }
@@ -371,7 +365,8 @@ fn read_batch(batch: &[Candidate], target: &Target, options: &WalkOptions, share
                 source: file.source.clone(),
                 text,
                 repo: Some(target.repo.clone()),
-                commit: target.commit_of(&file.source),
+                commit: target.repository.commit_of(&file.source).map(str::to_owned),
+                origin: Some(target.repository.origin.clone()),
                 // The walk has looked, or was told not to.
                 not_secret: true,
                 ..Document::default()
@@ -415,8 +410,10 @@ fn next_step(error: &UpstreamError, documents: usize, failures: u32) -> Next {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use atlas_shared::Dependency;
+    use atlas_test_support::git;
 
     use super::*;
 
@@ -430,8 +427,40 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_came_from_elsewhere_or_had_no_commit_is_sent_again() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("a.md"), "a").unwrap();
+        git(dir.path(), &["init", "--quiet"]);
+        git(dir.path(), &["add", "."]);
+        git(dir.path(), &["commit", "--quiet", "-m", "first"]);
+        let here = Repository::around(dir.path());
+        let origin = Some(here.origin.clone());
+        let known = |commit: Option<&str>, origin: Option<String>| IndexedDocument {
+            commit: commit.map(str::to_owned),
+            origin,
+            ..indexed("a.md", "1")
+        };
+        for (document, is_unchanged) in [
+            (known(Some("older"), origin.clone()), true),
+            (known(Some("older"), None), true),
+            (known(None, origin), false),
+            (known(Some("older"), Some("example.org/other".to_owned())), false),
+        ] {
+            let plan =
+                Plan::new(vec![file("a.md", "1", 1)], std::slice::from_ref(&document), &here, |_| true);
+            assert_eq!(plan.unchanged == 1, is_unchanged, "{document:?}");
+        }
+    }
+
     fn indexed(source: &str, hash: &str) -> IndexedDocument {
-        IndexedDocument { source: source.to_owned(), content_hash: hash.to_owned(), chunks: 1 }
+        IndexedDocument {
+            source: source.to_owned(),
+            content_hash: hash.to_owned(),
+            chunks: 1,
+            commit: None,
+            origin: None,
+        }
     }
 
     fn state(files: impl IntoIterator<Item = Candidate>, size: BatchSize) -> State {
@@ -448,6 +477,7 @@ mod tests {
                 indexed("docs/same.md", "3"),
                 indexed("src/not-looked-at.rs", "5"),
             ],
+            &Repository::default(),
             |source| source.starts_with("docs/"),
         );
         let sources: Vec<_> = plan.changed.iter().map(|file| file.source.as_str()).collect();

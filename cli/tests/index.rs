@@ -80,6 +80,8 @@ async fn list(State(gateway): State<Arc<FakeGateway>>) -> axum::response::Respon
                 source: document.source.clone(),
                 content_hash: content_hash(&document.text),
                 chunks: 1,
+                commit: document.commit.clone(),
+                origin: document.origin.clone(),
             })
             .collect(),
         mismatch: gateway.mismatch.map(str::to_owned),
@@ -263,6 +265,77 @@ fn a_gateway_that_does_not_answer_is_said_clearly() {
     assert_eq!(ran.code, Some(1));
     assert!(ran.stderr.contains("error: gateway does not answer"), "{}", ran.stderr);
     assert!(ran.stderr.contains("why:") && ran.stderr.contains("fix:"), "{}", ran.stderr);
+}
+
+#[test]
+fn another_repository_of_the_same_name_replaces_nothing() {
+    let (gateway, url, _runtime) = FakeGateway::default().listen();
+    let sandbox =
+        Sandbox::new(&[("one/docs/a.md", "# A\n"), ("two/docs/b.md", "# B\n")]).with_env("RAG_URL", &url);
+    sandbox.atlas(&["index", "one/docs"]).ok();
+    for arguments in [&["index", "two/docs"][..], &["index", "two/docs", "--dry-run"]] {
+        let refused = sandbox.atlas(arguments);
+        assert_eq!(refused.code, Some(1), "{}", refused.stderr);
+        for words in
+            ["the name docs stands for another repository", "1 file of", "one/docs", "--repo two-docs"]
+        {
+            assert!(refused.stderr.contains(words), "{}", refused.stderr);
+        }
+        assert_eq!(gateway.sources(), ["a.md"]);
+    }
+    // It was moved, says who names it.
+    let moved = sandbox.atlas(&["index", "two/docs", "--repo", "docs"]).ok();
+    assert!(moved.stdout.contains("1 deleted"), "{}", moved.stdout);
+    assert_eq!(gateway.sources(), ["b.md"]);
+    assert!(sandbox.atlas(&["index", "two/docs"]).ok().stdout.starts_with("Nothing to do"));
+}
+
+#[test]
+fn a_folder_that_became_empty_is_forgotten_and_a_repository_only_when_told() {
+    let (gateway, url, _runtime) = FakeGateway::default().listen();
+    let sandbox = Sandbox::new(&[("shop/.git/HEAD", ""), ("shop/src/a.md", "# A\n"), ("shop/b.md", "# B\n")])
+        .with_env("RAG_URL", &url);
+    sandbox.atlas(&["index", "shop"]).ok();
+    sandbox.remove("shop/src/a.md");
+    let emptied = sandbox.atlas(&["index", "shop/src"]).ok();
+    assert!(emptied.stdout.contains("1 deleted"), "{}", emptied.stdout);
+    assert_eq!(gateway.sources(), ["b.md"]);
+    let again = sandbox.atlas(&["index", "shop/src"]);
+    assert!(again.code == Some(1) && again.stderr.contains("there is nothing to index"), "{}", again.stderr);
+
+    sandbox.remove("shop/b.md");
+    let refused = sandbox.atlas(&["index", "shop"]);
+    assert_eq!(refused.code, Some(1));
+    assert!(refused.stderr.contains("1 file of it are indexed") && refused.stderr.contains("--allow-empty"));
+    assert_eq!(gateway.sources(), ["b.md"]);
+    sandbox.atlas(&["index", "shop", "--allow-empty"]).ok();
+    assert_eq!(gateway.sources(), [] as [&str; 0]);
+}
+
+#[test]
+fn a_name_that_no_document_can_have_is_skipped_and_told() {
+    let (gateway, url, _runtime) = FakeGateway::default().listen();
+    let sandbox = Sandbox::new(&[("a.md", "# A\n"), ("two\nlines.md", "# B\n")]).with_env("RAG_URL", &url);
+    for arguments in [&["index", ".", "--dry-run"][..], &["index", "."]] {
+        let ran = sandbox.atlas(arguments).ok();
+        assert!(ran.stderr.contains(r"two\nlines.md (name cannot be indexed"), "{}", ran.stderr);
+    }
+    assert_eq!(gateway.sources(), ["a.md"]);
+}
+
+#[test]
+fn a_repository_without_a_work_tree_is_read_as_one() {
+    let (gateway, url, _runtime) = FakeGateway::default().listen();
+    let sandbox = Sandbox::new(&[("shop/door.md", "# Door\n")]).with_env("RAG_URL", &url);
+    let shop = sandbox.path().join("shop");
+    git(&shop, &["init", "--quiet"]);
+    git(&shop, &["add", "."]);
+    git(&shop, &["commit", "--quiet", "-m", "first"]);
+    git(&sandbox.path(), &["clone", "--quiet", "--bare", "shop", "bare.git"]);
+    sandbox.atlas(&["index", "bare.git"]).ok();
+    let documents = gateway.documents.lock().unwrap();
+    assert_eq!(documents.keys().collect::<Vec<_>>(), ["door.md"]);
+    assert_eq!(documents["door.md"].repo.as_deref(), Some("bare"));
 }
 
 #[test]

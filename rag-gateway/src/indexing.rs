@@ -19,7 +19,7 @@ use atlas_shared::{
     Dependency, UpstreamError,
     gateway_api::{
         DeleteDocuments, DeleteDocumentsResult, Document, DocumentList, DocumentOutcome, DocumentResult,
-        IndexedDocument, PutDocumentsResult, content_hash, words_only,
+        IndexedDocument, MAX_SOURCE_BYTES, PutDocumentsResult, content_hash, source_fault, words_only,
     },
     secrets,
 };
@@ -32,7 +32,7 @@ use crate::{
     chunk::{self, Chunker},
     embed::BookedEmbedder,
     error::GatewayError,
-    index::{ChangeId, ChunkRecord, CollectionMeta, NewChunk, Selection, VectorIndex, Weighing},
+    index::{ChangeId, ChunkRecord, CollectionMeta, NewChunk, Provenance, Selection, VectorIndex, Weighing},
     metrics::Metrics,
 };
 
@@ -66,9 +66,6 @@ const TOLERATED_DRIFT: f64 = 0.15;
 /// Names the namespace of chunk ids.
 const CHUNK_NAMESPACE: Uuid = Uuid::from_u128(0x0d4b_57a2_93c4_4b0e_8f5e_52f1_7c1d_20a6);
 
-/// Longest name of a document.
-const MAX_SOURCE_BYTES: usize = 1024;
-
 /// Longest of the other names.
 const MAX_NAME_BYTES: usize = 256;
 
@@ -95,6 +92,33 @@ struct Stored {
     cut: String,
     rev: i64,
     chunks: usize,
+    commit: Option<String>,
+    origin: Option<String>,
+}
+
+impl Stored {
+    /// What a document whose content is the same says anew of where it comes from; `None`: nothing.
+    ///
+    /// A commit stays valid when later ones have the same content, so only a missing one is added: otherwise every
+    /// commit would write the whole repository.
+    fn restated_by(&self, document: &Document) -> Option<Provenance> {
+        let provenance = Provenance {
+            commit: document.commit.clone().filter(|_| self.commit.is_none()),
+            origin: document.origin.clone().filter(|origin| self.origin.as_ref() != Some(origin)),
+        };
+        (provenance != Provenance::default()).then_some(provenance)
+    }
+}
+
+/// A group after it was chunked.
+#[derive(Default)]
+struct Group {
+    /// In the order of the documents.
+    results: Vec<DocumentResult>,
+    /// What must be written.
+    prepared: Vec<Prepared>,
+    /// Keys of the documents that come from somewhere else now.
+    restated: HashMap<Provenance, Vec<String>>,
 }
 
 /// A document that must be written, chunked.
@@ -156,13 +180,16 @@ impl Indexer {
             .buffered(CHUNK_AHEAD)
             .boxed();
         while let Some(group) = groups.next().await {
-            let (mut results, prepared) = group?;
+            let Group { mut results, prepared, restated } = group?;
             let mut tokens = 0;
-            if !prepared.is_empty() {
+            if !prepared.is_empty() || !restated.is_empty() {
                 // What others write while this group was chunked, and after, makes no difference: the revision is
                 // given here, so whoever comes last replaces what was before.
                 let _writing = lock.lock().await;
                 change.begin().await?;
+                for (provenance, docs) in restated {
+                    self.index.restate(collection, docs, provenance).await?;
+                }
                 tokens = self.write(collection, prepared, self.next_rev(), &mut results).await?;
                 // Each group is searchable from here on, also for those who asked before.
                 change.announce().await?;
@@ -287,8 +314,9 @@ impl Indexer {
         {
             // Cut in another way than today's: the sender shall send it again.
             let stale = stored.cut != self.chunker.fingerprint();
-            let content_hash = if stale { String::new() } else { stored.hash };
-            documents.push(IndexedDocument { source, content_hash, chunks: stored.chunks });
+            let Stored { hash, chunks, commit, origin, .. } = stored;
+            let content_hash = if stale { String::new() } else { hash };
+            documents.push(IndexedDocument { source, content_hash, chunks, commit, origin });
         }
         documents.sort_by(|a, b| a.source.cmp(&b.source));
         let meta = self.index.meta(collection).await?;
@@ -310,7 +338,7 @@ impl Indexer {
         &self,
         collection: &str,
         group: Vec<(Document, Option<String>)>,
-    ) -> Result<(Vec<DocumentResult>, Vec<Prepared>), GatewayError> {
+    ) -> Result<Group, GatewayError> {
         let keys: Vec<String> = group.iter().map(|(document, _)| key_of(document)).collect();
         let stored = self.stored(collection, &keys).await?;
         let weighing = self.index.meta(collection).await?.map_or(self.weighing, |meta| meta.weighing);
@@ -320,14 +348,17 @@ impl Indexer {
             let stored = Arc::clone(&stored);
             tokio::task::spawn_blocking(move || prepare_blocking(how, first, part, &stored))
         });
-        let (mut results, mut prepared) = (Vec::new(), Vec::new());
+        let mut whole = Group::default();
         for part in try_join_all(parts).await.map_err(|error| {
             UpstreamError::transient(Dependency::VectorIndex, format!("chunking stopped: {error}"))
         })? {
-            results.extend(part.0);
-            prepared.extend(part.1);
+            whole.results.extend(part.results);
+            whole.prepared.extend(part.prepared);
+            for (provenance, docs) in part.restated {
+                whole.restated.entry(provenance).or_default().extend(docs);
+            }
         }
-        Ok((results, prepared))
+        Ok(whole)
     }
 
     /// Embeds and writes one group; returns the tokens that were billed.
@@ -501,8 +532,8 @@ impl Indexer {
                 let key = key(&record);
                 // An interrupted replacement leaves two revisions: the newer one counts.
                 if found.get(&key).is_none_or(|other| other.rev < record.rev) {
-                    let ChunkRecord { hash, cut, rev, of, .. } = record;
-                    found.insert(key, Stored { hash, cut, rev, chunks: of as usize });
+                    let ChunkRecord { hash, cut, rev, of, commit, origin, .. } = record;
+                    found.insert(key, Stored { hash, cut, rev, chunks: of as usize, commit, origin });
                 }
             }
             from = page.next;
@@ -642,27 +673,21 @@ fn parts(group: Vec<(Judged, String)>) -> Vec<(usize, Vec<(Judged, String)>)> {
 
 /// What is wrong with a document, if anything.
 fn fault(document: &Document, seen: &mut HashSet<String>) -> Option<String> {
-    let source = &document.source;
-    if source.trim().is_empty() {
-        return Some("`source` is empty; give the path of the file, or any stable name".to_owned());
-    }
-    if source.len() > MAX_SOURCE_BYTES || source.chars().any(char::is_control) {
-        return Some(format!("`source` is longer than {MAX_SOURCE_BYTES} bytes or has control characters"));
+    if let Some(fault) = source_fault(&document.source) {
+        return Some(format!("`source` {fault}; give the path of the file, or any stable name"));
     }
     let names = [
         ("lang", &document.lang),
         ("repo", &document.repo),
         ("commit", &document.commit),
         ("tenant", &document.tenant),
+        ("origin", &document.origin),
     ];
     for (field, value) in names {
-        if value
-            .as_ref()
-            .is_some_and(|value| value.len() > MAX_NAME_BYTES || value.chars().any(char::is_control))
-        {
-            return Some(format!(
-                "`{field}` is longer than {MAX_NAME_BYTES} bytes or has control characters"
-            ));
+        // A place, as a source is one.
+        let max = if field == "origin" { MAX_SOURCE_BYTES } else { MAX_NAME_BYTES };
+        if value.as_ref().is_some_and(|value| value.len() > max || value.chars().any(char::is_control)) {
+            return Some(format!("`{field}` is longer than {max} bytes or has control characters"));
         }
     }
     (!seen.insert(key_of(document)))
@@ -675,9 +700,10 @@ fn prepare_blocking(
     first: usize,
     part: Vec<(Judged, String)>,
     stored: &HashMap<String, Stored>,
-) -> (Vec<DocumentResult>, Vec<Prepared>) {
+) -> Group {
     let mut results = Vec::with_capacity(part.len());
     let mut prepared = Vec::new();
+    let mut restated: HashMap<Provenance, Vec<String>> = HashMap::new();
     let cut = chunker.fingerprint();
     for (position, ((document, fault), doc)) in (first..).zip(part) {
         let mut result = DocumentResult {
@@ -696,6 +722,9 @@ fn prepare_blocking(
         if let Some(known) = known.filter(|known| known.hash == hash && known.cut == cut) {
             result.outcome = DocumentOutcome::Unchanged;
             result.chunks = known.chunks;
+            if let Some(provenance) = known.restated_by(&document) {
+                restated.entry(provenance).or_default().push(doc);
+            }
             results.push(result);
             continue;
         }
@@ -715,7 +744,7 @@ fn prepare_blocking(
         }
         results.push(result);
     }
-    (results, prepared)
+    Group { results, prepared, restated }
 }
 
 /// Why a document is not indexed although nothing is wrong with it: whoever searches would read a credential.
@@ -765,6 +794,7 @@ fn records(
                 repo: document.repo.clone().unwrap_or_default(),
                 tenant: document.tenant.clone().unwrap_or_default(),
                 commit: document.commit.clone(),
+                origin: document.origin.clone(),
                 terms: 0,
                 tokens: number(chunk.tokens),
                 glue: chunk.glue.map(str::to_owned),

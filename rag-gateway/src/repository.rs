@@ -12,7 +12,7 @@ use std::{
 
 use atlas_shared::{
     config::GatewayConfig,
-    gateway_api::{DeleteDocuments, Document},
+    gateway_api::{DeleteDocuments, Document, IndexedDocument},
 };
 
 use crate::{
@@ -21,8 +21,8 @@ use crate::{
     jobs::Progress,
     source::{
         git::{Checkout, CloneError, RepoUrl},
-        repo::Repository,
-        walk::{self, Skip, WalkOptions, Walked},
+        repo::{Repository, is_bare},
+        walk::{self, Candidate, Skip, WalkOptions, Walked},
     },
 };
 
@@ -116,6 +116,12 @@ impl Sources {
     ) -> Result<(), GatewayError> {
         let path = path.map(below).transpose()?;
         let (root, name, _checkout) = match self.place(repo)? {
+            Place::Folder(root) if is_bare(&root) => {
+                return Err(GatewayError::Invalid(format!(
+                    "`repo` is a repository without a work tree; name it as file://{}",
+                    root.display()
+                )));
+            }
             Place::Folder(root) => (root, None, None),
             Place::Url(url) => {
                 let checkout = Checkout::of(&url, CLONE_BOUND).await.map_err(clone_failed)?;
@@ -129,7 +135,11 @@ impl Sources {
         let options = WalkOptions { start, data_dir: self.data_dir.clone(), ..WalkOptions::of(&root) };
         let repository = blocking({
             let root = root.clone();
-            move || Repository { root: root.clone(), ..Repository::around(&root) }
+            move || {
+                let around = Repository::around(&root);
+                // Nothing is read, and nothing named, above the folder that was allowed.
+                if around.root == root { around } else { Repository::without_git(&root) }
+            }
         })
         .await?;
         let name = name.or_else(|| repository.name()).unwrap_or_else(|| "files".to_owned());
@@ -144,22 +154,34 @@ impl Sources {
         })
         .await?;
         let unsure = skipped.iter().any(|skipped| skipped.reason == Skip::Unreadable);
-        for skipped in
-            skipped.iter().filter(|skipped| matches!(skipped.reason, Skip::Unreadable | Skip::NoText))
+        for skipped in skipped
+            .iter()
+            .filter(|skipped| matches!(skipped.reason, Skip::Unreadable | Skip::NoText | Skip::BadName))
         {
             let detail = skipped.detail.as_deref().unwrap_or_default();
             progress.fault(&format!("{}: {} ({detail})", skipped.source, skipped.reason.describe()));
         }
-        let known: BTreeMap<String, String> = match indexer.list(collection, Some(&name), None).await {
-            Ok(list) => {
-                list.documents.into_iter().map(|document| (document.source, document.content_hash)).collect()
-            }
-            Err(GatewayError::UnknownCollection(_)) => BTreeMap::new(),
+        let documents = match indexer.list(collection, Some(&name), None).await {
+            Ok(list) => list.documents,
+            Err(GatewayError::UnknownCollection(_)) => Vec::new(),
             Err(error) => return Err(error),
         };
+        if let Some((origin, number)) = repository.rival(&documents) {
+            return Err(GatewayError::Invalid(format!(
+                "the name {name:?} stands for the repository at {origin} in collection {collection:?} ({number} \
+                 documents), and this one is at {}; index it under another name with `atlas index --repo NAME`, or into \
+                 another collection",
+                repository.origin
+            )));
+        }
+        let known: BTreeMap<&str, &IndexedDocument> =
+            documents.iter().map(|document| (document.source.as_str(), document)).collect();
         let present: HashSet<String> = files.iter().map(|file| file.source.clone()).collect();
-        let mut changed: Vec<_> =
-            files.into_iter().filter(|file| known.get(&file.source) != Some(&file.hash)).collect();
+        let as_indexed = |file: &Candidate| {
+            let (commit, origin) = (repository.commit_of(&file.source), &repository.origin);
+            known.get(file.source.as_str()).is_some_and(|it| it.holds(&file.hash, commit, origin))
+        };
+        let mut changed: Vec<_> = files.into_iter().filter(|file| !as_indexed(file)).collect();
         // Shuffled, in the same way every time: the first ones are a fair sample of their lengths, which the
         // collection is weighed with.
         changed.sort_by(|a, b| a.hash.cmp(&b.hash));
@@ -189,10 +211,8 @@ impl Sources {
             for (text, source) in read {
                 match text {
                     Ok(text) => documents.push(Document {
-                        commit: repository
-                            .commit
-                            .clone()
-                            .filter(|_| !repository.uncommitted.contains(&source)),
+                        commit: repository.commit_of(&source).map(str::to_owned),
+                        origin: Some(repository.origin.clone()),
                         source,
                         text,
                         repo: Some(name.clone()),

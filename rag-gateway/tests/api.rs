@@ -74,6 +74,33 @@ async fn an_unchanged_document_is_not_written_again_and_a_changed_one_is_replace
 }
 
 #[tokio::test]
+async fn a_document_that_was_indexed_before_it_was_committed_gets_its_commit() {
+    let stand = Stand::start(&[]).await;
+    stand.put(documents()).await.ok();
+    let written = stand.metric("rag_index_chunks_total").await;
+    let passage = async || stand.query("renew lease").await.ok()[0].clone();
+    assert_eq!(passage().await["commit"], Value::Null);
+
+    let mut committed = documents();
+    for document in committed.as_array_mut().unwrap() {
+        document["commit"] = json!("def");
+        document["origin"] = json!("example.org/demo");
+    }
+    let again = stand.put(committed).await.ok();
+    for result in again["results"].as_array().unwrap() {
+        assert_eq!((&result["outcome"], &result["chunks"]), (&json!("unchanged"), &json!(1)), "{again}");
+    }
+    assert_eq!(stand.metric("rag_index_chunks_total").await, written, "no chunk is written again");
+    let found = passage().await;
+    assert_eq!((&found["source"], &found["commit"]), (&json!("src/lease.rs"), &json!("def")));
+    let list = stand.get("/v1/documents?repo=demo").await.ok();
+    let of = |n: usize| (list["documents"][n]["commit"].clone(), list["documents"][n]["origin"].clone());
+    assert_eq!(of(0), (json!("abc"), json!("example.org/demo")), "an earlier commit has the same text");
+    assert_eq!(of(1), (json!("def"), json!("example.org/demo")));
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
 async fn the_list_says_what_a_client_need_not_send() {
     let stand = Stand::start(&[]).await;
     assert_eq!(stand.get("/v1/documents").await.ok(), json!({"documents": []}));

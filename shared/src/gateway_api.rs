@@ -19,7 +19,7 @@ pub struct QueryChatRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top_k: Option<usize>,
     /// Which collection; the gateway's default when missing.
-    #[schema(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(@[0-9]+)?$")]
+    #[schema(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(@[1-9][0-9]{0,17})?$")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collection: Option<String>,
     /// Several collections, up to 16, searched as one. Not together with `collection`.
@@ -154,9 +154,13 @@ pub struct Document {
     /// Repository name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub repo: Option<String>,
-    /// Commit it was read at.
+    /// Commit it was read at. One that was indexed without a commit gets it, though its text is the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub commit: Option<String>,
+    /// Where its repository lies: the address of its remote without credentials, or its folder. Senders compare it,
+    /// so that two repositories of one name do not replace each other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<String>,
     /// Tenant it belongs to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tenant: Option<String>,
@@ -224,7 +228,7 @@ pub struct JobStatus {
 #[serde(deny_unknown_fields)]
 pub struct PutDocuments {
     /// Which collection; the gateway's default when missing. Created when it does not exist.
-    #[schema(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(@[0-9]+)?$")]
+    #[schema(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(@[1-9][0-9]{0,17})?$")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collection: Option<String>,
     /// What to index, bounded by `MAX_BODY_BYTES`.
@@ -272,7 +276,7 @@ pub struct PutDocumentsResult {
 #[serde(deny_unknown_fields)]
 pub struct DeleteDocuments {
     /// Which collection; the gateway's default when missing.
-    #[schema(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(@[0-9]+)?$")]
+    #[schema(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(@[1-9][0-9]{0,17})?$")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collection: Option<String>,
     /// Repository the sources belong to, when they were indexed with one.
@@ -317,6 +321,33 @@ pub struct IndexedDocument {
     pub content_hash: String,
     /// How many chunks it has.
     pub chunks: usize,
+    /// The commit it was read at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commit: Option<String>,
+    /// Where its repository lies, as its sender said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<String>,
+}
+
+impl IndexedDocument {
+    /// Need it not be sent again, because this content is indexed, and all that is known of where it comes from?
+    pub fn holds(&self, content_hash: &str, commit: Option<&str>, origin: &str) -> bool {
+        self.content_hash == content_hash
+            && (self.commit.is_some() || commit.is_none())
+            && self.origin.as_deref().is_none_or(|known| known == origin)
+    }
+}
+
+/// Longest `source` (and `origin`) of a document, in bytes.
+pub const MAX_SOURCE_BYTES: usize = 1024;
+
+/// What is wrong with the name of a document, if anything.
+pub fn source_fault(source: &str) -> Option<String> {
+    if source.trim().is_empty() {
+        return Some("is empty".to_owned());
+    }
+    (source.len() > MAX_SOURCE_BYTES || source.chars().any(char::is_control))
+        .then(|| format!("is longer than {MAX_SOURCE_BYTES} bytes or has control characters"))
 }
 
 /// The hash by which the gateway and its clients see whether a document changed: SHA-256 in hex.
@@ -399,7 +430,7 @@ pub struct IndexRepository {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
     /// Which collection; the gateway's default when missing.
-    #[schema(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(@[0-9]+)?$")]
+    #[schema(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(@[1-9][0-9]{0,17})?$")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collection: Option<String>,
 }

@@ -10,7 +10,7 @@ use std::{
 
 use atlas_rag_gateway::source::{
     git::{Checkout, RepoUrl},
-    repo::Repository,
+    repo::{Repository, is_bare},
     walk::{self, GlobFault, Skip, Skipped, WalkOptions, Walked},
 };
 use atlas_shared::{
@@ -76,7 +76,8 @@ pub(crate) struct Index {
     #[arg(short, long, value_name = "NAME")]
     collection: Option<String>,
 
-    /// Name of the repository [default: name of the folder that holds .git, or of PATH]
+    /// Name of the repository [default: name of the folder that holds .git, or of PATH]; who gives it
+    /// says that this is what was indexed under it, wherever it lies now
     #[arg(long, value_name = "NAME")]
     repo: Option<String>,
 
@@ -95,6 +96,10 @@ pub(crate) struct Index {
     /// Skip larger files
     #[arg(long, value_name = "N", default_value_t = walk::DEFAULT_MAX_FILE_BYTES)]
     max_file_bytes: u64,
+
+    /// Delete all that is indexed of PATH if nothing is left in it
+    #[arg(long)]
+    allow_empty: bool,
 
     /// Say what would be done, change nothing
     #[arg(short = 'n', long)]
@@ -130,6 +135,9 @@ pub(crate) struct Job {
     options: WalkOptions,
     repository: Repository,
     repo: String,
+    /// The user gave that name.
+    is_named: bool,
+    allow_empty: bool,
     collection: Option<String>,
     /// A clone that is deleted with the job.
     checkout: Option<Checkout>,
@@ -144,17 +152,13 @@ impl Index {
         // From here on no change is missed.
         let changes = if watch { Some(Changes::of(&job.options)?) } else { None };
         let walked = stop.unless_stopped(job.walk(context.ui)).await?;
-        if walked.files.is_empty() && !watch {
-            summarise_skips(context.ui, &walked.skipped);
-            // An empty folder is more likely a mistake than a wish to delete everything.
-            return Err(job.nothing_to_index());
-        }
         let access = stop.unless_stopped(GatewayAccess::open(context, "index")).await?;
         let mut done = Ok(Outcome::default());
         if rebuild {
             done = job.rebuild(context.ui, &access, drop_old, &mut stop).await.map(|()| Outcome::default());
         }
-        if done.is_ok() && !walked.files.is_empty() {
+        // Who watches an empty folder waits for its first file.
+        if done.is_ok() && !(watch && walked.files.is_empty()) {
             done = job.bring_in_line(context, &access, walked, mode, &mut stop).await;
         }
         let done = match changes {
@@ -166,7 +170,11 @@ impl Index {
     }
 
     async fn job(self, context: &Context) -> Result<Job> {
-        let Some(url) = self.path.to_str().and_then(RepoUrl::parse) else {
+        let bare = || {
+            let folder = self.path.canonicalize().ok().filter(|folder| is_bare(folder))?;
+            RepoUrl::parse(&format!("file://{}", folder.display()))
+        };
+        let Some(url) = self.path.to_str().and_then(RepoUrl::parse).or_else(bare) else {
             let path = self.path.clone();
             return self.local_job(&path, context);
         };
@@ -180,8 +188,10 @@ impl Index {
                 "check the URL, and that git can reach it without asking: credential helper, ssh agent, or a token in the URL",
             )
         })?;
+        let is_named = self.repo.is_some();
         let repo = self.repo.clone().or_else(|| url.name());
         let mut job = Self { repo, ..self }.local_job(checkout.path(), context)?;
+        job.is_named = is_named;
         job.checkout = Some(checkout);
         Ok(job)
     }
@@ -193,6 +203,7 @@ impl Index {
                 .fix("name a folder or a file that exists, or a git URL")
         })?;
         let repository = Repository::around(&start);
+        let is_named = self.repo.is_some();
         let repo = match self.repo {
             Some(repo) if is_name(&repo) => repo,
             Some(repo) => {
@@ -210,7 +221,8 @@ impl Index {
             max_file_bytes: self.max_file_bytes,
             data_dir: Some(context.data_dir().to_owned()),
         };
-        Ok(Job { options, repository, repo, collection: self.collection, checkout: None })
+        let Self { collection, allow_empty, .. } = self;
+        Ok(Job { options, repository, repo, is_named, allow_empty, collection, checkout: None })
     }
 }
 
@@ -234,6 +246,7 @@ impl Job {
             exclude: Vec::new(),
             not_secret: Vec::new(),
             max_file_bytes: walk::DEFAULT_MAX_FILE_BYTES,
+            allow_empty: false,
             dry_run: false,
             watch: false,
             rebuild: false,
@@ -242,9 +255,44 @@ impl Job {
         .local_job(path, context)
     }
 
-    fn nothing_to_index(&self) -> CliError {
-        CliError::failure(format!("there is nothing to index in {}", self.options.start.display()))
-            .fix("check the path, .gitignore, .atlasignore and --include; -v lists what was skipped")
+    /// Refuses to take an empty folder for a wish to delete all that is indexed of it: a mistake is more likely, or
+    /// somebody who is switching branches. A part of a repository may become empty.
+    fn check_emptiness(&self, plan: &Plan) -> Result<()> {
+        let nothing = format!("there is nothing to index in {}", self.options.start.display());
+        let check = "check the path, .gitignore, .atlasignore and --include; -v lists what was skipped";
+        if plan.changed.is_empty() && plan.unchanged == 0 {
+            if plan.vanished.is_empty() {
+                return Err(CliError::failure(nothing).fix(check));
+            }
+            if self.prefix().is_empty() && !self.allow_empty {
+                let indexed = count(plan.vanished.len(), "file");
+                return Err(CliError::failure(nothing)
+                    .because(format!("{indexed} of it are indexed, and stay so"))
+                    .fix(format!("{check}; if they shall go, --allow-empty deletes them from the index")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses to replace another repository that only has the same name.
+    fn check_origin(&self, manifest: &DocumentList, collection: &str) -> Result<()> {
+        let Some((origin, number)) = self.repository.rival(&manifest.documents).filter(|_| !self.is_named)
+        else {
+            return Ok(());
+        };
+        let (repo, mine) = (&self.repo, &self.repository.origin);
+        let parts: Vec<&str> = mine.rsplit('/').take(2).collect();
+        let other: String = parts.into_iter().rev().collect::<Vec<_>>().join("-");
+        let other: String = other
+            .chars()
+            .map(|c| if c.is_ascii_alphanumeric() || ".-".contains(c) { c } else { '_' })
+            .collect();
+        Err(CliError::failure(format!("the name {repo} stands for another repository in collection {collection}"))
+            .because(format!("{} of {origin} are indexed under it; this is {mine}", count(number, "file")))
+            .fix(format!(
+                "--repo {other} gives this one a name of its own, or put it into another --collection; if it is the \
+                 same one at another place, --repo {repo} says so"
+            )))
     }
 
     fn collection<'a>(&'a self, access: &'a GatewayAccess) -> &'a str {
@@ -293,8 +341,6 @@ impl Job {
             // Another commit may be checked out by now.
             self.repository = Repository::around(&self.options.start);
             last = match stop.unless_stopped(self.walk(ui)).await {
-                // Somebody may be switching branches: nothing at all is no reason to delete everything.
-                Ok(walked) if walked.files.is_empty() => Err(self.nothing_to_index()),
                 Ok(walked) => self.bring_in_line(context, access, walked, Mode::Watch, stop).await.map(drop),
                 Err(error) => Err(error),
             };
@@ -409,7 +455,8 @@ impl Job {
         if let Some(mismatch) = manifest.mismatch {
             return Err(UpstreamError::permanent(Dependency::Gateway, "embedding_mismatch", mismatch).into());
         }
-        if let Some(why) = manifest.words_only.filter(|_| mode != Mode::Watch) {
+        self.check_origin(&manifest, &collection)?;
+        if let Some(why) = manifest.words_only.as_ref().filter(|_| mode != Mode::Watch) {
             ui.warn(format_args!("Warning: {why}."));
         }
         let prefix = self.prefix();
@@ -418,12 +465,13 @@ impl Job {
             .filter(|skipped| skipped.reason == Skip::Unreadable)
             .map(|skipped| skipped.source.as_str())
             .collect();
-        let plan = Plan::new(files, &manifest.documents, |source| {
+        let plan = Plan::new(files, &manifest.documents, &self.repository, |source| {
             // A file, or a whole folder, that could not be read has not vanished.
             below(&prefix, source)
                 && self.options.selects(source)
                 && !unsure.iter().any(|unread| *unread == walk::UNKNOWN || below(unread, source))
         });
+        self.check_emptiness(&plan)?;
         if mode == Mode::DryRun {
             show_plan(ui, &plan);
             return Ok(Outcome::default());
@@ -440,8 +488,7 @@ impl Job {
         let target = Target {
             collection,
             repo: self.repo.clone(),
-            commit: self.repository.commit.clone(),
-            uncommitted: self.repository.uncommitted.clone(),
+            repository: self.repository.clone(),
             may_embed: access.may_embed(),
         };
         let reporter = Reporter::new(ui, plan.changed.len());
@@ -550,7 +597,7 @@ fn summarise_skips(ui: Ui, skipped: &[Skipped]) {
 
 /// Would somebody look for such a file in the index? Nobody does for a lock file.
 fn may_be_missed(reason: Skip) -> bool {
-    matches!(reason, Skip::Secret | Skip::TooLarge | Skip::NoText | Skip::Unreadable)
+    matches!(reason, Skip::Secret | Skip::TooLarge | Skip::NoText | Skip::Unreadable | Skip::BadName)
 }
 
 fn summarise(ui: Ui, outcome: &Outcome, unchanged: usize, took: Duration) {

@@ -24,8 +24,8 @@ use super::*;
 use crate::{
     chunk::Chunker,
     index::{
-        self, ChangeId, CollectionMeta, CollectionState, Lists, NewChunk, Page, Search, Selection,
-        VectorIndex,
+        self, ChangeId, CollectionMeta, CollectionState, Lists, NewChunk, Page, Provenance, Search,
+        Selection, VectorIndex,
     },
     indexing::Indexer,
     search::{SearchConfig, Searcher},
@@ -76,6 +76,14 @@ impl VectorIndex for Watched {
     ) -> Result<(), UpstreamError> {
         self.up()?;
         self.inner.upsert(name, chunks, obsolete).await
+    }
+    async fn restate(
+        &self,
+        name: &str,
+        docs: Vec<String>,
+        provenance: Provenance,
+    ) -> Result<(), UpstreamError> {
+        self.inner.restate(name, docs, provenance).await
     }
     async fn delete(&self, name: &str, selection: Selection) -> Result<(), UpstreamError> {
         self.inner.delete(name, selection).await

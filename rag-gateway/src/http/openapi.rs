@@ -146,7 +146,7 @@ mod tests {
             let longer: Vec<String> = names
                 .iter()
                 .filter(|name| name.chars().count() == length)
-                .flat_map(|name| "aZ0._-@/ é".chars().map(move |next| format!("{name}{next}")))
+                .flat_map(|name| "aZ01._-@/ é".chars().map(move |next| format!("{name}{next}")))
                 .collect();
             names.extend(longer);
         }

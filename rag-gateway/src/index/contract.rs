@@ -77,6 +77,7 @@ async fn run(index: &dyn VectorIndex) {
     selections_select(index).await;
     a_scroll_sees_everything_once(index).await;
     older_revisions_can_be_deleted(index).await;
+    where_documents_come_from_is_said_anew(index).await;
     a_collection_can_be_weighed_anew(index).await;
     nothing_is_found_where_nothing_is(index).await;
     what_is_selected_is_counted(index).await;
@@ -270,6 +271,36 @@ async fn older_revisions_can_be_deleted(index: &dyn VectorIndex) {
         index.delete(&name, Selection::default()).await.is_err(),
         "everything is never deleted by accident"
     );
+    index.drop_collection(&name).await.unwrap();
+}
+
+async fn where_documents_come_from_is_said_anew(index: &dyn VectorIndex) {
+    let name = fresh("restate");
+    index.ensure(&name, &meta(Some(3))).await.unwrap();
+    let second = chunk("a.md", "apple pie").with(|record| record.n = 1).dense([0.0, 1.0, 0.0]);
+    let other = chunk("b.md", "apple cake").dense([0.0, 0.0, 1.0]);
+    put(index, &name, [chunk("a.md", "apple").dense([1.0, 0.0, 0.0]), second, other]).await;
+    // What was read before may be remembered.
+    let near = || Search { dense: Some(vec![0.0, 1.0, 0.0]), ..lexical("pie") };
+    assert_eq!(index.search(&name, near()).await.unwrap().dense[0].record.commit, None);
+
+    let docs = || vec!["doc-a.md".to_owned()];
+    let origin = Provenance { origin: Some("example.org/shop".to_owned()), commit: None };
+    index.restate(&name, docs(), origin).await.unwrap();
+    let commit = Provenance { commit: Some("c0ffee".to_owned()), origin: None };
+    index.restate(&name, docs(), commit).await.unwrap();
+
+    let all = index.scroll(&name, &Selection::default(), None, 10, true).await.unwrap().records;
+    assert_eq!(all.len(), 3);
+    for (_, record) in all {
+        let of_it = record.doc == "doc-a.md";
+        assert_eq!(record.commit.as_deref(), of_it.then_some("c0ffee"), "{}", record.doc);
+        assert_eq!(record.origin.as_deref(), of_it.then_some("example.org/shop"), "{}", record.doc);
+    }
+    let lists = index.search(&name, near()).await.unwrap();
+    for hit in [&lists.dense[0], &lists.lexical[0]] {
+        assert_eq!((&*hit.record.text, hit.record.commit.as_deref()), ("apple pie", Some("c0ffee")));
+    }
     index.drop_collection(&name).await.unwrap();
 }
 

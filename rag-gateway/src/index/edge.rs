@@ -35,11 +35,12 @@ use atlas_shared::{Dependency, UpstreamError};
 use qdrant_edge::{
     Condition, CountRequest, CreateIndex, Distance, EdgeConfig, EdgeOptimizersConfig, EdgeShard,
     EdgeSparseVectorParams, EdgeVectorParams, FieldIndexOperations, Filter, HasIdCondition, HnswIndexConfig,
-    IntegerIndexParams, KeywordIndexParams, Modifier, NamedQuery, PayloadFieldSchema, PayloadSchemaParams,
-    PayloadSelector, PayloadSelectorExclude, PointId, PointInsertOperations, PointOperations, PointStruct,
-    PointStructPersisted, PointVectorsPersisted, QueryEnum, ScoredPoint, ScrollRequest, SearchRequest,
-    SparseVector, UpdateOperation, UpdateVectorsOp, Vector, VectorInternal, VectorOperations,
-    VectorPersisted, VectorStructPersisted, Vectors, WalOptions, WithPayloadInterface, WithVector,
+    IntegerIndexParams, KeywordIndexParams, Modifier, NamedQuery, PayloadFieldSchema, PayloadOps,
+    PayloadSchemaParams, PayloadSelector, PayloadSelectorExclude, PointId, PointInsertOperations,
+    PointOperations, PointStruct, PointStructPersisted, PointVectorsPersisted, QueryEnum, ScoredPoint,
+    ScrollRequest, SearchRequest, SetPayloadOp, SparseVector, UpdateOperation, UpdateVectorsOp, Vector,
+    VectorInternal, VectorOperations, VectorPersisted, VectorStructPersisted, Vectors, WalOptions,
+    WithPayloadInterface, WithVector,
     bm25_embed::{EdgeBm25, EdgeBm25Config},
 };
 use serde_json::{Value, json};
@@ -48,8 +49,8 @@ use uuid::Uuid;
 
 use super::{
     ChangeId, ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS,
-    Lists, NewChunk, Page, SPARSE, Search, Selection, VectorIndex, Version, Weighing, failed, names, payload,
-    record, version::LocalVersions,
+    Lists, NewChunk, Page, Provenance, SPARSE, Search, Selection, VectorIndex, Version, Weighing, failed,
+    names, payload, record, version::LocalVersions,
 };
 
 mod kept;
@@ -161,6 +162,7 @@ struct Write {
 
 enum Change {
     Upsert(Vec<NewChunk>, Option<Selection>),
+    Restate(Vec<String>, Provenance),
     Delete(Selection),
     Reweigh(f64),
 }
@@ -170,7 +172,7 @@ impl Change {
     fn chunks(&self) -> usize {
         match self {
             Self::Upsert(chunks, _) => chunks.len(),
-            Self::Delete(_) | Self::Reweigh(_) => REBUILD_CHUNKS,
+            Self::Restate(..) | Self::Delete(_) | Self::Reweigh(_) => REBUILD_CHUNKS,
         }
     }
 }
@@ -312,6 +314,15 @@ impl VectorIndex for EdgeIndex {
         obsolete: Option<Selection>,
     ) -> Result<(), UpstreamError> {
         self.existing(name)?.write(Change::Upsert(chunks, obsolete)).await
+    }
+
+    async fn restate(
+        &self,
+        name: &str,
+        docs: Vec<String>,
+        provenance: Provenance,
+    ) -> Result<(), UpstreamError> {
+        self.existing(name)?.write(Change::Restate(docs, provenance)).await
     }
 
     async fn delete(&self, name: &str, selection: Selection) -> Result<(), UpstreamError> {
@@ -668,6 +679,7 @@ impl Collection {
                 self.upsert(chunks)?;
                 obsolete.map_or(Ok(()), |obsolete| self.delete(&obsolete))
             }
+            Change::Restate(docs, provenance) => self.restate(docs, &provenance),
             Change::Delete(selection) => self.delete(&selection),
             Change::Reweigh(avg_len) => self.reweigh(avg_len),
         }
@@ -708,6 +720,18 @@ impl Collection {
         }
         let operation = PointOperations::DeletePointsByFilter(filter(selection)?);
         self.update(UpdateOperation::PointOperation(operation))
+    }
+
+    fn restate(&self, docs: Vec<String>, provenance: &Provenance) -> Result<(), UpstreamError> {
+        let Value::Object(fields) = payload(provenance)? else { return Ok(()) };
+        let chunks = Selection { docs: Some(docs), ..Selection::default() };
+        let operation = PayloadOps::SetPayload(SetPayloadOp {
+            payload: fields.into(),
+            points: None,
+            filter: Some(filter(&chunks)?),
+            key: None,
+        });
+        self.update(UpdateOperation::PayloadOperation(operation))
     }
 
     fn reweigh(&self, avg_len: f64) -> Result<(), UpstreamError> {

@@ -97,6 +97,9 @@ pub(crate) struct ChunkRecord {
     pub(crate) tenant: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) commit: Option<String>,
+    /// Where its repository lies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) origin: Option<String>,
     /// Length in BM25 terms.
     #[serde(default)]
     pub(crate) terms: u32,
@@ -119,6 +122,15 @@ impl ChunkRecord {
             None => format!("{}\n{}", self.source, self.text),
         }
     }
+}
+
+/// Where documents come from: fields of their records that say nothing about their text.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize)]
+pub(crate) struct Provenance {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) commit: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) origin: Option<String>,
 }
 
 /// A chunk on its way into an index.
@@ -212,6 +224,14 @@ pub(crate) trait VectorIndex: Send + Sync {
         obsolete: Option<Selection>,
     ) -> Result<(), UpstreamError>;
 
+    /// Says anew where documents come from, by their keys. What is `None` stays as it is, as do text and vectors.
+    async fn restate(
+        &self,
+        collection: &str,
+        docs: Vec<String>,
+        provenance: Provenance,
+    ) -> Result<(), UpstreamError>;
+
     /// Deletes what is selected. An empty selection is refused.
     async fn delete(&self, collection: &str, selection: Selection) -> Result<(), UpstreamError>;
 
@@ -302,8 +322,8 @@ fn failed(what: &str, error: impl std::fmt::Display) -> UpstreamError {
     UpstreamError::transient(Dependency::VectorIndex, format!("{what}: {error}"))
 }
 
-/// Both engines take JSON payloads; a record is always an object.
-fn payload(record: &ChunkRecord) -> Result<serde_json::Value, UpstreamError> {
+/// Both engines take JSON payloads; a record is always an object, and so is a part of it.
+fn payload(record: &impl Serialize) -> Result<serde_json::Value, UpstreamError> {
     match serde_json::to_value(record) {
         Ok(value @ serde_json::Value::Object(_)) => Ok(value),
         Ok(_) | Err(_) => {

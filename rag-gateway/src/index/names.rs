@@ -3,6 +3,9 @@
 //! A collection that callers name (`docs`) is an alias of a *generation* (`docs@2`), so that another one
 //! can be filled beside it and take its place at once. `@` is in no name that a caller may choose.
 
+/// Digits that the number of a generation has at most: there is always a next one.
+const MAX_DIGITS: usize = 18;
+
 /// Between a collection's name and the number of a generation.
 const MARK: char = '@';
 
@@ -15,7 +18,10 @@ pub(crate) fn generation(name: &str, number: u64) -> String {
 /// collection.
 pub(crate) fn parse(name: &str) -> Option<(&str, u64)> {
     let (plain, number) = name.split_once(MARK)?;
-    let number = number.parse().ok()?;
+    if number.len() > MAX_DIGITS {
+        return None;
+    }
+    let number = number.parse().ok().filter(|number| *number > 0)?;
     (generation(plain, number) == name).then_some((plain, number))
 }
 
@@ -46,7 +52,9 @@ mod tests {
         assert_eq!(generation("docs", 2), "docs@2");
         assert_eq!(parse("docs@12"), Some(("docs", 12)));
         assert_eq!(parse("docs"), None);
-        for other in ["docs@x", "docs@+5", "docs@05", "docs@", "docs@1@1"] {
+        for other in
+            ["docs@x", "docs@+5", "docs@05", "docs@0", "docs@", "docs@1@1", "docs@18446744073709551615"]
+        {
             assert_eq!(parse(other), None, "{other}");
         }
         assert_eq!(next("docs", ["docs@1", "docs@9", "doc@30", "docs"]), 10);

@@ -19,9 +19,9 @@ use ::qdrant_client::{
         CreateFieldIndexCollectionBuilder, DeletePointsBuilder, Distance, Document, FieldType, Filter,
         KeywordIndexParamsBuilder, Modifier, NamedVectors, PayloadExcludeSelector, PointId, PointStruct,
         PointVectors, PointsIdsList, Query, QueryBatchPointsBuilder, QueryPoints, QueryPointsBuilder, Range,
-        ScoredPoint, ScrollPointsBuilder, SparseVectorParamsBuilder, SparseVectorsConfigBuilder,
-        UpdateCollectionBuilder, UpdatePointVectorsBuilder, UpsertPointsBuilder, Value, Vector,
-        VectorParamsBuilder, VectorsConfigBuilder, point_id::PointIdOptions,
+        ScoredPoint, ScrollPointsBuilder, SetPayloadPointsBuilder, SparseVectorParamsBuilder,
+        SparseVectorsConfigBuilder, UpdateCollectionBuilder, UpdatePointVectorsBuilder, UpsertPointsBuilder,
+        Value, Vector, VectorParamsBuilder, VectorsConfigBuilder, point_id::PointIdOptions,
     },
 };
 use async_trait::async_trait;
@@ -33,8 +33,8 @@ use uuid::Uuid;
 
 use super::{
     ChangeId, ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS,
-    Lists, NewChunk, Page, SPARSE, Search, Selection, VectorIndex, Version, Weighing, failed, names, payload,
-    record, term_count,
+    Lists, NewChunk, Page, Provenance, SPARSE, Search, Selection, VectorIndex, Version, Weighing, failed,
+    names, payload, record, term_count,
 };
 
 /// The server's BM25.
@@ -349,6 +349,20 @@ impl VectorIndex for QdrantIndex {
             Some(obsolete) => self.delete(name, obsolete).await,
             None => Ok(()),
         }
+    }
+
+    async fn restate(
+        &self,
+        name: &str,
+        docs: Vec<String>,
+        provenance: Provenance,
+    ) -> Result<(), UpstreamError> {
+        let chunks = Selection { docs: Some(docs), ..Selection::default() };
+        let Some(filter) = filter(&chunks) else { return Ok(()) };
+        let fields: Payload = payload(&provenance)?.try_into().map_err(|error| failed("restate", error))?;
+        let request = SetPayloadPointsBuilder::new(name, fields).points_selector(filter).wait(true);
+        self.client.set_payload(request).await.map_err(|error| self.upstream(error))?;
+        Ok(())
     }
 
     async fn delete(&self, name: &str, selection: Selection) -> Result<(), UpstreamError> {

@@ -6,15 +6,22 @@ use std::{
     process::{Command, Stdio},
 };
 
+use atlas_shared::gateway_api::IndexedDocument;
+
+use super::git::RepoUrl;
+
 /// The repository that a folder is in.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Repository {
     /// Sources are named relative to this folder.
     pub root: PathBuf,
+    /// Where it lies, by which it is told from others of its name: the address of its remote `origin` without
+    /// credentials, so that all clones of it are one; without a remote its folder.
+    pub origin: String,
     /// The commit that is checked out.
-    pub commit: Option<String>,
-    /// Paths below the root that are not as the commit has them.
-    pub uncommitted: BTreeSet<String>,
+    commit: Option<String>,
+    /// Paths below the root that are not as the commit has them; those of folders end in `/`.
+    uncommitted: BTreeSet<String>,
 }
 
 impl Repository {
@@ -22,18 +29,36 @@ impl Repository {
     pub fn around(path: &Path) -> Self {
         let folder = if path.is_dir() { path } else { path.parent().unwrap_or(path) };
         let Some(root) = folder.ancestors().find(|folder| folder.join(".git").exists()) else {
-            return Self { root: folder.to_owned(), ..Self::default() };
+            return Self::without_git(folder);
         };
         let commit = git(root, &["rev-parse", "--verify", "HEAD"])
             .map(|hash| hash.trim().to_owned())
             .filter(|hash| hash.len() >= 40 && hash.bytes().all(|byte| byte.is_ascii_hexdigit()));
-        let uncommitted =
+        let mut uncommitted: BTreeSet<String> =
             git(root, &["status", "--porcelain=v1", "-z", "--untracked-files=all", "--no-renames"])
                 .map(|status| {
                     status.split('\0').filter_map(|entry| entry.get(3..)).map(str::to_owned).collect()
                 })
                 .unwrap_or_default();
-        Self { root: root.to_owned(), commit, uncommitted }
+        if root.join(".gitmodules").exists() {
+            let folders = git(root, &["config", "-z", "--file", ".gitmodules", "--get-regexp", r"\.path$"]);
+            let folders = folders.unwrap_or_default();
+            // Their files are in commits of their own.
+            uncommitted.extend(
+                folders
+                    .split('\0')
+                    .filter_map(|entry| entry.split_once('\n'))
+                    .map(|(_, folder)| format!("{folder}/")),
+            );
+        }
+        let remote = git(root, &["config", "--get", "remote.origin.url"]).unwrap_or_default();
+        let origin = origin(remote.trim_end_matches(['\n', '\r']), root);
+        Self { root: root.to_owned(), origin, commit, uncommitted }
+    }
+
+    /// A folder of which git knows nothing.
+    pub fn without_git(root: &Path) -> Self {
+        Self { root: root.to_owned(), origin: root.display().to_string(), ..Self::default() }
     }
 
     /// A name for the repository: that of its folder.
@@ -48,6 +73,37 @@ impl Repository {
             .collect();
         (!name.is_empty()).then_some(name)
     }
+
+    /// The commit that has this source as it is now.
+    pub fn commit_of(&self, source: &str) -> Option<&str> {
+        let folders = source.match_indices('/').map(|(at, _)| &source[..=at]);
+        let changed = folders.chain([source]).any(|path| self.uncommitted.contains(path));
+        self.commit.as_deref().filter(|_| !changed)
+    }
+
+    /// Where else documents of this repository's name come from: their origin, and how many they are.
+    pub fn rival<'d>(&self, documents: &'d [IndexedDocument]) -> Option<(&'d str, usize)> {
+        let others = documents.iter().filter_map(|document| document.origin.as_deref());
+        let mut others = others.filter(|origin| *origin != self.origin).peekable();
+        let first = *others.peek()?;
+        Some((first, others.filter(|origin| *origin == first).count()))
+    }
+}
+
+/// Where a repository lies, by the address of its remote (may be empty, or a path).
+fn origin(remote: &str, root: &Path) -> String {
+    if let Some(url) = RepoUrl::parse(remote) {
+        return url.place();
+    }
+    // Relative ones are relative to the folder; an absolute one stays what it is.
+    let folder = if remote.is_empty() { root.to_owned() } else { root.join(remote) };
+    let folder = folder.canonicalize().unwrap_or(folder).display().to_string();
+    folder.strip_suffix(".git").map(|folder| folder.trim_end_matches('/').to_owned()).unwrap_or(folder)
+}
+
+/// Is this folder a repository without a work tree? What it holds are git's own files.
+pub fn is_bare(folder: &Path) -> bool {
+    folder.join("HEAD").is_file() && folder.join("objects").is_dir() && folder.join("refs").is_dir()
 }
 
 /// Runs git; `None` when it is missing or fails. Read-only, and without the programs that a
@@ -82,7 +138,7 @@ mod tests {
         fs::write(folder.join("a.md"), "a").unwrap();
         let repository = Repository::around(&folder.join("a.md"));
         assert_eq!(repository.root, folder);
-        assert_eq!(repository.commit, None);
+        assert_eq!(repository.commit_of("a.md"), None);
         assert_eq!(repository.name().unwrap(), "my-notes");
     }
 
@@ -98,13 +154,71 @@ mod tests {
         git(root, &["commit", "--quiet", "-m", "first"]);
         fs::write(root.join("docs/b.md"), "changed").unwrap();
         fs::write(root.join("new file.md"), "new").unwrap();
+        let inner = root.join("inner");
+        fs::create_dir(&inner).unwrap();
+        fs::write(inner.join("c.md"), "c").unwrap();
+
+        git(&inner, &["init", "--quiet"]);
+        git(root, &["config", "--file", ".gitmodules", "submodule.lib.path", "lib"]);
 
         let repository = Repository::around(&root.join("docs"));
         assert_eq!(repository.root, root);
-        assert_eq!(repository.commit.unwrap().len(), 40);
+        assert_eq!(repository.commit_of("docs/a.md").unwrap().len(), 40);
+        for source in ["docs/b.md", "new file.md", "inner/c.md", "lib/d.md"] {
+            assert_eq!(repository.commit_of(source), None, "{source}");
+        }
+    }
+
+    #[test]
+    fn clones_of_one_repository_have_one_origin() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, other) = (dir.path().join("api"), dir.path().join("client/api"));
+        let origin_with = |remote: &str| {
+            git(&root, &["config", "remote.origin.url", remote]);
+            Repository::around(&root).origin
+        };
+        fs::create_dir_all(&root).unwrap();
+        fs::create_dir_all(&other).unwrap();
+        git(&root, &["init", "--quiet"]);
+        let folder = |path: &Path| path.canonicalize().unwrap().display().to_string();
+        assert_eq!(Repository::around(&root).origin, root.display().to_string());
+        for remote in [
+            "https://example.org/team/api.git",
+            "https://me:hunter2@Example.org/team/api",
+            "git@example.org:team/api.git",
+            "ssh://git@example.org/team/api/",
+        ] {
+            assert_eq!(origin_with(remote), "example.org/team/api", "{remote}");
+        }
+        assert_eq!(origin_with("../client/api"), folder(&other));
+        assert_eq!(origin_with(&format!("file://{}", folder(&other))), folder(&other));
         assert_eq!(
-            repository.uncommitted.iter().map(String::as_str).collect::<Vec<_>>(),
-            ["docs/b.md", "new file.md"]
+            origin_with(&format!("{}/gone.git", dir.path().display())),
+            format!("{}/gone", dir.path().display())
+        );
+        assert_eq!(Repository::around(&other).origin, other.display().to_string());
+    }
+
+    #[test]
+    fn documents_of_another_origin_are_noticed() {
+        let document = |origin: Option<&str>| IndexedDocument {
+            source: "a.md".to_owned(),
+            content_hash: String::new(),
+            chunks: 1,
+            commit: None,
+            origin: origin.map(str::to_owned),
+        };
+        let mine = Repository { origin: "example.org/api".to_owned(), ..Repository::default() };
+        assert_eq!(mine.rival(&[]), None);
+        assert_eq!(
+            mine.rival(&[document(None), document(Some("example.org/api"))]),
+            None,
+            "old ones say nothing"
+        );
+        let theirs = Some("/client/api");
+        assert_eq!(
+            mine.rival(&[document(None), document(theirs), document(theirs)]),
+            Some(("/client/api", 2))
         );
     }
 }

@@ -13,7 +13,10 @@ use std::{
     thread,
 };
 
-use atlas_shared::{gateway_api::content_hash, secrets};
+use atlas_shared::{
+    gateway_api::{content_hash, source_fault},
+    secrets,
+};
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 use ignore::WalkBuilder;
 
@@ -86,6 +89,8 @@ pub enum Skip {
     NoText,
     /// The system did not let us read it.
     Unreadable,
+    /// Its name cannot be that of a document.
+    BadName,
 }
 
 impl Skip {
@@ -102,6 +107,7 @@ impl Skip {
             Self::Link => "symbolic link",
             Self::NoText => "no text to be had",
             Self::Unreadable => "not readable",
+            Self::BadName => "name cannot be indexed",
         }
     }
 }
@@ -226,11 +232,21 @@ pub fn walk(options: &WalkOptions, mut seen: impl FnMut(usize)) -> Walked {
         let Some(source) = source_name(&options.root, entry.path()) else {
             walked.skipped.push(Skipped {
                 source: entry.path().display().to_string(),
-                reason: Skip::Unreadable,
-                detail: Some("its name is not UTF-8".to_owned()),
+                reason: Skip::BadName,
+                detail: Some("it is not UTF-8".to_owned()),
             });
             continue;
         };
+        if let Some(fault) = source_fault(&source) {
+            // Shown to somebody.
+            let source = source.escape_debug().to_string();
+            walked.skipped.push(Skipped {
+                source,
+                reason: Skip::BadName,
+                detail: Some(format!("it {fault}")),
+            });
+            continue;
+        }
         if !options.selects(&source) {
             continue;
         }

@@ -110,13 +110,14 @@ fn bytes(record: &ChunkRecord) -> usize {
         repo,
         tenant,
         commit,
+        origin,
         terms: _,
         tokens: _,
         glue,
         text,
     } = record;
     let required = [doc, hash, cut, source, repo, tenant, text];
-    let optional = [heading, lang, commit, glue];
+    let optional = [heading, lang, commit, origin, glue];
     let strings = required.into_iter().chain(optional.into_iter().flatten()).map(String::capacity);
     mem::size_of::<ChunkRecord>() + strings.sum::<usize>()
 }
