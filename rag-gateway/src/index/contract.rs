@@ -20,6 +20,7 @@ pub(super) fn meta(size: Option<usize>) -> CollectionMeta {
     }
 }
 
+#[derive(Clone)]
 pub(super) struct Builder(pub(super) NewChunk);
 
 /// A chunk of its own document.
@@ -524,4 +525,38 @@ async fn a_real_server_keeps_the_contract() {
         return;
     };
     run(&index).await;
+    a_slower_writer_replaces_nothing_newer(&index).await;
+}
+
+/// Two processes write the same documents, and the one that has the older revision comes last.
+async fn a_slower_writer_replaces_nothing_newer(index: &dyn VectorIndex) {
+    let name = fresh("slower");
+    index.ensure(&name, &meta(None)).await.unwrap();
+    let now = 1_790_000_000_000_000_i64;
+    let write = async |chunks: Vec<Builder>, rev: i64| {
+        let chunks = chunks.into_iter().map(|builder| builder.with(|record| record.rev = rev).0).collect();
+        let docs = Some(vec!["doc-same.md".to_owned(), "doc-changed.md".to_owned()]);
+        let obsolete = Selection { docs, rev_below: Some(rev), ..Selection::default() };
+        index.upsert(&name, chunks, Some(obsolete)).await.unwrap();
+    };
+    let same = || {
+        let second = chunk("same.md", "apple pie").with(|record| record.n = 1);
+        vec![chunk("same.md", "apple"), second]
+    };
+    let other = || chunk("changed.md", "pear").with(|record| record.n = 1);
+    write([same(), vec![chunk("changed.md", "pear tart")]].concat(), now + 1).await;
+    write([same(), vec![chunk("changed.md", "plum"), other()]].concat(), now).await;
+
+    let mut left: Vec<(String, i64)> = index
+        .scroll(&name, &Selection::default(), None, 10, true)
+        .await
+        .unwrap()
+        .records
+        .into_iter()
+        .map(|(_, record)| (record.text, record.rev - now))
+        .collect();
+    left.sort();
+    let expected = ["apple", "apple pie", "pear tart"].map(|text| (text.to_owned(), 1));
+    assert_eq!(left, expected);
+    index.drop_collection(&name).await.unwrap();
 }

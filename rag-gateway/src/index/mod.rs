@@ -217,6 +217,9 @@ pub(crate) trait VectorIndex: Send + Sync {
 
     /// Writes chunks, replacing those of the same id, then deletes what they make obsolete. A chunk that is
     /// first in its document becomes visible after the others of it that stand beside it here.
+    ///
+    /// Where several processes write one index, whoever has the newest revision of a document wins, in whatever
+    /// order they write: chunks of an older one replace none of it, and are gone when the last call returns.
     async fn upsert(
         &self,
         collection: &str,

@@ -326,6 +326,11 @@ impl VectorIndex for QdrantIndex {
         let Some(info) = self.described(name).await? else { return Err(unknown(name)) };
         let meta = state_of(name, &info)?.ok_or_else(|| unknown(name))?.meta;
         self.index_fields(name, &info).await?;
+        // The same text has the same ids, whoever writes it. Without this, a gateway that is slower than another one
+        // would put its older revision in the place of chunks that the other one then deletes as obsolete.
+        let newest = chunks.iter().map(|chunk| chunk.record.rev).max();
+        let replaceable =
+            newest.map(|rev| Filter::must([revision(rev, |lte| Range { lte, ..Range::default() })]));
         let (first, others): (Vec<_>, Vec<_>) = chunks.into_iter().partition(|chunk| chunk.record.n == 0);
         for chunks in [others, first] {
             let mut points = Vec::with_capacity(chunks.len());
@@ -340,14 +345,20 @@ impl VectorIndex for QdrantIndex {
             }
             while !points.is_empty() {
                 let rest = points.split_off(points.len().min(BATCH));
-                let request = UpsertPointsBuilder::new(name, points).wait(true);
+                let mut request = UpsertPointsBuilder::new(name, points).wait(true);
+                if let Some(replaceable) = &replaceable {
+                    request = request.update_filter(replaceable.clone());
+                }
                 self.client.upsert_points(request).await.map_err(|error| self.upstream(error))?;
                 points = rest;
             }
         }
-        match obsolete {
-            Some(obsolete) => self.delete(name, obsolete).await,
-            None => Ok(()),
+        let Some(obsolete) = obsolete else { return Ok(()) };
+        let Selection { docs, rev_below, .. } = obsolete.clone();
+        self.delete(name, obsolete).await?;
+        match (docs, rev_below) {
+            (Some(docs), Some(rev)) => self.yield_to_newer(name, docs, rev).await,
+            _ => Ok(()),
         }
     }
 
@@ -612,6 +623,25 @@ enum Mark {
 }
 
 impl QdrantIndex {
+    /// Deletes chunks of documents of which another process has written a newer revision meanwhile: it could not
+    /// delete what was not there yet.
+    async fn yield_to_newer(&self, name: &str, docs: Vec<String>, rev: i64) -> Result<(), UpstreamError> {
+        let newer = revision(rev, |gt| Range { gt, ..Range::default() });
+        let first =
+            Filter::must([Condition::matches("doc", docs.clone()), Condition::matches("n", 0_i64), newer]);
+        let request = ScrollPointsBuilder::new(name)
+            .filter(first)
+            .limit(u32::try_from(docs.len()).unwrap_or(u32::MAX))
+            .with_payload(PayloadExcludeSelector { fields: vec!["text".to_owned()] });
+        let answer = self.client.scroll(request).await.map_err(|error| self.upstream(error))?;
+        for point in answer.result {
+            let ChunkRecord { doc, rev, .. } = record(json(point.payload))?;
+            let older = Selection { docs: Some(vec![doc]), rev_below: Some(rev), ..Selection::default() };
+            self.delete(name, older).await?;
+        }
+        Ok(())
+    }
+
     /// What is known of these collections, and of all.
     async fn marks(&self, collections: &[String]) -> Result<Vec<Mark>, UpstreamError> {
         let mut names: Vec<String> = collections.iter().map(|name| names::plain(name).to_owned()).collect();
@@ -701,14 +731,17 @@ fn filter(selection: &Selection) -> Option<Filter> {
     must.extend(tenants.map(|tenants| Condition::matches("tenant", tenants)));
     must.extend(lang.map(|lang| Condition::matches("lang", lang)));
     must.extend(repo.map(|repo| Condition::matches("repo", repo)));
-    #[expect(clippy::cast_precision_loss, reason = "microseconds since 1970 fit into 53 bits until 2255")]
-    must.extend(
-        rev_below.map(|rev| Condition::range("rev", Range { lt: Some(rev as f64), ..Range::default() })),
-    );
+    must.extend(rev_below.map(|rev| revision(rev, |lt| Range { lt, ..Range::default() })));
     if first_chunks {
         must.push(Condition::matches("n", 0_i64));
     }
     (!must.is_empty()).then(|| Filter::must(must))
+}
+
+/// Revisions in a range. The server compares floating-point numbers.
+#[expect(clippy::cast_precision_loss, reason = "microseconds since 1970 fit into 53 bits until 2255")]
+fn revision(rev: i64, range: impl FnOnce(Option<f64>) -> Range) -> Condition {
+    Condition::range("rev", range(Some(rev as f64)))
 }
 
 fn weighed(record: &ChunkRecord, meta: &CollectionMeta) -> Document {
