@@ -32,7 +32,9 @@ use crate::{
     chunk::{self, Chunker},
     embed::BookedEmbedder,
     error::GatewayError,
-    index::{ChangeId, ChunkRecord, CollectionMeta, NewChunk, Provenance, Selection, VectorIndex, Weighing},
+    index::{
+        ChangeId, ChunkRecord, CollectionMeta, NewChunk, Provenance, Selection, VectorIndex, Weighing, names,
+    },
     metrics::Metrics,
 };
 
@@ -172,6 +174,10 @@ impl Indexer {
         mut progress: impl FnMut(&[DocumentResult], u64) + Send,
         change: &mut Change,
     ) -> Result<PutDocumentsResult, GatewayError> {
+        // Only a rebuild makes generations: one that a writer made would be taken for the newest by the next rebuild.
+        if names::parse(collection).is_some() && self.index.meta(collection).await?.is_none() {
+            return Err(GatewayError::UnknownCollection(collection.to_owned()));
+        }
         let mut all = PutDocumentsResult { results: Vec::with_capacity(documents.len()), tokens: 0 };
         let lock = self.lock_of(collection);
         let embeds = self.embedder.is_some();

@@ -543,6 +543,26 @@ async fn a_collection_is_rebuilt_while_it_is_searched_and_its_old_generation_is_
 }
 
 #[tokio::test]
+async fn only_a_rebuild_makes_generations_and_our_own_collection_is_nobodys() {
+    let stand = Stand::start(&[]).await;
+    stand.put(documents()).await.ok();
+    let put = |name: &str| {
+        let body = json!({"collection": name, "documents": documents()});
+        stand.send(stand.request(Method::PUT, "/v1/documents").json(&body))
+    };
+    put("atlas@9").await.problem(404, "unknown_collection");
+    for name in ["atlas@0", "atlas@007", "atlas@18446744073709551615", "atlas.versions"] {
+        put(name).await.problem(422, "invalid_request");
+    }
+    put("atlas@1").await.ok();
+    let drop = stand.request(Method::DELETE, "/v1/collections/atlas.versions");
+    stand.send(drop).await.problem(422, "invalid_request");
+    let started = stand.post("/v1/collections/atlas/rebuild", json!({})).await.ok();
+    assert_eq!(started["generation"], "atlas@2");
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
 async fn no_name_of_a_collection_gives_answers_from_before_a_change() {
     let stand = Stand::start(&[]).await;
     let texts = async |name: &str| {

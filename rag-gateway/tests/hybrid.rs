@@ -195,6 +195,9 @@ async fn a_collection_of_another_model_is_a_clear_error_and_turns_readiness_red(
     assert!(
         ready.body["checks"]["collection"]["message"].as_str().unwrap().contains("OPENAI_EMBEDDING_MODEL")
     );
+    // Words need no model.
+    let words = json!({"query": "tokens reserved", "mode": "lexical"});
+    assert_eq!(sources(&other.post("/v1/query_chat", words).await.ok()), ["budget.md"]);
     // Another collection takes the new model.
     let put = other.request(reqwest::Method::PUT, "/v1/documents");
     other.send(put.json(&json!({"collection": "large", "documents": documents()}))).await.ok();

@@ -346,3 +346,75 @@ async fn gateways_that_make_one_collection_at_once_make_it_once_and_lose_nothing
         stand.gateway.shutdown().await;
     }
 }
+
+#[tokio::test]
+async fn gateways_that_index_the_same_files_at_once_lose_no_chunk() {
+    let Some(server) = server("gateways_that_index_the_same_files_at_once_lose_no_chunk", &[]).await else {
+        return;
+    };
+    let (left, right) = tokio::join!(on(&server, &SMALL_CHUNKS), on(&server, &SMALL_CHUNKS));
+    let files = |round: usize| -> Value {
+        let line = |file: usize, n: usize| format!("Apple {round} of tree {file}, the {n}th.\n\n");
+        let lines = |file: usize| (0..120).map(|n| line(file, n)).collect::<Vec<_>>().concat();
+        (0..12).map(|file| json!({"source": format!("{file}.md"), "text": lines(file)})).collect()
+    };
+    for round in 0..4 {
+        let (one, two) = tokio::join!(left.put(files(round)), right.put(files(round)));
+        let told: usize =
+            one.ok()["results"].as_array().unwrap().iter().map(|it| number(&it["chunks"])).sum();
+        two.ok();
+        let listed = left.get("/v1/collections").await.ok();
+        assert_eq!(number(&listed[0]["chunks"]), told, "round {round}: {listed}");
+    }
+    left.gateway.shutdown().await;
+    right.gateway.shutdown().await;
+}
+
+fn number(value: &Value) -> usize {
+    usize::try_from(value.as_u64().unwrap()).unwrap()
+}
+
+#[tokio::test]
+async fn a_gateway_of_the_old_model_goes_on_by_words_after_another_one_has_rebuilt() {
+    const TEST: &str = "a_gateway_of_the_old_model_goes_on_by_words_after_another_one_has_rebuilt";
+    let Some(server) = server(TEST, &[]).await else { return };
+    let sim = Sim::start(SimOptions::default()).await.unwrap();
+    let base = sim.base_url();
+    let with = |model: &'static str| {
+        [("OPENAI_BASE_URL", base.clone()), ("OPENAI_EMBEDDING_MODEL", model.to_owned())]
+    };
+    let start = async |model: &'static str| {
+        let settings = with(model);
+        let settings: Vec<(&str, &str)> =
+            settings.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        on(&server, &settings).await
+    };
+    let (old, new) = (start("text-embedding-3-small").await, start("text-embedding-3-large").await);
+    let documents =
+        json!([{"source": "a.md", "text": "An apple a day.\n"}, {"source": "b.md", "text": "A pear.\n"}]);
+    old.put(documents).await.ok();
+    let found = old.query("apple").await;
+    assert_eq!(found.header("x-atlas-degraded"), None);
+    new.query("apple").await.problem(409, "embedding_mismatch");
+
+    let started = new.post("/v1/collections/atlas/rebuild", json!({})).await.ok();
+    let job = format!("/v1/jobs/{}", started["job_id"].as_str().unwrap());
+    let mut asked = 0;
+    eventually("the rebuild", async || {
+        // Never an error, never nothing: with its own vectors before, by words after.
+        let body = json!({"query": format!("apple {asked}")});
+        assert_eq!(sources(&old.post("/v1/query_chat", body).await.ok())[0], "a.md");
+        asked += 1;
+        (new.get(&job).await.ok()["state"] == "done").then_some(())
+    })
+    .await;
+    let by_words = old.query("apple day").await;
+    assert_eq!(by_words.header("x-atlas-degraded"), Some("lexical"));
+    assert_eq!(sources(&by_words.ok()), ["a.md"]);
+    old.post("/v1/query_chat", json!({"query": "apple", "mode": "dense"}))
+        .await
+        .problem(409, "embedding_mismatch");
+    assert_eq!(new.query("apple day").await.header("x-atlas-degraded"), None);
+    old.gateway.shutdown().await;
+    new.gateway.shutdown().await;
+}

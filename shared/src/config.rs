@@ -838,7 +838,16 @@ impl Reader<'_> {
         let mut keys: Vec<ApiKey> = Vec::new();
         let entries = text.expose().lines().filter(|line| !line.trim_start().starts_with('#'));
         let entries = entries.flat_map(|line| line.split(',')).map(str::trim);
-        for (position, entry) in entries.filter(|entry| !entry.is_empty()).enumerate() {
+        let entries: Vec<&str> = entries.filter(|entry| !entry.is_empty()).collect();
+        if entries.is_empty() {
+            // Whoever set it did not mean to open the port to everybody.
+            self.fault(
+                "API_KEYS",
+                "names no key".to_owned(),
+                "`atlas key new NAME` makes one; without the variable, and its file, the gateway asks for none",
+            );
+        }
+        for (position, entry) in entries.into_iter().enumerate() {
             match ApiKey::parse(entry, hashed_only) {
                 Ok(key) => keys.push(key),
                 // The entry itself is a secret: say which by position only.
@@ -1082,6 +1091,10 @@ mod tests {
             .expect("valid");
         let callers: Vec<_> = keys.iter().map(|key| (key.name.as_str(), key.tenant.as_deref())).collect();
         assert_eq!(callers, [("worker", None), ("ci", Some("acme")), ("ci", Some("acme"))]);
+        for none in [" , ", "# the key is to come\n"] {
+            let open = load("API_KEYS", none).expect_err("nobody's keys");
+            assert!(open.to_string().contains("names no key"), "{open}");
+        }
         let torn = load("API_KEYS", "ci:a-long-key:acme,ci:another-key").expect_err("two tenants, one name");
         assert!(torn.to_string().contains("different tenants"), "{torn}");
         let file = tempfile::NamedTempFile::new().expect("temp file");

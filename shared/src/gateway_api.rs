@@ -423,6 +423,7 @@ pub struct UseGeneration {
 /// `POST /v1/index`: a folder or a git repository that the gateway reads by itself. It must be below one of
 /// `INDEX_ALLOWED_ROOTS` or `INDEX_ALLOWED_URLS`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub struct IndexRepository {
     /// A git URL (with `#branch`), or a folder on the gateway's machine.
     pub repo: String,

@@ -24,7 +24,7 @@ use super::*;
 use crate::{
     chunk::Chunker,
     index::{
-        self, ChangeId, CollectionMeta, CollectionState, Lists, NewChunk, Page, Provenance, Search,
+        self, ChangeId, CollectionMeta, CollectionState, Lists, NewChunk, Page, Provenance, Resolved, Search,
         Selection, VectorIndex,
     },
     indexing::Indexer,
@@ -58,9 +58,9 @@ impl VectorIndex for Watched {
     async fn ensure(&self, name: &str, meta: &CollectionMeta) -> Result<CollectionMeta, UpstreamError> {
         self.inner.ensure(name, meta).await
     }
-    async fn meta(&self, name: &str) -> Result<Option<CollectionMeta>, UpstreamError> {
+    async fn resolve(&self, name: &str) -> Result<Option<Resolved>, UpstreamError> {
         self.up()?;
-        self.inner.meta(name).await
+        self.inner.resolve(name).await
     }
     async fn info(&self, name: &str) -> Result<Option<CollectionState>, UpstreamError> {
         self.inner.info(name).await

@@ -85,7 +85,7 @@ pub(super) async fn query_chat(
     post,
     path = "/v1/embed_batch",
     tag = "index",
-    params(("collection" = Option<String>, Query, description = "Which collection; the default when missing.")),
+    params(("collection" = Option<String>, Query, pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(@[1-9][0-9]{0,17})?$", description = "Which collection; the default when missing.")),
     request_body = Vec<EmbedItem>,
     responses(
         (status = 202, description = "Queued.", body = JobCreated),
@@ -188,7 +188,7 @@ pub(super) async fn delete_documents(
     path = "/v1/documents",
     tag = "index",
     params(
-        ("collection" = Option<String>, Query, description = "Which collection; the default when missing."),
+        ("collection" = Option<String>, Query, pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(@[1-9][0-9]{0,17})?$", description = "Which collection; the default when missing."),
         ("repo" = Option<String>, Query, description = "Only this repository."),
         ("tenant" = Option<String>, Query, description = "What is this tenant's; what is nobody's when missing.")
     ),

@@ -49,8 +49,8 @@ use uuid::Uuid;
 
 use super::{
     ChangeId, ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS,
-    Lists, NewChunk, Page, Provenance, SPARSE, Search, Selection, VectorIndex, Version, Weighing, failed,
-    names, payload, record, version::LocalVersions,
+    Lists, NewChunk, Page, Provenance, Resolved, SPARSE, Search, Selection, VectorIndex, Version, Weighing,
+    failed, names, payload, record, version::LocalVersions,
 };
 
 mod kept;
@@ -276,8 +276,9 @@ impl VectorIndex for EdgeIndex {
         .await
     }
 
-    async fn meta(&self, name: &str) -> Result<Option<CollectionMeta>, UpstreamError> {
-        Ok(self.get(name).map(|collection| collection.meta()))
+    async fn resolve(&self, name: &str) -> Result<Option<Resolved>, UpstreamError> {
+        let generation = self.generation_of(name).unwrap_or_else(|| name.to_owned());
+        Ok(self.get(&generation).map(|collection| Resolved { generation, meta: collection.meta() }))
     }
 
     async fn info(&self, name: &str) -> Result<Option<CollectionState>, UpstreamError> {

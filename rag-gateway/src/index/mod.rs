@@ -63,6 +63,13 @@ pub(crate) struct CollectionState {
     pub(crate) generation: Option<String>,
 }
 
+/// A collection that is searched: what it stands for, and what that was made with.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Resolved {
+    pub(crate) generation: String,
+    pub(crate) meta: CollectionMeta,
+}
+
 /// A chunk as it is stored: the payload of a point. Field names are short: they are in every point.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct ChunkRecord {
@@ -205,9 +212,16 @@ pub(crate) trait VectorIndex: Send + Sync {
     /// existing one keeps its meta.
     async fn ensure(&self, collection: &str, meta: &CollectionMeta) -> Result<CollectionMeta, UpstreamError>;
 
-    /// What the collection was made with; `None` when there is none of that name. Cheap: asked for
-    /// before every search, and may be some seconds old.
-    async fn meta(&self, collection: &str) -> Result<Option<CollectionMeta>, UpstreamError>;
+    /// The generation that a name stands for and what it was made with; `None` when there is none of that name.
+    /// Cheap: asked for before every search, and may be some seconds old, though not older than what the last
+    /// [`VectorIndex::version`] says. Who searches the generation it names, and not the name, gets what fits the meta
+    /// whatever happens meanwhile.
+    async fn resolve(&self, collection: &str) -> Result<Option<Resolved>, UpstreamError>;
+
+    /// What the collection was made with, as [`VectorIndex::resolve`] says it.
+    async fn meta(&self, collection: &str) -> Result<Option<CollectionMeta>, UpstreamError> {
+        Ok(self.resolve(collection).await?.map(|resolved| resolved.meta))
+    }
 
     /// The collection as it is now; `None` when there is none of that name.
     async fn info(&self, collection: &str) -> Result<Option<CollectionState>, UpstreamError>;

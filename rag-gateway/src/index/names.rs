@@ -6,6 +6,9 @@
 /// Digits that the number of a generation has at most: there is always a next one.
 const MAX_DIGITS: usize = 18;
 
+/// Where Qdrant keeps what caches go by. No collection of ours has this name, on either engine.
+pub(crate) const VERSIONS: &str = "atlas.versions";
+
 /// Between a collection's name and the number of a generation.
 const MARK: char = '@';
 

@@ -33,8 +33,8 @@ use uuid::Uuid;
 
 use super::{
     ChangeId, ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS,
-    Lists, NewChunk, Page, Provenance, SPARSE, Search, Selection, VectorIndex, Version, Weighing, failed,
-    names, payload, record, term_count,
+    Lists, NewChunk, Page, Provenance, Resolved, SPARSE, Search, Selection, VectorIndex, Version, Weighing,
+    failed, names, payload, record, term_count,
 };
 
 /// The server's BM25.
@@ -42,9 +42,6 @@ const BM25_MODEL: &str = "qdrant/bm25";
 
 /// The key of our meta in a collection's metadata.
 const META_KEY: &str = "atlas";
-
-/// Where the numbers of [`Version`] are: a collection without our meta, so it is never listed as one.
-const VERSIONS: &str = "atlas.versions";
 
 /// Stands for all collections there: its number is the epoch. No collection can have this name.
 const ALL: &str = "*";
@@ -64,11 +61,11 @@ const OLDEST: (u64, u64) = (1, 16);
 /// Points in one request.
 const BATCH: usize = 256;
 
-/// How old a collection's meta may be when it is searched: another replica may have dropped it and made it anew.
-const META_TTL: Duration = Duration::from_secs(5);
+/// How old a look at a collection may be when it is searched: another replica may have dropped it and made it anew.
+const RESOLVED_TTL: Duration = Duration::from_secs(5);
 
-/// Collections whose meta is remembered.
-const MAX_METAS: u64 = 1000;
+/// Collections that are remembered.
+const MAX_RESOLVED: u64 = 1000;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -82,8 +79,10 @@ const MAKE_PAUSE: Duration = Duration::from_millis(20);
 pub(super) struct QdrantIndex {
     client: Qdrant,
     url: Url,
-    /// Of collections that were searched lately: what matters of it never changes.
-    metas: Cache<String, CollectionMeta>,
+    /// Collections that were searched lately.
+    resolved: Cache<String, Resolved>,
+    /// Their numbers when they were last asked for: with another one they are looked at again.
+    numbers: Cache<String, Uuid>,
 }
 
 impl QdrantIndex {
@@ -104,8 +103,9 @@ impl QdrantIndex {
             .skip_compatibility_check()
             .build()
             .map_err(|error| misconfigured(url, &error.to_string()))?;
-        let metas = Cache::builder().max_capacity(MAX_METAS).time_to_live(META_TTL).build();
-        Ok(Self { client, url: address, metas })
+        let resolved = Cache::builder().max_capacity(MAX_RESOLVED).time_to_live(RESOLVED_TTL).build();
+        let numbers = Cache::builder().max_capacity(MAX_RESOLVED).build();
+        Ok(Self { client, url: address, resolved, numbers })
     }
 
     /// `Ok(None)` where the server says that there is no such collection.
@@ -240,6 +240,11 @@ impl QdrantIndex {
         Ok(answer.aliases.into_iter().map(|alias| (alias.alias_name, alias.collection_name)).collect())
     }
 
+    async fn generation_of(&self, name: &str) -> Result<Option<String>, UpstreamError> {
+        let aliases = self.aliases().await?;
+        Ok(aliases.into_iter().find(|(alias, _)| alias == name).map(|(_, generation)| generation))
+    }
+
     /// Points an alias, whether it exists or not: the server replaces it in one step.
     async fn point(&self, name: &str, generation: &str) -> Result<(), UpstreamError> {
         let alias = CreateAlias { collection_name: generation.to_owned(), alias_name: name.to_owned() };
@@ -276,26 +281,23 @@ impl VectorIndex for QdrantIndex {
         }
     }
 
-    async fn meta(&self, name: &str) -> Result<Option<CollectionMeta>, UpstreamError> {
-        if let Some(meta) = self.metas.get(name).await {
-            return Ok(Some(meta));
+    async fn resolve(&self, name: &str) -> Result<Option<Resolved>, UpstreamError> {
+        if let Some(resolved) = self.resolved.get(name).await {
+            return Ok(Some(resolved));
         }
-        let meta = self.state(name).await?.map(|state| state.meta);
-        if let Some(meta) = &meta {
-            self.metas.insert(name.to_owned(), meta.clone()).await;
+        let generation = self.generation_of(name).await?.unwrap_or_else(|| name.to_owned());
+        let state = self.state(&generation).await?;
+        let resolved = state.map(|state| Resolved { generation, meta: state.meta });
+        if let Some(resolved) = &resolved {
+            self.resolved.insert(name.to_owned(), resolved.clone()).await;
         }
-        Ok(meta)
+        Ok(resolved)
     }
 
     async fn info(&self, name: &str) -> Result<Option<CollectionState>, UpstreamError> {
         let Some(state) = self.state(name).await? else { return Ok(None) };
         // The count in the collection's info is an estimate.
-        let generation = self
-            .aliases()
-            .await?
-            .into_iter()
-            .find(|(alias, _)| alias == name)
-            .map(|(_, generation)| generation);
+        let generation = self.generation_of(name).await?;
         let chunks = self.count(name, &Selection::default()).await?;
         Ok(Some(CollectionState { chunks, generation, ..state }))
     }
@@ -513,12 +515,12 @@ impl VectorIndex for QdrantIndex {
     async fn use_generation(&self, name: &str, generation: &str) -> Result<(), UpstreamError> {
         self.existing(generation).await?;
         self.point(name, generation).await?;
-        self.metas.invalidate(name).await;
+        self.resolved.invalidate(name).await;
         Ok(())
     }
 
     async fn drop_collection(&self, name: &str) -> Result<bool, UpstreamError> {
-        self.metas.invalidate(name).await;
+        self.resolved.invalidate(name).await;
         let aliases = self.aliases().await?;
         let generation = aliases
             .iter()
@@ -554,6 +556,12 @@ impl VectorIndex for QdrantIndex {
                 Mark::Change { .. } => version.unfinished = true,
             }
         }
+        for (name, number) in collections.iter().zip(&version.numbers) {
+            if self.numbers.get(name).await != Some(*number) {
+                self.resolved.invalidate(name).await;
+                self.numbers.insert(name.clone(), *number).await;
+            }
+        }
         if version.epoch.is_nil() {
             // Nobody has cached anything yet: the first one makes the epoch, and the last one that did counts.
             version.epoch = self.set_number(ALL).await?;
@@ -580,7 +588,7 @@ impl VectorIndex for QdrantIndex {
             _ => None,
         });
         let ids: Vec<PointId> = abandoned.chain([change.0]).map(|id| PointId::from(id.to_string())).collect();
-        let request = DeletePointsBuilder::new(VERSIONS).points(PointsIdsList { ids }).wait(true);
+        let request = DeletePointsBuilder::new(names::VERSIONS).points(PointsIdsList { ids }).wait(true);
         self.client.delete_points(request).await.map_err(|error| self.upstream(error))?;
         Ok(())
     }
@@ -614,7 +622,7 @@ impl VectorIndex for QdrantIndex {
     async fn close(&self) {}
 }
 
-/// A point of [`VERSIONS`].
+/// A point of [`names::VERSIONS`].
 enum Mark {
     /// The number of a collection.
     Number { of: String, number: Uuid },
@@ -646,7 +654,7 @@ impl QdrantIndex {
     async fn marks(&self, collections: &[String]) -> Result<Vec<Mark>, UpstreamError> {
         let mut names: Vec<String> = collections.iter().map(|name| names::plain(name).to_owned()).collect();
         names.push(ALL.to_owned());
-        let request = ScrollPointsBuilder::new(VERSIONS)
+        let request = ScrollPointsBuilder::new(names::VERSIONS)
             .filter(Filter::must([Condition::matches("c", names)]))
             .limit(MAX_VERSION_POINTS)
             .with_payload(true);
@@ -676,11 +684,11 @@ impl QdrantIndex {
         let payload = Payload::try_from(payload).map_err(|error| self.upstream(error))?;
         let vectors = NamedVectors::default().add_vector(SPARSE, Vector::new_sparse(vec![0], vec![1.0]));
         let point = PointStruct::new(id.to_string(), vectors, payload);
-        let write = UpsertPointsBuilder::new(VERSIONS, vec![point]).wait(true);
+        let write = UpsertPointsBuilder::new(names::VERSIONS, vec![point]).wait(true);
         if self.found(self.client.upsert_points(write.clone()).await)?.is_none() {
             let mut sparse = SparseVectorsConfigBuilder::default();
             sparse.add_named_vector_params(SPARSE, SparseVectorParamsBuilder::default());
-            let create = CreateCollectionBuilder::new(VERSIONS).sparse_vectors_config(sparse);
+            let create = CreateCollectionBuilder::new(names::VERSIONS).sparse_vectors_config(sparse);
             // Another replica may be faster; then the second attempt tells.
             let created = self.client.create_collection(create).await;
             if let Err(error) = self.client.upsert_points(write).await {

@@ -1,7 +1,11 @@
 //! The search pipeline (DESIGN section 7): cache → embed the query → one search of each collection for
 //! both lists → fuse → threshold → rerank → diversify → collapse by file → join neighbours → answer.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use atlas_shared::{
     Dependency, UpstreamError,
@@ -18,7 +22,7 @@ use crate::{
     embed::QueryEmbedder,
     error::GatewayError,
     fusion::{Fused, Weights, fuse},
-    index::{CollectionMeta, Lists, Search, Selection, VectorIndex, Version},
+    index::{CollectionMeta, Lists, Resolved, Search, Selection, VectorIndex, Version},
     indexing::mismatch,
     metrics::Metrics,
     rerank::QueryReranker,
@@ -72,6 +76,8 @@ struct Inner {
     reranker: Option<QueryReranker>,
     metrics: Metrics,
     config: SearchConfig,
+    /// Collections that were found to fit the embedding model.
+    fitted: Mutex<HashSet<String>>,
 }
 
 /// The answer to a query.
@@ -94,7 +100,11 @@ pub(crate) struct Found {
 /// A collection that is searched.
 struct Target<'a> {
     name: &'a str,
+    /// What is searched: the name may stand for another one before the search has ended.
+    generation: String,
     meta: CollectionMeta,
+    /// Its vectors can be compared with ours.
+    is_comparable: bool,
 }
 
 impl Searcher {
@@ -107,7 +117,8 @@ impl Searcher {
         metrics: Metrics,
         config: SearchConfig,
     ) -> Self {
-        Self { inner: Arc::new(Inner { index, breaker, embedder, reranker, metrics, config }), cache }
+        let fitted = Mutex::default();
+        Self { inner: Arc::new(Inner { index, breaker, embedder, reranker, metrics, config, fitted }), cache }
     }
 
     /// Finds passages.
@@ -231,6 +242,10 @@ impl Inner {
         self.metrics.query_seconds.with_label_values(&[stage]).observe(started.elapsed().as_secs_f64());
     }
 
+    fn fitted(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.fitted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Calls the index within its bound, through the breaker.
     async fn guarded<T>(
         &self,
@@ -317,11 +332,11 @@ impl Inner {
     /// The collections of a query that are there. The default one may be missing.
     async fn targets<'q>(&self, query: &'q Query) -> Result<Vec<Target<'q>>, GatewayError> {
         let asked: Vec<_> =
-            query.collections.iter().map(|name| self.guarded(self.index.meta(name))).collect();
-        let metas = try_join_all(asked).await?;
-        let mut targets = Vec::with_capacity(metas.len());
-        for (name, meta) in query.collections.iter().zip(metas) {
-            let Some(meta) = meta else {
+            query.collections.iter().map(|name| self.guarded(self.index.resolve(name))).collect();
+        let resolved = try_join_all(asked).await?;
+        let mut targets = Vec::with_capacity(resolved.len());
+        for (name, resolved) in query.collections.iter().zip(resolved) {
+            let Some(Resolved { generation, meta }) = resolved else {
                 if *name == self.config.default_collection {
                     continue;
                 }
@@ -329,9 +344,17 @@ impl Inner {
             };
             let model = self.embedder.as_ref().map(QueryEmbedder::model);
             if let Some(error) = mismatch(name, &meta, model) {
-                return Err(error);
+                // One that was rebuilt with another model while this gateway ran: until the gateway is replaced too,
+                // words are better than nothing.
+                let was_rebuilt = query.mode == SearchMode::Hybrid && self.fitted().contains(name);
+                if query.mode != SearchMode::Lexical && !was_rebuilt {
+                    return Err(error);
+                }
+            } else {
+                self.fitted().insert(name.clone());
             }
-            targets.push(Target { name, meta });
+            let is_comparable = meta.embedding_model.is_some() && model == meta.embedding_model.as_deref();
+            targets.push(Target { name, generation, meta, is_comparable });
         }
         Ok(targets)
     }
@@ -341,7 +364,7 @@ impl Inner {
         if query.mode == SearchMode::Lexical {
             return Ok(Vector::Not);
         }
-        let embedded = targets.iter().filter(|target| target.meta.embedding_model.is_some()).count();
+        let embedded = targets.iter().filter(|target| target.is_comparable).count();
         let Some(embedder) = self.embedder.as_ref().filter(|_| embedded > 0) else {
             return Ok(Vector::Missing { for_now: false });
         };
@@ -354,7 +377,7 @@ impl Inner {
             }
         };
         self.observe("embed", embedding);
-        for Target { name, meta } in targets {
+        for Target { name, meta, .. } in targets.iter().filter(|target| target.is_comparable) {
             if let Some(size) = meta.embedding_size
                 && vector.len() != size
             {
@@ -378,15 +401,15 @@ impl Inner {
         target: &Target<'_>,
         vector: Option<&Vec<f32>>,
     ) -> Result<Lists, GatewayError> {
-        let Some(selection) = self.selection(query, target.name).await? else {
+        let Some(selection) = self.selection(query, &target.generation).await? else {
             return Ok(Lists::default());
         };
-        let dense = vector.filter(|_| target.meta.embedding_model.is_some()).cloned();
+        let dense = vector.filter(|_| target.is_comparable).cloned();
         let lexical = (query.mode != SearchMode::Dense || dense.is_none())
             .then(|| target.meta.weighing.lexical_text(&query.text));
         let limit = (query.top_k * CANDIDATES_PER_PASSAGE).max(MIN_CANDIDATES);
         let search = Search { dense, lexical, selection, limit };
-        Ok(self.guarded(self.index.search(target.name, search)).await?)
+        Ok(self.guarded(self.index.search(&target.generation, search)).await?)
     }
 
     /// Which chunks may be found; `None`: none at all.
@@ -430,7 +453,7 @@ impl Inner {
         fused: &mut [Fused],
     ) -> Result<(), GatewayError> {
         for (number, target) in targets.iter().enumerate() {
-            if target.meta.embedding_model.is_none() {
+            if !target.is_comparable {
                 continue;
             }
             let is_missing = |fused: &Fused| fused.collection == number && fused.cosine.is_none();
@@ -439,7 +462,8 @@ impl Inner {
             if missing.is_empty() {
                 continue;
             }
-            let cosines = self.guarded(self.index.cosines(target.name, vector.to_vec(), missing)).await?;
+            let cosines =
+                self.guarded(self.index.cosines(&target.generation, vector.to_vec(), missing)).await?;
             for fused in fused.iter_mut().filter(|fused| is_missing(fused)) {
                 fused.cosine = cosines.get(&fused.hit.id).map(|cosine| cosine.clamp(0.0, 1.0));
             }
@@ -470,7 +494,8 @@ impl Inner {
                 tenants: Some(visible_to(query.tenant.as_deref())),
                 ..Selection::default()
             };
-            let page = self.guarded(self.index.scroll(target.name, &selection, None, limit, true)).await?;
+            let page =
+                self.guarded(self.index.scroll(&target.generation, &selection, None, limit, true)).await?;
             passages::join(drafts, number, page.records, query.passage_tokens);
         }
         Ok(())

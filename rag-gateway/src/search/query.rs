@@ -6,7 +6,7 @@ use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
 use super::SearchConfig;
-use crate::error::GatewayError;
+use crate::{error::GatewayError, index::names};
 
 /// Longest query: a task's whole text may be one.
 const MAX_QUERY_BYTES: usize = 32 * 1024;
@@ -163,7 +163,10 @@ fn collections_of(
 /// Collections are folders and parts of URLs.
 pub(crate) fn check_collection_name(name: &str) -> Result<(), GatewayError> {
     // A generation, such as `docs@2`, can be named wherever its collection can.
-    let plain = crate::index::names::plain(name);
+    let plain = names::plain(name);
+    if plain == names::VERSIONS {
+        return Err(invalid(format!("`collection` is {name:?}, which is Atlas' own; use another name")));
+    }
     if atlas_shared::message::is_name(plain) && !plain.starts_with('.') {
         return Ok(());
     }
