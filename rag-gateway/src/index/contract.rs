@@ -36,7 +36,7 @@ pub(super) fn chunk(source: &str, text: &str) -> Builder {
         start: 1,
         end: 3,
         text: text.to_owned(),
-        terms: term_count(text),
+        terms: meta(None).weighing.terms(&ChunkRecord { text: text.to_owned(), ..ChunkRecord::default() }),
         ..ChunkRecord::default()
     };
     Builder(NewChunk { id: Uuid::new_v5(&Uuid::NAMESPACE_URL, source.as_bytes()), record, dense: None })
@@ -61,7 +61,7 @@ async fn put(index: &dyn VectorIndex, collection: &str, chunks: impl IntoIterato
 }
 
 fn lexical(query: &str) -> Search {
-    let lexical = Some(meta(None).weighing.lexical_text(query));
+    let lexical = meta(None).weighing.query(query);
     Search { dense: None, lexical, selection: Selection::default(), limit: 10 }
 }
 
@@ -73,6 +73,7 @@ async fn sources(index: &dyn VectorIndex, collection: &str, search: Search) -> V
 async fn run(index: &dyn VectorIndex) {
     a_collection_keeps_the_meta_it_was_made_with(index).await;
     words_identifiers_and_their_parts_are_found(index).await;
+    a_word_that_a_query_repeats_counts_as_often(index).await;
     dense_and_lexical_lists_come_from_one_search(index).await;
     writing_the_same_id_again_replaces_it(index).await;
     selections_select(index).await;
@@ -136,6 +137,31 @@ async fn words_identifiers_and_their_parts_are_found(index: &dyn VectorIndex) {
     assert_eq!(sources(index, &name, lexical("zebra")).await, Vec::<String>::new());
     assert_eq!(sources(index, &name, lexical("")).await, Vec::<String>::new());
     index.drop_collection(&name).await.unwrap();
+}
+
+async fn a_word_that_a_query_repeats_counts_as_often(index: &dyn VectorIndex) {
+    let name = fresh("repeated");
+    index.ensure(&name, &meta(None)).await.unwrap();
+    let texts = [
+        chunk("apple.md", "An apple that is stored in the cellar."),
+        chunk("pear.md", "A pear that is stored in the cellar."),
+        chunk("both.md", "An apple, a pear and many other fruits."),
+        chunk("none.md", "Nothing that is stored in the cellar."),
+    ];
+    put(index, &name, texts).await;
+    let scores = async |query: &str| -> HashMap<String, f32> {
+        let lists = index.search(&name, lexical(query)).await.unwrap();
+        lists.lexical.into_iter().map(|hit| (hit.record.source.clone(), hit.score)).collect()
+    };
+    let (apple, pear) = (scores("apple").await, scores("pear").await);
+    let found = scores("apples and an apple, or a pear").await;
+    assert_eq!(found.len(), 3, "{found:?}");
+    for (source, score) in &found {
+        let of = |list: &HashMap<String, f32>| list.get(source).copied().unwrap_or_default();
+        let expected = 2.0 * of(&apple) + of(&pear);
+        assert!((score - expected).abs() < 1e-4, "{source}: {score}, not {expected}");
+    }
+    assert_eq!(sources(index, &name, lexical("pear pears apple")).await, ["both.md", "pear.md", "apple.md"]);
 }
 
 async fn dense_and_lexical_lists_come_from_one_search(index: &dyn VectorIndex) {

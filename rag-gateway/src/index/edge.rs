@@ -815,12 +815,16 @@ impl Collection {
         if let Some(dense) = dense {
             found.dense = points(VectorInternal::Dense(dense.clone()), DENSE)?;
         }
-        if let Some(text) = &search.lexical {
-            let sparse = self.bm25.embed_query(text);
-            // A query of stop words only has no terms, and finds nothing.
-            if !sparse.indices.is_empty() {
-                found.lexical = points(VectorInternal::Sparse(sparse), SPARSE)?;
+        let mut terms: BTreeMap<u32, f32> = BTreeMap::new();
+        for text in &search.lexical {
+            for term in self.bm25.embed_query(text).indices {
+                *terms.entry(term).or_default() += 1.0;
             }
+        }
+        // A query of stop words only has no terms, and finds nothing.
+        if !terms.is_empty() {
+            let (indices, values) = terms.into_iter().unzip();
+            found.lexical = points(VectorInternal::Sparse(SparseVector { indices, values }), SPARSE)?;
         }
         if let Some(dense) = dense {
             let near: HashSet<PointId> = found.dense.iter().map(|point| point.id).collect();
@@ -1281,7 +1285,7 @@ mod tests {
             Selection { tenants, ..Selection::default() }
         };
         let found = async |index: &EdgeIndex, tenants: &[&str]| -> Vec<u128> {
-            let lexical = Some("common words".to_owned());
+            let lexical = vec!["common words".to_owned()];
             let search = Search { dense: None, lexical, selection: visible_to(tenants), limit: 2 };
             let mut ids: Vec<u128> =
                 index.search("c", search).await.unwrap().lexical.iter().map(|hit| hit.id.as_u128()).collect();
@@ -1326,7 +1330,7 @@ mod tests {
         index.ensure("c", &meta(Weighing::unrecorded(), 10.0)).await.unwrap();
         let search = || Search {
             dense: None,
-            lexical: Some("common".to_owned()),
+            lexical: vec!["common".to_owned()],
             selection: Selection::default(),
             limit: 50,
         };
@@ -1381,7 +1385,7 @@ mod tests {
         for (number, hits) in [(100, 1), (269, 1), (50, 0)] {
             let search = Search {
                 dense: None,
-                lexical: Some(format!("number{number}")),
+                lexical: vec![format!("number{number}")],
                 selection: Selection::default(),
                 limit: 5,
             };

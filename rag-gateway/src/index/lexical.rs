@@ -11,7 +11,10 @@
 //!
 //! [`CJKAnalyzer`]: https://lucene.apache.org/core/9_12_0/analysis/common/org/apache/lucene/analysis/cjk/package-summary.html
 
-use std::{collections::HashSet, sync::LazyLock};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::LazyLock,
+};
 
 use atlas_shared::config::Bm25Config;
 use serde::{Deserialize, Serialize};
@@ -83,6 +86,36 @@ impl Weighing {
         out
     }
 
+    /// What BM25 sees of a query: texts of which none has a term twice; none at all of a query without terms.
+    ///
+    /// The engines weigh every term of a query text with one, however often it stands there. BM25 weighs it by how
+    /// often ([Robertson and Zaragoza], 2009, with k3 infinite, as Lucene does), which decides where whole paragraphs
+    /// are asked with: what a paragraph repeats is what it is about. Scores of several texts add up to that.
+    ///
+    /// [Robertson and Zaragoza]: https://doi.org/10.1561/1500000019
+    pub(crate) fn query(self, text: &str) -> Vec<String> {
+        let mut texts: Vec<String> = Vec::new();
+        let mut begun: HashMap<[Option<char>; 2], usize> = HashMap::new();
+        let text = self.lexical_text(text);
+        for word in words(&text).filter(|word| !is_stop_word(word)) {
+            // Stemming takes from the end of a word and leaves how it begins.
+            let mut characters = word.chars().flat_map(char::to_lowercase);
+            let begin = [characters.next(), characters.next()];
+            let at = begun.entry(begin).or_default();
+            let place = (*at).min(MAX_QUERY_TEXTS - 1);
+            *at += 1;
+            match texts.get_mut(place) {
+                Some(text) => {
+                    text.push(' ');
+                    text.push_str(word);
+                }
+                // Words that begin alike stand in one text after the other, so this is the next one.
+                None => texts.push(word.to_owned()),
+            }
+        }
+        texts
+    }
+
     /// The words of a text.
     fn split(self, text: &str) -> impl Iterator<Item = &str> {
         let mut words = words(text);
@@ -130,12 +163,6 @@ impl From<Bm25Config> for Weighing {
     fn from(Bm25Config { k1, b, heading_weight }: Bm25Config) -> Self {
         Self { k1, b, heading: heading_weight, pairs: true }
     }
-}
-
-/// How many terms the engines count in a [`Weighing::lexical_text`]: words that are not stop words.
-pub(crate) fn term_count(text: &str) -> u32 {
-    let count = words(text).filter(|word| !is_stop_word(word)).count();
-    u32::try_from(count).unwrap_or(u32::MAX)
 }
 
 fn words(text: &str) -> impl Iterator<Item = &str> {
@@ -411,6 +438,9 @@ fn pack(word: &str) -> Option<u128> {
 /// In bytes.
 const LONGEST_STOP_WORD: usize = 10;
 
+/// Most texts of a query. A word that is repeated more often than that counts this often.
+const MAX_QUERY_TEXTS: usize = 64;
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
@@ -486,6 +516,40 @@ mod tests {
         assert_eq!(today().lexical_text("HTTPServer"), "HTTPServer HTTP Server");
         assert_eq!(today().lexical_text("max_in_flight and Plain words"), "max_in_flight and Plain words");
         assert_eq!(today().lexical_text("élanVital ÀB"), "élanVital ÀB élan Vital");
+    }
+
+    #[test]
+    fn a_repeated_word_of_a_query_is_in_several_texts() {
+        assert_eq!(today().query("the retry of the queue"), ["retry queue"]);
+        assert_eq!(
+            today().query("Retry, retried: retries of queues?"),
+            ["Retry queues", "retried", "retries"]
+        );
+        assert_eq!(today().query("番号と番号"), ["番号 号と と番", "番号"]);
+        assert_eq!(today().query("HTTPServer"), ["HTTPServer Server", "HTTP"]);
+        assert_eq!(today().query("the of and"), Vec::<String>::new());
+        assert_eq!(today().query(" … "), Vec::<String>::new());
+        assert_eq!(today().query(&"word ".repeat(1000)).len(), MAX_QUERY_TEXTS);
+    }
+
+    proptest! {
+        #[test]
+        fn the_texts_of_a_query_have_its_words_and_none_twice(
+            text in "([一-三の]|\\PC|[a-cA-C]{1,3}|[a-z]|the| ){0,60}",
+        ) {
+            let lexical = today().lexical_text(&text);
+            let mut expected: Vec<&str> = words(&lexical).filter(|word| !is_stop_word(word)).collect();
+            let texts = today().query(&text);
+            let mut found: Vec<&str> = texts.iter().flat_map(|text| words(text)).collect();
+            expected.sort_unstable();
+            found.sort_unstable();
+            prop_assert_eq!(found, expected);
+            for text in &texts {
+                let lower: Vec<String> = words(text).map(str::to_lowercase).collect();
+                let different: HashSet<&String> = lower.iter().collect();
+                prop_assert_eq!(different.len(), lower.len(), "{}", text);
+            }
+        }
     }
 
     #[test]

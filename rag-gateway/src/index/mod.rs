@@ -24,7 +24,7 @@ pub(crate) mod names;
 mod qdrant;
 mod version;
 
-pub(crate) use lexical::{Weighing, term_count};
+pub(crate) use lexical::Weighing;
 pub(crate) use version::{ChangeId, Version};
 
 /// Name of the dense vector.
@@ -168,8 +168,8 @@ pub(crate) struct Selection {
 pub(crate) struct Search {
     /// Query embedding; `None`: no dense list.
     pub(crate) dense: Option<Vec<f32>>,
-    /// Query as [`Weighing::lexical_text`]; `None`: no lexical list.
-    pub(crate) lexical: Option<String>,
+    /// Query as [`Weighing::query`], whose scores are added up; empty: no lexical list.
+    pub(crate) lexical: Vec<String>,
     pub(crate) selection: Selection,
     /// Length of each list.
     pub(crate) limit: usize,

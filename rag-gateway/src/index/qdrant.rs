@@ -19,9 +19,10 @@ use ::qdrant_client::{
         CreateFieldIndexCollectionBuilder, DeletePointsBuilder, Distance, Document, FieldType, Filter,
         KeywordIndexParamsBuilder, Modifier, NamedVectors, PayloadExcludeSelector, PointId, PointStruct,
         PointVectors, PointsIdsList, Query, QueryBatchPointsBuilder, QueryPoints, QueryPointsBuilder, Range,
-        ScoredPoint, ScrollPointsBuilder, SetPayloadPointsBuilder, SparseVectorParamsBuilder,
-        SparseVectorsConfigBuilder, UpdateCollectionBuilder, UpdatePointVectorsBuilder, UpsertPointsBuilder,
-        Value, Vector, VectorParamsBuilder, VectorsConfigBuilder, point_id::PointIdOptions,
+        RecommendInputBuilder, RecommendStrategy, ScoredPoint, ScrollPointsBuilder, SetPayloadPointsBuilder,
+        SparseVectorParamsBuilder, SparseVectorsConfigBuilder, UpdateCollectionBuilder,
+        UpdatePointVectorsBuilder, UpsertPointsBuilder, Value, Vector, VectorInput, VectorParamsBuilder,
+        VectorsConfigBuilder, point_id::PointIdOptions,
     },
 };
 use async_trait::async_trait;
@@ -34,7 +35,7 @@ use uuid::Uuid;
 use super::{
     ChangeId, ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS,
     Lists, NewChunk, Page, Provenance, Resolved, SPARSE, Search, Selection, VectorIndex, Version, Weighing,
-    failed, names, payload, record, term_count,
+    failed, names, payload, record,
 };
 
 /// The server's BM25.
@@ -407,10 +408,8 @@ impl VectorIndex for QdrantIndex {
         let has_dense = search.dense.is_some();
         let mut queries = Vec::new();
         queries.extend(search.dense.map(|dense| query(Query::new_nearest(dense), DENSE)));
-        // Without terms there is no sparse vector, and nothing to find.
-        let lexical = search.lexical.filter(|text| term_count(text) > 0);
-        queries
-            .extend(lexical.map(|text| query(Query::new_nearest(Document::new(text, BM25_MODEL)), SPARSE)));
+        let texts = search.lexical.len();
+        queries.extend(bm25(search.lexical).map(|lexical| query(lexical, SPARSE)));
         if queries.is_empty() {
             return Ok(Lists::default());
         }
@@ -418,7 +417,11 @@ impl VectorIndex for QdrantIndex {
         let Some(answer) = self.found(answer)? else { return Ok(Lists::default()) };
         let mut lists = answer.result.into_iter().map(|list| list.result.into_iter().map(hit).collect());
         let dense = if has_dense { lists.next().unwrap_or_else(|| Ok(Vec::new()))? } else { Vec::new() };
-        let lexical = lists.next().unwrap_or_else(|| Ok(Vec::new()))?;
+        let mut lexical = lists.next().unwrap_or_else(|| Ok(Vec::new()))?;
+        for hit in &mut lexical {
+            // The server takes the mean of the texts, BM25 is their sum.
+            hit.score *= texts as f32;
+        }
         Ok(Lists { dense, lexical, cosines: HashMap::new() })
     }
 
@@ -758,6 +761,21 @@ fn weighed(record: &ChunkRecord, meta: &CollectionMeta) -> Document {
     let options = [("k", k1), ("b", b), ("avg_len", meta.avg_len)];
     document.options.extend(options.map(|(name, value)| (name.to_owned(), Value::from(value))));
     document
+}
+
+/// The query that adds up what the texts find; `None` without texts.
+fn bm25(texts: Vec<String>) -> Option<Query> {
+    let mut documents: Vec<Document> =
+        texts.into_iter().map(|text| Document::new(text, BM25_MODEL)).collect();
+    if documents.len() < 2 {
+        return documents.pop().map(Query::new_nearest);
+    }
+    let documents: Vec<VectorInput> = documents.into_iter().map(VectorInput::from).collect();
+    let mean = RecommendInputBuilder::default()
+        .positive(documents)
+        .strategy(RecommendStrategy::AverageVector)
+        .build();
+    Some(Query::new_recommend(mean))
 }
 
 fn hit(point: ScoredPoint) -> Result<Hit, UpstreamError> {

@@ -405,8 +405,11 @@ impl Inner {
             return Ok(Lists::default());
         };
         let dense = vector.filter(|_| target.is_comparable).cloned();
-        let lexical = (query.mode != SearchMode::Dense || dense.is_none())
-            .then(|| target.meta.weighing.lexical_text(&query.text));
+        let lexical = if query.mode != SearchMode::Dense || dense.is_none() {
+            target.meta.weighing.query(&query.text)
+        } else {
+            Vec::new()
+        };
         let limit = (query.top_k * CANDIDATES_PER_PASSAGE).max(MIN_CANDIDATES);
         let search = Search { dense, lexical, selection, limit };
         Ok(self.guarded(self.index.search(&target.generation, search)).await?)
