@@ -207,6 +207,7 @@ fn searcher(
             max_top_k: gateway.max_top_k,
             default_threshold: config.rag.relevancy_threshold,
             passage_tokens: gateway.passage_tokens,
+            secondary_weight: gateway.secondary_weight,
             // A request must have time left for an answer from the cache.
             timeout: (gateway.timeout / 2).min(INDEX_TIMEOUT),
         },

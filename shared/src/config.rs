@@ -337,6 +337,8 @@ pub struct GatewayConfig {
     pub max_top_k: usize,
     /// `PASSAGE_TOKENS`: bound of a passage that is joined with its neighbours; zero: none is.
     pub passage_tokens: usize,
+    /// `SECONDARY_WEIGHT`: what counts of the lexical score of tests, changelogs and the like, from 0.1 to 1.
+    pub secondary_weight: f32,
     /// `RERANK_URL` and its companions.
     pub rerank: Option<RerankConfig>,
     /// `GATEWAY_TIMEOUT_SECONDS`: bound of one request.
@@ -758,6 +760,8 @@ impl Reader<'_> {
             max_body_bytes: self.size("MAX_BODY_BYTES", 1024..=1_073_741_824),
             max_top_k: self.size("MAX_TOP_K", 1..=1000),
             passage_tokens: self.size("PASSAGE_TOKENS", 0..=100_000),
+            #[expect(clippy::cast_possible_truncation, reason = "scores are f32")]
+            secondary_weight: self.decimal("SECONDARY_WEIGHT", 0.1..=1.0) as f32,
             rerank: self.rerank(),
             timeout: self.seconds("GATEWAY_TIMEOUT_SECONDS", 1..=3600),
             max_concurrency: self.size("GATEWAY_MAX_CONCURRENCY", 1..=100_000),

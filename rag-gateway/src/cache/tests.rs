@@ -203,6 +203,7 @@ impl Fleet {
                     max_top_k: 100,
                     default_threshold: None,
                     passage_tokens: 512,
+                    secondary_weight: 0.7,
                     timeout: Duration::from_secs(5),
                 },
             ),

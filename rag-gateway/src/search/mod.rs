@@ -1,5 +1,5 @@
 //! The search pipeline (DESIGN section 7): cache → embed the query → one search of each collection for
-//! both lists → fuse → threshold → rerank → diversify → collapse by file → join neighbours → answer.
+//! both lists → weigh kinds of files → fuse → threshold → rerank → diversify → collapse by file → join neighbours → answer.
 
 use std::{
     collections::HashSet,
@@ -29,6 +29,7 @@ use crate::{
 };
 
 mod diversity;
+mod kinds;
 mod passages;
 mod query;
 mod thresholds;
@@ -56,6 +57,8 @@ pub(crate) struct SearchConfig {
     pub(crate) default_threshold: Option<f32>,
     /// `PASSAGE_TOKENS`.
     pub(crate) passage_tokens: usize,
+    /// `SECONDARY_WEIGHT`.
+    pub(crate) secondary_weight: f32,
     /// Bound of one call of the index.
     pub(crate) timeout: Duration,
 }
@@ -286,10 +289,13 @@ impl Inner {
         let searching = Instant::now();
         let searches: Vec<_> =
             targets.iter().map(|target| self.lists(query, target, vector.as_deref())).collect();
-        let lists = try_join_all(searches).await?;
+        let mut lists = try_join_all(searches).await?;
         self.observe("search", searching);
 
         let ranking = Instant::now();
+        for list in &mut lists {
+            kinds::weigh(&query.text, query.secondary_weight, &mut list.lexical);
+        }
         let mut fused = fuse(lists, Weights::default());
         if let Some(vector) = &vector {
             self.fill_cosines(&targets, vector, &mut fused).await?;

@@ -22,7 +22,7 @@ const MAX_PASSAGE_TOKENS: usize = 100_000;
 
 /// Raised when the same query over the same index gives another answer than before: cached answers of
 /// an older release are then void.
-const PIPELINE: u32 = 2;
+const PIPELINE: u32 = 3;
 
 /// A valid query.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -38,6 +38,8 @@ pub(super) struct Query {
     pub(super) rerank: bool,
     pub(super) diversity: f32,
     pub(super) passage_tokens: usize,
+    /// Not of the request, but replicas that are set otherwise must not share answers.
+    pub(super) secondary_weight: f32,
     pub(super) path: Option<String>,
     pub(super) lang: Option<String>,
     pub(super) repo: Option<String>,
@@ -108,6 +110,7 @@ impl Query {
             // -0.0 and 0.0 are one query.
             diversity: diversity.unwrap_or_default() + 0.0,
             passage_tokens,
+            secondary_weight: config.secondary_weight,
             path,
             // As chunks have it.
             lang: lang.map(|lang| lang.to_lowercase()),
@@ -195,6 +198,7 @@ mod tests {
             max_top_k: 100,
             default_threshold: None,
             passage_tokens: 512,
+            secondary_weight: 0.7,
             timeout: Duration::from_secs(5),
         }
     }
@@ -235,6 +239,8 @@ mod tests {
         ] {
             assert_ne!(key(other.clone()), base, "{other:?}");
         }
+        let otherwise = SearchConfig { secondary_weight: 0.5, ..config() };
+        assert_ne!(Query::new(request("apple"), &otherwise).unwrap().key(Some("model"), None), base);
         let query = Query::new(request("apple"), &config()).unwrap();
         assert_ne!(query.key(None, None), base, "without embeddings the answer is another");
         assert_ne!(query.key(Some("model"), Some("reranker")), base);

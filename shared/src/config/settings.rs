@@ -367,6 +367,12 @@ pub static SETTINGS: &[Setting] = &[
         "Passages are joined with their neighbours in the file, up to this many tokens each (`passage_tokens` of a query); 0: never.",
     ),
     setting(
+        "SECONDARY_WEIGHT",
+        Some("0.7"),
+        Group::Gateway,
+        "What counts of the lexical score of tests, benchmarks, changelogs, licences and vendored code (of examples: half way to 1), from 0.1 to 1. A question that asks for them gets them in full; 1: nothing is weighed so.",
+    ),
+    setting(
         "RERANK_URL",
         None,
         Group::Gateway,
