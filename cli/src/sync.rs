@@ -6,7 +6,7 @@
 //! the gateway's time limit.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Mutex, MutexGuard},
     time::{Duration, Instant},
 };
@@ -20,12 +20,15 @@ use atlas_shared::{
     gateway_api::{
         DeleteDocuments, Document, DocumentOutcome, IndexedDocument, PutDocuments, PutDocumentsResult,
     },
-    gateway_client::GatewayClient,
+    gateway_client::{GatewayClient, PutFailure},
 };
 use futures::future::join_all;
 use tokio_util::sync::CancellationToken;
 
-use crate::error::{CliError, Result};
+use crate::{
+    error::{CliError, Result},
+    ui::count,
+};
 
 /// Requests at once: one is written while another is chunked and the next one is read and sent.
 const SENDERS: usize = 3;
@@ -199,7 +202,7 @@ impl State {
         self.give_back(batch);
     }
 
-    fn book(&mut self, answer: PutDocumentsResult, took: Duration) {
+    fn add(&mut self, answer: PutDocumentsResult) {
         self.outcome.tokens += answer.tokens;
         for result in answer.results {
             match result.outcome {
@@ -213,11 +216,23 @@ impl State {
                 }
             }
         }
+    }
+
+    fn book(&mut self, answer: PutDocumentsResult, took: Duration) {
+        self.add(answer);
         if took > SLOW {
             self.size = self.size.shrunk();
         } else if took < FAST {
             self.size = self.size.grown();
         }
+    }
+
+    /// Books what was done before a failure. What is left of the batch.
+    fn book_some(&mut self, done: PutDocumentsResult, mut batch: Vec<Candidate>) -> Vec<Candidate> {
+        let sources: BTreeSet<String> = done.results.iter().map(|result| result.source.clone()).collect();
+        batch.retain(|file| !sources.contains(&file.source));
+        self.add(done);
+        batch
     }
 
     fn progress(&self) -> Progress {
@@ -265,7 +280,8 @@ pub(crate) async fn run(
         shared.state.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     outcome.left = queue.len();
     if let Some(error) = fatal {
-        return (outcome, Err(explain(error)));
+        let left = outcome.left;
+        return (outcome, Err(explain(error, left)));
     }
     if stopped {
         return (outcome, Ok(()));
@@ -286,14 +302,15 @@ pub(crate) async fn run(
 }
 
 /// A server that wants to be left alone for hours is not broken: the day's tokens are used up.
-fn explain(error: UpstreamError) -> CliError {
+fn explain(error: UpstreamError, left: usize) -> CliError {
     match error {
         UpstreamError::Transient { message, retry_after: Some(after), .. } if after > LONGEST_WAIT => {
             let minutes = after.as_secs().div_ceil(60);
             CliError::failure(format!(
-                "the gateway asks to come back in {} h {} min",
+                "the gateway asks to come back in {} h {} min; {} left",
                 minutes / 60,
-                minutes % 60
+                minutes % 60,
+                count(left, "file")
             ))
             .because(message)
         }
@@ -326,13 +343,14 @@ async fn send(
                 failures = 0;
                 shared.state().book(answer, started.elapsed());
             }
-            Err(error) => {
-                failures += 1;
+            Err(PutFailure { error, done }) => {
+                failures = if done.results.is_empty() { failures + 1 } else { 1 };
+                let batch = shared.state().book_some(done, batch);
                 match next_step(&error, batch.len(), failures) {
                     Next::FailDocument => {
                         let mut state = shared.state();
-                        for document in &request.documents {
-                            state.outcome.failed.push((document.source.clone(), error.to_string()));
+                        for file in batch {
+                            state.outcome.failed.push((file.source, error.to_string()));
                         }
                     }
                     Next::Retry(delay) => {
@@ -530,8 +548,8 @@ mod tests {
         assert_eq!(next_step(&wait(5), 8, 1), Next::Retry(Duration::from_secs(5)));
         assert_eq!(next_step(&wait(36_000), 8, 1), Next::GiveUp);
         assert_eq!(next_step(&wait(5), 8, MAX_FAILURES), Next::GiveUp);
-        let explained = explain(wait(36_000)).to_string();
-        assert_eq!(explained, "the gateway asks to come back in 10 h 0 min\n  why: later");
+        let explained = explain(wait(36_000), 3).to_string();
+        assert_eq!(explained, "the gateway asks to come back in 10 h 0 min; 3 files left\n  why: later");
         let key = UpstreamError::misconfigured(Dependency::Gateway, "RAG_API_KEY", "401", "set it");
         assert_eq!(next_step(&key, 8, 1), Next::GiveUp);
     }

@@ -5,8 +5,9 @@
 
 mod support;
 
-use std::fs;
+use std::{fs, time::Duration};
 
+use atlas_openai_sim::{RunningSim, Sim, SimOptions};
 use serde_json::{Value, json};
 use support::{Sandbox, assert_citations_hold, wait};
 
@@ -176,4 +177,85 @@ fn an_interrupted_index_run_leaves_a_usable_index() {
     assert_eq!(again.stdout, "Nothing to do: all 300 files are indexed already.\n");
     let found = sandbox.atlas(&["search", "subject217", "--json", "-k", "1"]).ok().json();
     assert_eq!(found[0]["source"], "f217.md");
+}
+
+/// Files of about 1500 tokens each, whose embeddings a simulator counts. It serves as long as the runtime lives.
+fn embedded_project(runtime: &tokio::runtime::Runtime, files: usize) -> (Sandbox, RunningSim) {
+    let sim = runtime.block_on(Sim::start(SimOptions::default())).unwrap();
+    let sandbox = Sandbox::new(&[])
+        .with_env("OPENAI_BASE_URL", sim.base_url())
+        .with_env("OPENAI_API_KEY", "sk-test-key")
+        .with_env("DAILY_TOKEN_BUDGET", "1000000000");
+    for file in 0..files {
+        let words: Vec<String> = (0..360).map(|word| format!("w{file}x{word}")).collect();
+        let lines: Vec<String> = words.chunks(12).map(|words| format!("{}.\n", words.join(" "))).collect();
+        sandbox.write(&format!("docs/{file:02}.md"), &format!("# Part {file}\n\n{}", lines.concat()));
+    }
+    (sandbox, sim)
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+}
+
+fn used(sandbox: &Sandbox) -> u64 {
+    sandbox.atlas(&["budget", "show", "--json"]).ok().json()["budget"]["used"].as_u64().unwrap()
+}
+
+#[test]
+fn an_index_run_that_the_budget_ends_pays_for_nothing_twice_and_says_where_it_is() {
+    let runtime = runtime();
+    let (sandbox, sim) = embedded_project(&runtime, 50);
+    sandbox.atlas(&["index", "docs", "--collection", "whole"]).ok();
+    let cost = sim.meter().total_tokens();
+    sim.reset_meter();
+    sandbox.atlas(&["budget", "set", "--daily", &(cost + cost / 2).to_string()]).ok();
+
+    let refused = sandbox.atlas(&["index", "docs"]);
+    assert_eq!(refused.code, Some(1), "{}", refused.stderr);
+    let paid = sim.meter().total_tokens();
+    assert!(paid > 0 && paid < cost, "{paid} of {cost}");
+    assert_eq!(used(&sandbox), cost + paid);
+    let words: Vec<&str> = refused.stdout.split_whitespace().collect();
+    let indexed: usize = words[1].parse().unwrap();
+    assert!(words.starts_with(&["Indexed"]) && indexed > 0 && indexed < 50, "{}", refused.stdout);
+    let left = format!("; {} files left", 50 - indexed);
+    assert!(refused.stderr.contains(&left) && refused.stderr.contains("token budget"), "{}", refused.stderr);
+
+    sandbox.atlas(&["budget", "set", "--daily", "1000000000"]).ok();
+    let rest = sandbox.atlas(&["index", "docs"]).ok();
+    assert!(rest.stdout.starts_with(&format!("Indexed {} files", 50 - indexed)), "{}", rest.stdout);
+    assert_eq!((sim.meter().total_tokens(), used(&sandbox)), (cost, 2 * cost));
+}
+
+#[test]
+fn a_killed_index_run_pays_twice_for_no_more_than_four_calls() {
+    /// Calls at once, and the most that each carries: what GUARANTEES names.
+    const IN_FLIGHT: u64 = 4 * 16 * 1024;
+    let runtime = runtime();
+    let (sandbox, sim) = embedded_project(&runtime, 50);
+    sandbox.atlas(&["index", "docs", "--collection", "whole"]).ok();
+    let cost = sim.meter().total_tokens();
+    sim.reset_meter();
+    // The first calls are answered, all later ones hang.
+    let slow =
+        json!([{"kind": "embedding", "times": 3}, {"kind": "embedding", "delay_ms": 600_000, "times": 100}]);
+    sim.script(slow).unwrap();
+    let index = sandbox.start("index", &["index", "docs"]);
+    let started = std::time::Instant::now();
+    while sim.meter().calls() < 4 {
+        assert!(started.elapsed() < support::BOUND, "{}", sim.meter().calls());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    index.signal("KILL");
+    assert_eq!(index.exit_code(), 137);
+    sim.script(json!([])).unwrap();
+    let before = sim.meter().total_tokens();
+    let rest = sandbox.atlas(&["index", "docs"]).ok();
+    let paid = sim.meter().total_tokens();
+    assert!(paid - before < cost, "some were written before: {}", rest.stdout);
+    assert!(paid <= cost + IN_FLIGHT, "{paid} for {cost}");
+    let budget = sandbox.atlas(&["budget", "show", "--json"]).ok().json();
+    let booked = ["used", "reserved"].map(|field| budget["budget"][field].as_u64().unwrap());
+    assert!(booked[0] + booked[1] >= cost + paid, "never too little: {budget}");
 }

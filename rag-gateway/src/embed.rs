@@ -14,12 +14,16 @@ use atlas_shared::{
     resilience::{self, CircuitBreaker, RetryPolicy},
     secrets,
 };
-use futures::{StreamExt as _, TryStreamExt as _, stream};
 use moka::future::Cache;
 use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{error::GatewayError, metrics::Metrics};
+
+mod documents;
+
+pub(crate) use documents::{Complete, Embedding, Paid, Texts};
 
 /// Texts in one call.
 const MAX_BATCH_TEXTS: usize = 96;
@@ -31,7 +35,8 @@ const MAX_BATCH_TOKENS: u64 = 16 * 1024;
 /// Longest pause for a rate limit.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
-/// Calls at once, for one request or job.
+/// Calls at once for documents of a collection. Together with what one call may carry it bounds what a gateway that
+/// is killed has paid for and not written.
 const CONCURRENCY: usize = 4;
 
 /// Calls for queries at once: the next queries gather meanwhile.
@@ -48,6 +53,8 @@ pub(crate) struct BookedEmbedder {
     policy: RetryPolicy,
     breaker: CircuitBreaker,
     metrics: Metrics,
+    /// No call for documents begins any more.
+    stop: CancellationToken,
 }
 
 /// Vectors in the order of their texts.
@@ -65,6 +72,7 @@ impl BookedEmbedder {
         limits: Limits,
         resilience: &ResilienceConfig,
         metrics: &Metrics,
+        stop: CancellationToken,
     ) -> Self {
         Self {
             embedder,
@@ -73,6 +81,7 @@ impl BookedEmbedder {
             policy: RetryPolicy::new(resilience),
             breaker: CircuitBreaker::new(Dependency::Embedder, resilience).with_metrics(&metrics.upstream),
             metrics: metrics.clone(),
+            stop,
         }
     }
 
@@ -106,28 +115,13 @@ impl BookedEmbedder {
         }
     }
 
-    /// Embeds texts of any number: in batches, several at once, with retries.
-    pub(crate) async fn embed_texts(
+    /// One call for documents, with retries.
+    async fn embed_patiently(
         self: &Arc<Self>,
         texts: &[String],
         tenant: Option<&str>,
     ) -> Result<Embedded, GatewayError> {
-        let weigh = |text: &String| self.embedder.tokens_upper_bound(std::slice::from_ref(text)).0;
-        let batches: Vec<Embedded> = stream::iter(batches(texts, weigh))
-            .map(|batch| async move {
-                // Queries do not wait: they are few, and somebody waits for them.
-                self.pace(&batch).await;
-                resilience::retry(&self.policy, &self.breaker, || self.attempt(batch.clone(), tenant)).await?
-            })
-            .buffered(CONCURRENCY)
-            .try_collect()
-            .await?;
-        let mut all = Embedded::default();
-        for batch in batches {
-            all.tokens += batch.tokens;
-            all.vectors.extend(batch.vectors);
-        }
-        Ok(all)
+        resilience::retry(&self.policy, &self.breaker, || self.attempt(texts.to_vec(), tenant)).await?
     }
 
     /// Waits for the API's rate limit, for a while: then the server may say no by itself.

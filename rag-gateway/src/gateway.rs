@@ -115,8 +115,10 @@ impl Gateway {
         let addr = listener.local_addr().map_err(|source| StartError::Listen { address, source })?;
         let metrics = Metrics::new()?;
         let index = index::open(&config.gateway).await?;
+        let stop = CancellationToken::new();
         let embedder = embedder.map(|embedder| {
-            Arc::new(BookedEmbedder::new(embedder, ledger, config.limits, &config.resilience, &metrics))
+            let (limits, resilience) = (config.limits, &config.resilience);
+            Arc::new(BookedEmbedder::new(embedder, ledger, limits, resilience, &metrics, stop.clone()))
         });
         let indexer = Arc::new(Indexer::new(
             Arc::clone(&index),
@@ -127,7 +129,6 @@ impl Gateway {
         ));
         let default_collection = config.rag.collection.clone();
         let searcher = Arc::new(searcher(config, &index, embedder.clone(), &metrics)?);
-        let stop = CancellationToken::new();
         let sources = Arc::new(Sources::new(&config.gateway, config.data_dir.clone()));
         let (jobs, runner) = Jobs::new(
             jobs::store::open(config).await?,

@@ -3,8 +3,9 @@
 //! Idempotent by tenant, repository, source and content hash: an unchanged document costs no
 //! embedding and no write. A changed one is written first and its older revision deleted after, and
 //! searches keep only the newest revision they see, so readers never get both. Work goes in groups
-//! of documents; what a finished group has written stays, so whoever was stopped by a budget or a
-//! crash sends the same again and pays only for the rest.
+//! of documents; where they are embedded, each is written as soon as its vectors are there. What is written stays,
+//! and so does what was paid for and could not be written yet (see [`crate::embed::Embedding`]): whoever was stopped
+//! by a budget, an outage or a restart sends the same again and pays only for the rest.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -30,7 +31,7 @@ use uuid::Uuid;
 
 use crate::{
     chunk::{self, Chunker},
-    embed::BookedEmbedder,
+    embed::{BookedEmbedder, Complete, Embedding, Paid, Texts},
     error::GatewayError,
     index::{
         ChangeId, ChunkRecord, CollectionMeta, NewChunk, Provenance, Selection, VectorIndex, Weighing, names,
@@ -40,7 +41,7 @@ use crate::{
 
 mod rebuild;
 
-/// Bytes of documents that are chunked, embedded and written together: what a crash makes somebody pay for again.
+/// Bytes of documents that are chunked together, and written together where nothing is embedded.
 const GROUP_BYTES: usize = 512 * 1024;
 
 /// Documents in such a group.
@@ -75,10 +76,13 @@ const MAX_NAME_BYTES: usize = 256;
 pub(crate) struct Indexer {
     index: Arc<dyn VectorIndex>,
     embedder: Option<Arc<BookedEmbedder>>,
+    paid: Arc<Paid>,
     chunker: Chunker,
     /// How new collections are weighed.
     weighing: Weighing,
     metrics: Metrics,
+    /// Held by whoever embeds and writes: with the other end of it one waits until nobody does.
+    under_way: tokio::sync::RwLock<()>,
     /// One writer a collection in this process.
     locks: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// Chunks in each collection when its average length was last looked at.
@@ -123,6 +127,29 @@ struct Group {
     restated: HashMap<Provenance, Vec<String>>,
 }
 
+/// Why documents were not all indexed, and those that were.
+#[derive(Clone, Debug)]
+pub(crate) struct PutError {
+    pub(crate) error: GatewayError,
+    /// Finished before, with all tokens that were billed.
+    pub(crate) done: PutDocumentsResult,
+}
+
+impl From<PutError> for GatewayError {
+    fn from(PutError { error, .. }: PutError) -> Self {
+        error
+    }
+}
+
+/// What became of a group.
+#[derive(Default)]
+struct Written {
+    /// Tokens that were booked.
+    tokens: u64,
+    /// Positions of the documents that are not written.
+    left: HashSet<usize>,
+}
+
 /// A document that must be written, chunked.
 struct Prepared {
     position: usize,
@@ -141,6 +168,8 @@ impl Indexer {
         metrics: Metrics,
     ) -> Self {
         Self {
+            paid: Arc::new(Paid::new(Arc::clone(&index))),
+            under_way: tokio::sync::RwLock::default(),
             index,
             embedder,
             chunker,
@@ -153,18 +182,31 @@ impl Indexer {
     }
 
     /// Indexes documents; they are searchable when this returns. `progress` is told about every
-    /// finished group.
+    /// finished group, and about what was finished of one that failed.
     pub(crate) async fn put(
         &self,
         collection: &str,
         documents: Vec<Document>,
         progress: impl FnMut(&[DocumentResult], u64) + Send,
-    ) -> Result<PutDocumentsResult, GatewayError> {
-        let mut change = Change::of(&self.index, collection).await?;
-        let result = self.put_groups(collection, documents, progress, &mut change).await;
-        // What was written before a failure stays, so it is announced all the same.
-        change.end().await?;
-        result
+    ) -> Result<PutDocumentsResult, PutError> {
+        let mut done = PutDocumentsResult { results: Vec::with_capacity(documents.len()), tokens: 0 };
+        let result = async {
+            let mut change = Change::of(&self.index, collection).await?;
+            let result = self.put_groups(collection, documents, progress, &mut change, &mut done).await;
+            // What was written before a failure stays, so it is announced all the same.
+            let ended = change.end().await;
+            result.and(ended)
+        };
+        match result.await {
+            Ok(()) => Ok(done),
+            Err(error) => Err(PutError { error, done }),
+        }
+    }
+
+    /// Returns when what is being embedded or written now is written. Whoever wants nothing to follow stops the
+    /// embedder before.
+    pub(crate) async fn settled(&self) {
+        drop(self.under_way.write().await);
     }
 
     async fn put_groups(
@@ -173,12 +215,12 @@ impl Indexer {
         documents: Vec<Document>,
         mut progress: impl FnMut(&[DocumentResult], u64) + Send,
         change: &mut Change,
-    ) -> Result<PutDocumentsResult, GatewayError> {
+        done: &mut PutDocumentsResult,
+    ) -> Result<(), GatewayError> {
         // Only a rebuild makes generations: one that a writer made would be taken for the newest by the next rebuild.
         if names::parse(collection).is_some() && self.index.meta(collection).await?.is_none() {
             return Err(GatewayError::UnknownCollection(collection.to_owned()));
         }
-        let mut all = PutDocumentsResult { results: Vec::with_capacity(documents.len()), tokens: 0 };
         let lock = self.lock_of(collection);
         let embeds = self.embedder.is_some();
         let mut groups = stream::iter(groups(documents, if embeds { 1 } else { LEXICAL_GROUPS }))
@@ -187,19 +229,30 @@ impl Indexer {
             .boxed();
         while let Some(group) = groups.next().await {
             let Group { mut results, prepared, restated } = group?;
-            let mut tokens = 0;
+            let mut written = Written::default();
+            let mut outcome = Ok(());
             if !prepared.is_empty() || !restated.is_empty() {
                 // What others write while this group was chunked, and after, makes no difference: the revision is
                 // given here, so whoever comes last replaces what was before.
                 let _writing = lock.lock().await;
+                let _under_way = self.under_way.read().await;
                 change.begin().await?;
                 for (provenance, docs) in restated {
                     self.index.restate(collection, docs, provenance).await?;
                 }
-                tokens = self.write(collection, prepared, self.next_rev(), &mut results).await?;
+                written.left = prepared.iter().map(|document| document.position).collect();
+                if !prepared.is_empty() {
+                    let (rev, written) = (self.next_rev(), &mut written);
+                    outcome = self.write(collection, prepared, rev, &mut results, written).await;
+                }
                 // Each group is searchable from here on, also for those who asked before.
-                change.announce().await?;
+                outcome = outcome.and(change.announce().await);
             }
+            let mut position = 0;
+            results.retain(|_| {
+                position += 1;
+                !written.left.contains(&(position - 1))
+            });
             for result in &results {
                 let outcome = match result.outcome {
                     DocumentOutcome::Unchanged => "unchanged",
@@ -208,15 +261,16 @@ impl Indexer {
                 };
                 self.metrics.index_documents.with_label_values(&[outcome]).inc();
             }
-            progress(&results, tokens);
-            all.tokens += tokens;
-            all.results.extend(results);
+            progress(&results, written.tokens);
+            done.tokens += written.tokens;
+            done.results.extend(results);
+            outcome?;
         }
         if change.has_begun() && self.has_drifted(collection).await?.is_some() {
             let _writing = lock.lock().await;
             self.keep_weights(collection).await?;
         }
-        Ok(all)
+        Ok(())
     }
 
     /// Documents that may be kept until they are indexed, and what is to be said of the others.
@@ -367,50 +421,75 @@ impl Indexer {
         Ok(whole)
     }
 
-    /// Embeds and writes one group; returns the tokens that were billed.
+    /// Embeds and writes one group: each document as soon as it is complete.
     async fn write(
         &self,
         collection: &str,
         prepared: Vec<Prepared>,
         rev: i64,
         results: &mut [DocumentResult],
-    ) -> Result<u64, GatewayError> {
-        if prepared.is_empty() {
-            return Ok(0);
-        }
-        let meta = self.index.meta(collection).await?;
+        written: &mut Written,
+    ) -> Result<(), GatewayError> {
+        let mut meta = self.index.meta(collection).await?;
         let embedder = self.embedder_for(collection, meta.as_ref())?;
-        let mut embedded = crate::embed::Embedded::default();
-        if let Some(embedder) = &embedder {
-            // Each tenant pays for its own.
-            let mut by_tenant: Vec<(Option<String>, Vec<String>)> = Vec::new();
-            for document in &prepared {
-                let texts = document.records.iter().map(ChunkRecord::contextual_text);
-                match by_tenant.last_mut() {
-                    Some((tenant, batch)) if *tenant == document.tenant => batch.extend(texts),
-                    _ => by_tenant.push((document.tenant.clone(), texts.collect())),
+        let texts = prepared.iter().map(|document| Texts {
+            tenant: document.tenant.clone(),
+            texts: match embedder {
+                Some(_) => document.records.iter().map(ChunkRecord::contextual_text).collect(),
+                None => Vec::new(),
+            },
+        });
+        let mut embedding = Embedding::begin(embedder.as_ref(), &self.paid, texts.collect()).await?;
+        // A new collection is weighed by the whole group: the first documents of it are no fair sample.
+        let mean = mean_terms(prepared.iter().flat_map(|document| &document.records)).unwrap_or(1.0);
+        let mut prepared: Vec<Option<Prepared>> = prepared.into_iter().map(Some).collect();
+        while let Some(complete) = embedding.next().await {
+            let taken: Vec<usize> = complete.iter().map(|(at, _)| *at).collect();
+            let documents: Vec<(Prepared, Complete)> = complete
+                .into_iter()
+                .filter_map(|complete| Some((prepared[complete.0].take()?, complete)))
+                .collect();
+            let lines: Vec<(usize, usize)> =
+                documents.iter().map(|(document, _)| (document.position, document.records.len())).collect();
+            let model = embedder.as_deref();
+            match self.write_complete(collection, &mut meta, model, mean, documents, rev).await {
+                Ok(()) => {
+                    embedding.written(taken).await;
+                    for (position, chunks) in lines {
+                        results[position].chunks = chunks;
+                        written.left.remove(&position);
+                    }
                 }
-            }
-            for (tenant, texts) in by_tenant {
-                let part = embedder.embed_texts(&texts, tenant.as_deref()).await?;
-                embedded.tokens += part.tokens;
-                embedded.vectors.extend(part.vectors);
+                Err(error) => embedding.not_written(error),
             }
         }
-        let size = embedded.vectors.first().map(Vec::len);
-        let has_chunks = prepared.iter().any(|document| !document.records.is_empty());
-        if has_chunks {
-            self.ensure(collection, meta, embedder.as_deref(), size, &prepared).await?;
+        let (tokens, error) = embedding.end().await;
+        written.tokens = tokens;
+        error.map_or(Ok(()), Err)
+    }
+
+    /// Writes documents with their vectors, and deletes their older revisions.
+    async fn write_complete(
+        &self,
+        collection: &str,
+        meta: &mut Option<CollectionMeta>,
+        embedder: Option<&BookedEmbedder>,
+        mean: f64,
+        documents: Vec<(Prepared, Complete)>,
+        rev: i64,
+    ) -> Result<(), GatewayError> {
+        if documents.iter().any(|(document, _)| !document.records.is_empty()) {
+            let size = documents.iter().find_map(|(_, (_, vectors))| vectors.first().map(Vec::len));
+            self.ensure(collection, meta, embedder, size, mean).await?;
         } else if meta.is_none() {
-            return Ok(0);
+            return Ok(());
         }
-        let docs = prepared.iter().map(|document| document.doc.clone()).collect();
+        let docs = documents.iter().map(|(document, _)| document.doc.clone()).collect();
         let obsolete = Selection { docs: Some(docs), rev_below: Some(rev), ..Selection::default() };
-        let mut vectors = embedded.vectors.into_iter();
         let mut chunks = Vec::new();
-        for document in prepared {
+        for (document, (_, vectors)) in documents {
             tracing::debug!(source = document.source, chunks = document.records.len(), "document indexed");
-            results[document.position].chunks = document.records.len();
+            let mut vectors = vectors.into_iter();
             for mut record in document.records {
                 record.rev = rev;
                 let id = chunk_id(&record);
@@ -418,8 +497,7 @@ impl Indexer {
             }
         }
         self.metrics.index_chunks.inc_by(chunks.len() as u64);
-        self.index.upsert(collection, chunks, Some(obsolete)).await?;
-        Ok(embedded.tokens)
+        Ok(self.index.upsert(collection, chunks, Some(obsolete)).await?)
     }
 
     /// The embedder that a collection needs: none for a lexical one, its own for another.
@@ -445,22 +523,21 @@ impl Indexer {
     async fn ensure(
         &self,
         collection: &str,
-        meta: Option<CollectionMeta>,
+        meta: &mut Option<CollectionMeta>,
         embedder: Option<&BookedEmbedder>,
         size: Option<usize>,
-        prepared: &[Prepared],
+        mean: f64,
     ) -> Result<(), GatewayError> {
         let meta = match meta {
             Some(meta) => meta,
             None => {
-                let records = || prepared.iter().flat_map(|document| &document.records);
                 let new = CollectionMeta {
                     embedding_model: embedder.map(|embedder| embedder.model().to_owned()),
                     embedding_size: size,
-                    avg_len: mean_terms(records()).unwrap_or(1.0),
+                    avg_len: mean,
                     weighing: self.weighing,
                 };
-                self.index.ensure(collection, &new).await?
+                meta.insert(self.index.ensure(collection, &new).await?)
             }
         };
         if meta.embedding_size == size {
@@ -472,7 +549,7 @@ impl Indexer {
             collection: collection.to_owned(),
             built_with: format!(
                 "{} ({})",
-                meta.embedding_model.unwrap_or_default(),
+                meta.embedding_model.clone().unwrap_or_default(),
                 words(meta.embedding_size)
             ),
             configured: format!("the server gives vectors of {}", words(size)),

@@ -343,3 +343,197 @@ fn files_with(dir: &std::path::Path, text: &str) -> Vec<std::path::PathBuf> {
     }
     found
 }
+
+/// A document of so many tokens, about, that no other has the words of.
+fn long_document(number: usize, tokens: usize) -> Value {
+    let words: Vec<String> = (0..tokens / 4).map(|word| format!("w{number}x{word}")).collect();
+    let lines: Vec<String> = words.chunks(12).map(|words| format!("{}.\n", words.join(" "))).collect();
+    json!({"source": format!("{number:02}.md"), "text": format!("# Part {number}\n\n{}", lines.concat())})
+}
+
+/// Some calls' worth of them.
+fn many_documents() -> Value {
+    (0..40).map(|number| long_document(number, 1500)).collect()
+}
+
+fn indexed_sources(list: &Value) -> Vec<&str> {
+    let documents = list["documents"].as_array().unwrap();
+    documents.iter().map(|document| document["source"].as_str().unwrap()).collect()
+}
+
+/// What indexing these costs when nothing goes wrong.
+async fn cost_of(documents: &Value) -> u64 {
+    let (sim, url) = sim().await;
+    let stand = stand(&url, &[]).await;
+    stand.put(documents.clone()).await.ok();
+    stand.gateway.shutdown().await;
+    sim.meter().total_tokens()
+}
+
+async fn job_until(stand: &Stand, id: &str, is_so: impl Fn(&Value) -> bool) -> Value {
+    let waited = tokio::time::timeout(Duration::from_secs(120), async {
+        loop {
+            let status = stand.get(&format!("/v1/jobs/{id}")).await.ok();
+            if is_so(&status) {
+                return status;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    waited.await.expect("the job gets there")
+}
+
+#[tokio::test]
+async fn what_was_paid_for_when_the_budget_ends_is_indexed_and_never_paid_again() {
+    let documents = many_documents();
+    let cost = cost_of(&documents).await;
+    let (sim, url) = sim().await;
+    let dir = Arc::new(tempfile::tempdir().unwrap());
+    let half = (cost / 2).to_string();
+    let poor = stand_in(Arc::clone(&dir), &url, &[("DAILY_TOKEN_BUDGET", half.as_str())]).await;
+    let refused = poor.put(documents.clone()).await;
+    let detail = refused.problem(429, "budget_exhausted");
+    let paid = sim.meter().total_tokens();
+    assert!(paid > 0);
+    assert_eq!(booked(&poor).await, (paid, 0));
+    let done = &refused.body["done"];
+    assert_eq!(done["tokens"], paid);
+    let finished: Vec<&str> =
+        done["results"].as_array().unwrap().iter().map(|result| result["source"].as_str().unwrap()).collect();
+    assert!(!finished.is_empty() && finished.len() < 40, "{detail}");
+    assert!(detail.contains(&format!("finished before: {}", finished.len())), "{detail}");
+    assert_eq!(indexed_sources(&poor.get("/v1/documents").await.ok()), finished, "in their order");
+    poor.gateway.shutdown().await;
+
+    let rich = stand_in(dir, &url, &[]).await;
+    assert_eq!(rich.put(documents).await.ok()["tokens"], cost - paid);
+    assert_eq!((sim.meter().total_tokens(), booked(&rich).await), (cost, (cost, 0)));
+    assert_eq!(indexed_sources(&rich.get("/v1/documents").await.ok()).len(), 40);
+    rich.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_document_larger_than_what_is_left_is_paid_for_once_and_never_seen_in_part() {
+    let documents = json!([long_document(0, 1500), long_document(1, 60_000)]);
+    let cost = cost_of(&documents).await;
+    let (sim, url) = sim().await;
+    let dir = Arc::new(tempfile::tempdir().unwrap());
+    let mut paid = 0;
+    // As on two days, each too poor for all of it.
+    for share in [3, 2] {
+        let budget = (cost * 2 / share).max(paid + 20_000).min(cost - 5000).to_string();
+        let poor = stand_in(Arc::clone(&dir), &url, &[("DAILY_TOKEN_BUDGET", budget.as_str())]).await;
+        let refused = poor.put(documents.clone()).await;
+        refused.problem(429, "budget_exhausted");
+        let now = sim.meter().total_tokens();
+        assert!(now > paid, "{now} after {paid} of {cost}");
+        assert_eq!(
+            (refused.body["done"]["tokens"].as_u64(), booked(&poor).await),
+            (Some(now - paid), (now, 0))
+        );
+        paid = now;
+        assert_eq!(indexed_sources(&poor.get("/v1/documents").await.ok()), ["00.md"]);
+        let words = json!({"query": "w1x0 w1x1 w1x2 w1x500 w1x4000", "mode": "lexical"});
+        assert_eq!(poor.post("/v1/query_chat", words).await.ok(), json!([]));
+        assert!(dir.path().join("vectors/paid.vectors").read_dir().unwrap().next().is_some());
+        poor.gateway.shutdown().await;
+    }
+    let rich = stand_in(Arc::clone(&dir), &url, &[]).await;
+    assert_eq!(rich.put(documents).await.ok()["tokens"], cost - paid);
+    assert_eq!((sim.meter().total_tokens(), booked(&rich).await), (cost, (cost, 0)));
+    let left = dir.path().join("vectors/paid.vectors").read_dir().unwrap().count();
+    assert_eq!(left, 0, "what is written is not kept any more");
+    rich.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn an_outage_after_some_calls_loses_none_of_them() {
+    let documents = json!([long_document(0, 1500), long_document(1, 60_000), long_document(2, 1500)]);
+    let cost = cost_of(&documents).await;
+    let (sim, url) = sim().await;
+    let stand = stand(&url, &[]).await;
+    // Refused without being billed; the words are in one of the later calls of the large document.
+    sim.script(json!([{"kind": "embedding", "match": "w1x9000", "fault": "503", "times": 50}])).unwrap();
+    stand.put(documents.clone()).await.problem(503, "upstream_unavailable");
+    sim.script(json!([])).unwrap();
+    let paid = sim.meter().total_tokens();
+    assert!(paid > 0 && paid < cost, "{paid} of {cost}");
+    assert_eq!(stand.put(documents).await.ok()["tokens"], cost - paid);
+    assert_eq!(sim.meter().total_tokens(), cost);
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn an_index_job_goes_on_from_where_the_budget_ended() {
+    let documents = many_documents();
+    let cost = cost_of(&documents).await;
+    let (sim, url) = sim().await;
+    let dir = Arc::new(tempfile::tempdir().unwrap());
+    let half = (cost / 2).to_string();
+    let poor = stand_in(Arc::clone(&dir), &url, &[("DAILY_TOKEN_BUDGET", half.as_str())]).await;
+    let id = poor.post("/v1/embed_batch", documents).await.ok()["job_id"].as_str().unwrap().to_owned();
+    let waiting = job_until(&poor, &id, |status| status["note"].is_string()).await;
+    let paid = sim.meter().total_tokens();
+    let done = waiting["documents_done"].as_u64().unwrap();
+    assert!(done > 0 && done < 40 && paid > 0, "{waiting}");
+    assert_eq!((waiting["tokens"].as_u64(), booked(&poor).await), (Some(paid), (paid, 0)));
+    poor.gateway.shutdown().await;
+
+    let rich = stand_in(dir, &url, &[]).await;
+    let ended = job_until(&rich, &id, |status| status["state"] == "done").await;
+    assert_eq!((&ended["documents_done"], ended["tokens"].as_u64()), (&json!(40), Some(cost)));
+    assert_eq!((sim.meter().total_tokens(), booked(&rich).await), (cost, (cost, 0)));
+    rich.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_gateway_that_stops_writes_what_its_jobs_have_paid_for() {
+    // More calls than are made at once.
+    let documents: Value = (0..60).map(|number| long_document(number, 1500)).collect();
+    let cost = cost_of(&documents).await;
+    let (sim, url) = sim().await;
+    let dir = Arc::new(tempfile::tempdir().unwrap());
+    let first = stand_in(Arc::clone(&dir), &url, &[]).await;
+    sim.script(json!([{"kind": "embedding", "delay_ms": 500, "times": 50}])).unwrap();
+    let id = first.post("/v1/embed_batch", documents).await.ok()["job_id"].as_str().unwrap().to_owned();
+    // The meter counts when a call comes in.
+    job_until(&first, &id, |_| sim.meter().total_tokens() > 0).await;
+    first.gateway.shutdown().await;
+    let paid = sim.meter().total_tokens();
+    assert!(paid > 0 && paid < cost, "{paid} of {cost}");
+    sim.script(json!([])).unwrap();
+
+    let second = stand_in(dir, &url, &[]).await;
+    let ended = job_until(&second, &id, |status| status["state"] == "done").await;
+    assert_eq!(ended["tokens"].as_u64(), Some(cost));
+    assert_eq!((sim.meter().total_tokens(), booked(&second).await), (cost, (cost, 0)));
+    second.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_rebuild_goes_on_from_where_the_budget_ended() {
+    let documents = many_documents();
+    let cost = cost_of(&documents).await;
+    let (sim, url) = sim().await;
+    let dir = Arc::new(tempfile::tempdir().unwrap());
+    let lexical = stand_in(Arc::clone(&dir), &url, &[("OPENAI_EMBEDDING_MODEL", "none")]).await;
+    lexical.put(documents).await.ok();
+    lexical.gateway.shutdown().await;
+
+    let half = (cost / 2).to_string();
+    let poor = stand_in(Arc::clone(&dir), &url, &[("DAILY_TOKEN_BUDGET", half.as_str())]).await;
+    let started = poor.post("/v1/collections/atlas/rebuild", json!({})).await.ok();
+    let id = started["job_id"].as_str().unwrap().to_owned();
+    let waiting = job_until(&poor, &id, |status| status["note"].is_string()).await;
+    let paid = sim.meter().total_tokens();
+    let done = waiting["documents_done"].as_u64().unwrap();
+    assert!(done > 0 && done < 40 && paid > 0, "{waiting}");
+    assert_eq!((waiting["tokens"].as_u64(), booked(&poor).await), (Some(paid), (paid, 0)));
+    poor.gateway.shutdown().await;
+
+    let rich = stand_in(dir, &url, &[]).await;
+    let ended = job_until(&rich, &id, |status| status["state"] == "done").await;
+    assert_eq!((&ended["documents_done"], ended["tokens"].as_u64()), (&json!(40), Some(cost)));
+    assert_eq!((sim.meter().total_tokens(), booked(&rich).await), (cost, (cost, 0)));
+    rich.gateway.shutdown().await;
+}

@@ -263,7 +263,7 @@ pub struct DocumentResult {
 }
 
 /// The answer to `PUT /v1/documents`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PutDocumentsResult {
     /// One a document, in order.
     pub results: Vec<DocumentResult>,
@@ -448,4 +448,7 @@ pub struct Problem {
     pub status: u16,
     /// What happened, why, and what to do.
     pub detail: String,
+    /// Of a request with documents: what was done of it before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub done: Option<PutDocumentsResult>,
 }

@@ -24,6 +24,9 @@ use crate::{
 /// No answer of the gateway is larger: `MAX_TOP_K` passages, or the list of a big collection.
 const MAX_ANSWER_BYTES: usize = 64 << 20;
 
+/// No error is larger: one may name the documents that were done before it.
+const MAX_PROBLEM_BYTES: usize = 4 << 20;
+
 /// Talks to one gateway. Clones share connections.
 #[derive(Clone, Debug)]
 pub struct GatewayClient {
@@ -40,6 +43,21 @@ pub struct QueryAnswer {
     pub passages: Vec<Passage>,
     /// How the answer is less than it could be (`lexical`, `stale`); `None`: it is not.
     pub degraded: Option<String>,
+}
+
+/// Why documents were not all indexed, and those that were.
+#[derive(Clone, Debug)]
+pub struct PutFailure {
+    /// What happened.
+    pub error: UpstreamError,
+    /// Documents that were finished before, and all tokens that were billed.
+    pub done: PutDocumentsResult,
+}
+
+impl From<PutFailure> for UpstreamError {
+    fn from(PutFailure { error, .. }: PutFailure) -> Self {
+        error
+    }
 }
 
 impl GatewayClient {
@@ -72,8 +90,15 @@ impl GatewayClient {
     }
 
     /// Indexes documents, and returns when they are searchable.
-    pub async fn put_documents(&self, request: &PutDocuments) -> Result<PutDocumentsResult, UpstreamError> {
-        self.call(self.request(Method::PUT, "v1/documents")?.json(request)).await
+    pub async fn put_documents(&self, request: &PutDocuments) -> Result<PutDocumentsResult, PutFailure> {
+        let nothing = |error| PutFailure { error, done: PutDocumentsResult::default() };
+        let request = self.request(Method::PUT, "v1/documents").map_err(nothing)?.json(request);
+        let response = attempt(request).await.map_err(nothing)?;
+        if response.status().is_success() {
+            return read(response).await.map_err(nothing);
+        }
+        let (error, done) = refusal(response).await;
+        Err(PutFailure { error, done: done.unwrap_or_default() })
     }
 
     /// Removes documents.
@@ -183,20 +208,24 @@ impl GatewayClient {
     }
 
     async fn send(&self, request: RequestBuilder) -> Result<reqwest::Response, UpstreamError> {
-        let response = request.send().await.map_err(|error| {
-            if error.is_builder() {
-                UpstreamError::misconfigured(
-                    Dependency::Gateway,
-                    "RAG_API_KEY",
-                    "the request could not be built",
-                    "copy the key again, on one line, without quotes",
-                )
-            } else {
-                UpstreamError::transient(Dependency::Gateway, http_client::describe(&error))
-            }
-        })?;
-        if response.status().is_success() { Ok(response) } else { Err(refusal(response).await) }
+        let response = attempt(request).await?;
+        if response.status().is_success() { Ok(response) } else { Err(refusal(response).await.0) }
     }
+}
+
+async fn attempt(request: RequestBuilder) -> Result<reqwest::Response, UpstreamError> {
+    request.send().await.map_err(|error| {
+        if error.is_builder() {
+            UpstreamError::misconfigured(
+                Dependency::Gateway,
+                "RAG_API_KEY",
+                "the request could not be built",
+                "copy the key again, on one line, without quotes",
+            )
+        } else {
+            UpstreamError::transient(Dependency::Gateway, http_client::describe(&error))
+        }
+    })
 }
 
 /// A collection's name as a part of a path: it is either harmless there or no name.
@@ -226,8 +255,8 @@ async fn read<T: DeserializeOwned>(response: reqwest::Response) -> Result<T, Ups
     })
 }
 
-/// An answer with an error status, as a decision.
-async fn refusal(response: reqwest::Response) -> UpstreamError {
+/// An answer with an error status, as a decision, with what was done before.
+async fn refusal(response: reqwest::Response) -> (UpstreamError, Option<PutDocumentsResult>) {
     let status = response.status();
     let retry_after = http_client::retry_after(response.headers());
     let is_problem = response
@@ -235,13 +264,14 @@ async fn refusal(response: reqwest::Response) -> UpstreamError {
         .get(header::CONTENT_TYPE)
         .and_then(|value| value.to_str().ok())
         .is_some_and(|kind| kind.starts_with("application/problem+json"));
-    let body = http_client::bounded_body(response, 64 << 10).await.unwrap_or_default();
-    let problem: Option<Problem> = serde_json::from_slice(&body).ok();
+    let body = http_client::bounded_body(response, MAX_PROBLEM_BYTES).await.unwrap_or_default();
+    let mut problem: Option<Problem> = serde_json::from_slice(&body).ok();
+    let done = problem.as_mut().and_then(|problem| problem.done.take());
     let message = match &problem {
         Some(problem) => format!("{status}: {}", http_client::excerpt(&problem.detail, 1000)),
         None => format!("{status}: {}", http_client::excerpt(&String::from_utf8_lossy(&body), 600)),
     };
-    match status {
+    let error = match status {
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => UpstreamError::misconfigured(
             Dependency::Gateway,
             "RAG_API_KEY",
@@ -266,7 +296,8 @@ async fn refusal(response: reqwest::Response) -> UpstreamError {
             let code = problem.map_or_else(|| format!("http_{}", status.as_u16()), |problem| problem.kind);
             UpstreamError::permanent(Dependency::Gateway, &code, message)
         }
-    }
+    };
+    (error, done)
 }
 
 #[cfg(test)]

@@ -238,7 +238,8 @@ impl Eval {
                 at += 1;
             }
             let request = PutDocuments { collection: Some(collection.to_owned()), documents };
-            let answer = patiently(|| access.client.put_documents(&request)).await?;
+            let put = async || access.client.put_documents(&request).await.map_err(UpstreamError::from);
+            let answer = patiently(put).await?;
             if let Some(failed) =
                 answer.results.iter().find(|result| result.outcome == DocumentOutcome::Failed)
             {

@@ -125,6 +125,15 @@ impl VectorIndex for Watched {
     async fn drop_collection(&self, name: &str) -> Result<bool, UpstreamError> {
         self.inner.drop_collection(name).await
     }
+    async fn keep_vectors(&self, vectors: Vec<(Uuid, Vec<f32>)>) -> Result<(), UpstreamError> {
+        self.inner.keep_vectors(vectors).await
+    }
+    async fn kept_vectors(&self, ids: &[Uuid]) -> Result<HashMap<Uuid, Vec<f32>>, UpstreamError> {
+        self.inner.kept_vectors(ids).await
+    }
+    async fn forget_vectors(&self, ids: Vec<Uuid>) -> Result<(), UpstreamError> {
+        self.inner.forget_vectors(ids).await
+    }
     async fn version(&self, names: &[String]) -> Result<Version, UpstreamError> {
         self.up()?;
         self.inner.version(names).await

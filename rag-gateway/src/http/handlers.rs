@@ -141,7 +141,7 @@ pub(super) async fn job(
     responses(
         (status = 200, description = "One result a document, in order. What is `indexed` is searchable now.", body = PutDocumentsResult),
         (status = 409, description = "`embedding_mismatch`", body = gateway_api::Problem, content_type = PROBLEM),
-        (status = 429, description = "`budget_exhausted`: the day's tokens are spent; or `too_many_jobs`. See `Retry-After`. What was indexed so far stays.", body = gateway_api::Problem, content_type = PROBLEM),
+        (status = 429, description = "`budget_exhausted`: the day's tokens are spent; or `too_many_jobs`. See `Retry-After`. What was indexed so far stays, and `done` says what it is; what was paid for is not paid again.", body = gateway_api::Problem, content_type = PROBLEM),
         (status = 503, description = "`upstream_unavailable`; see `Retry-After`.", body = gateway_api::Problem, content_type = PROBLEM),
     )
 )]
@@ -262,9 +262,9 @@ pub(super) async fn clear_cache(State(app): State<Arc<App>>, caller: Caller) -> 
 
 /// Runs a write in a task of its own: whoever hangs up or runs out of time does not stop it half-way.
 /// As many may run as index jobs may.
-pub(super) async fn to_its_end<T: Send + 'static>(
+pub(super) async fn to_its_end<T: Send + 'static, E: Into<Problem> + Send + 'static>(
     app: &App,
-    work: impl Future<Output = Result<T, GatewayError>> + Send + 'static,
+    work: impl Future<Output = Result<T, E>> + Send + 'static,
 ) -> Result<T, Problem> {
     let Ok(slot) = Arc::clone(&app.write_slots).try_acquire_owned() else {
         return Err(GatewayError::TooManyJobs(app.max_writes).into());
@@ -274,7 +274,7 @@ pub(super) async fn to_its_end<T: Send + 'static>(
         work.await
     });
     match task.await {
-        Ok(result) => Ok(result?),
+        Ok(result) => result.map_err(Into::into),
         Err(error) => {
             tracing::error!(error_code = "panic", error = %error, "a write stopped");
             Err(Problem::internal())

@@ -2,13 +2,16 @@
 
 use std::time::Duration;
 
-use atlas_shared::{UpstreamError, gateway_api};
+use atlas_shared::{
+    UpstreamError,
+    gateway_api::{self, PutDocumentsResult},
+};
 use axum::{
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 
-use crate::error::GatewayError;
+use crate::{error::GatewayError, indexing::PutError};
 
 /// An error answer. Its code is left in the response's extensions, for the log line and the metric.
 #[derive(Clone, Debug)]
@@ -17,6 +20,8 @@ pub(super) struct Problem {
     kind: String,
     detail: String,
     retry_after: Option<Duration>,
+    /// Of documents, before it failed.
+    done: Option<PutDocumentsResult>,
 }
 
 /// The code of an error answer, in its extensions.
@@ -26,7 +31,7 @@ pub(super) struct ProblemKind(pub(super) String);
 impl Problem {
     /// What happened, why, and what to do: `detail` says it.
     pub(super) fn new(status: StatusCode, kind: &str, detail: impl Into<String>) -> Self {
-        Self { status, kind: kind.to_owned(), detail: detail.into(), retry_after: None }
+        Self { status, kind: kind.to_owned(), detail: detail.into(), retry_after: None, done: None }
     }
 
     /// A mistake of ours.
@@ -57,7 +62,19 @@ impl From<GatewayError> for Problem {
             GatewayError::Upstream(_) => StatusCode::SERVICE_UNAVAILABLE,
         };
         let retry_after = error.retry_after();
-        Self { status, kind: error.code().to_owned(), detail: error.to_string(), retry_after }
+        Self { status, kind: error.code().to_owned(), detail: error.to_string(), retry_after, done: None }
+    }
+}
+
+impl From<PutError> for Problem {
+    fn from(PutError { error, done }: PutError) -> Self {
+        let problem = Self::from(error);
+        if done.results.is_empty() && done.tokens == 0 {
+            return problem;
+        }
+        let finished = done.results.len();
+        let detail = format!("{} (documents that were finished before: {finished})", problem.detail);
+        Self { detail, done: Some(done), ..problem }
     }
 }
 
@@ -68,8 +85,9 @@ impl IntoResponse for Problem {
             status: self.status.as_u16(),
             detail: self.detail,
             kind: self.kind.clone(),
+            done: self.done,
         };
-        // Strings and a number: serialising cannot fail.
+        // Strings and numbers: serialising cannot fail.
         let body = serde_json::to_vec(&body).unwrap_or_default();
         let mut response =
             (self.status, [(header::CONTENT_TYPE, "application/problem+json")], body).into_response();

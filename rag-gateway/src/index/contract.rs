@@ -85,6 +85,7 @@ async fn run(index: &dyn VectorIndex) {
     what_is_selected_is_counted(index).await;
     a_change_gives_its_collection_another_version(index).await;
     another_generation_takes_the_place_of_the_first_at_once(index).await;
+    what_was_paid_for_is_kept_until_it_is_forgotten(index).await;
     index.check().await.unwrap();
 }
 
@@ -386,6 +387,23 @@ async fn another_generation_takes_the_place_of_the_first_at_once(index: &dyn Vec
     assert_eq!(sources(index, &name, lexical("apple")).await, ["a.md"]);
     assert!(index.drop_collection(&name).await.unwrap());
     assert_eq!(index.info(&second).await.unwrap(), None, "with what it stood for");
+}
+
+async fn what_was_paid_for_is_kept_until_it_is_forgotten(index: &dyn VectorIndex) {
+    let ids: Vec<Uuid> = (0..3).map(|_| Uuid::new_v4()).collect();
+    assert_eq!(index.kept_vectors(&ids).await.unwrap(), HashMap::new());
+    index.forget_vectors(ids.clone()).await.unwrap();
+    // Of another length each, because models differ.
+    let vectors = [vec![0.25, -1.5], vec![0.1, 0.2, 0.3]];
+    let kept: Vec<_> = ids.iter().copied().zip(vectors.iter().cloned()).collect();
+    index.keep_vectors(kept.clone()).await.unwrap();
+    index.keep_vectors(kept.clone()).await.unwrap();
+    assert_eq!(index.kept_vectors(&ids).await.unwrap(), kept.iter().cloned().collect());
+    let listed = index.collections().await.unwrap();
+    assert!(!listed.iter().any(|(name, _)| name.contains("paid")), "it is no collection: {listed:?}");
+    index.forget_vectors(vec![ids[0], ids[2]]).await.unwrap();
+    assert_eq!(index.kept_vectors(&ids).await.unwrap(), HashMap::from([kept[1].clone()]));
+    index.forget_vectors(ids).await.unwrap();
 }
 
 async fn nothing_is_found_where_nothing_is(index: &dyn VectorIndex) {

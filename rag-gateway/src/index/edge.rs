@@ -54,8 +54,10 @@ use super::{
 };
 
 mod kept;
+mod paid;
 mod records;
 
+use paid::PaidVectors;
 use records::{CollectionRecords, Records};
 
 /// Our file beside the engine's.
@@ -120,6 +122,8 @@ pub(super) struct EdgeIndex {
     /// One process at a time has the folder open, so they need not be on disk.
     versions: LocalVersions,
     records: Records,
+    /// Beside the collections, and of no interest to them.
+    paid: Arc<PaidVectors>,
 }
 
 /// Collections with their generations.
@@ -196,7 +200,9 @@ impl EdgeIndex {
             let mut aliases = load_aliases(&dir)?;
             // A deletion that was cut short.
             aliases.retain(|_, generation| collections.contains_key(generation));
+            let paid = PaidVectors::open(&dir).map_err(|error| cannot_use(&dir, &error))?;
             Ok(Self {
+                paid: Arc::new(paid),
                 dir,
                 collections: Arc::new(RwLock::new(collections)),
                 aliases: Arc::new(RwLock::new(aliases)),
@@ -395,6 +401,21 @@ impl VectorIndex for EdgeIndex {
             Ok(true)
         })
         .await
+    }
+
+    async fn keep_vectors(&self, vectors: Vec<(Uuid, Vec<f32>)>) -> Result<(), UpstreamError> {
+        let (paid, dir) = (Arc::clone(&self.paid), self.dir.clone());
+        blocking(move || paid.keep(vectors).map_err(|error| cannot_use(&dir, &error))).await
+    }
+
+    async fn kept_vectors(&self, ids: &[Uuid]) -> Result<HashMap<Uuid, Vec<f32>>, UpstreamError> {
+        let (paid, ids) = (Arc::clone(&self.paid), ids.to_vec());
+        blocking(move || Ok(paid.kept(&ids))).await
+    }
+
+    async fn forget_vectors(&self, ids: Vec<Uuid>) -> Result<(), UpstreamError> {
+        let (paid, dir) = (Arc::clone(&self.paid), self.dir.clone());
+        blocking(move || paid.forget(&ids).map_err(|error| cannot_use(&dir, &error))).await
     }
 
     async fn version(&self, collections: &[String]) -> Result<Version, UpstreamError> {

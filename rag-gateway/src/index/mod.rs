@@ -33,6 +33,10 @@ const DENSE: &str = "text";
 /// Name of the sparse vector.
 const SPARSE: &str = "bm25";
 
+/// How long vectors are kept that were paid for and not written: whoever was refused by one day's budget comes back
+/// on another day.
+const KEPT_VECTORS_DAYS: u32 = 30;
+
 /// Payload fields that filters use.
 const KEYWORD_FIELDS: [&str; 4] = ["doc", "repo", "lang", "tenant"];
 
@@ -288,6 +292,16 @@ pub(crate) trait VectorIndex: Send + Sync {
     /// one.
     async fn drop_collection(&self, collection: &str) -> Result<bool, UpstreamError>;
 
+    /// Keeps vectors that were paid for and cannot be written yet, under ids of the caller's. No reader sees them.
+    /// What nobody has forgotten after [`KEPT_VECTORS_DAYS`] goes by itself.
+    async fn keep_vectors(&self, vectors: Vec<(Uuid, Vec<f32>)>) -> Result<(), UpstreamError>;
+
+    /// Those of them that are kept.
+    async fn kept_vectors(&self, ids: &[Uuid]) -> Result<HashMap<Uuid, Vec<f32>>, UpstreamError>;
+
+    /// They are written, or of no use.
+    async fn forget_vectors(&self, ids: Vec<Uuid>) -> Result<(), UpstreamError>;
+
     /// What answers from these collections may be kept under. It is another one once a change of any
     /// replica was announced, and what was announced before this call began is in it.
     async fn version(&self, collections: &[String]) -> Result<Version, UpstreamError>;
@@ -332,6 +346,18 @@ pub(crate) async fn open(config: &GatewayConfig) -> Result<Arc<dyn VectorIndex>,
             "set it to Qdrant's gRPC address, such as http://qdrant:6334, or build with --features embedded",
         )),
     }
+}
+
+/// A vector as it is kept.
+fn vector_bytes(vector: &[f32]) -> Vec<u8> {
+    vector.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+/// Reads it back; `None` for what is none, such as a file that was cut short.
+fn vector_from(bytes: &[u8]) -> Option<Vec<f32>> {
+    let (values, rest) = bytes.as_chunks::<4>();
+    let vector: Vec<f32> = values.iter().map(|value| f32::from_le_bytes(*value)).collect();
+    (rest.is_empty() && !vector.is_empty() && vector.iter().all(|value| value.is_finite())).then_some(vector)
 }
 
 /// A failure of the engine that may pass.

@@ -9,6 +9,10 @@ const MAX_DIGITS: usize = 18;
 /// Where Qdrant keeps what caches go by. No collection of ours has this name, on either engine.
 pub(crate) const VERSIONS: &str = "atlas.versions";
 
+/// Where Qdrant keeps vectors that were paid for and are not written yet: in the payloads of such a collection, because
+/// different models' are of different lengths.
+pub(crate) const PAID: &str = "atlas.paid";
+
 /// Between a collection's name and the number of a generation.
 const MARK: char = '@';
 

@@ -17,25 +17,26 @@ use ::qdrant_client::{
     qdrant::{
         CollectionInfo, Condition, CountPointsBuilder, CreateAlias, CreateCollectionBuilder,
         CreateFieldIndexCollectionBuilder, DeletePointsBuilder, Distance, Document, FieldType, Filter,
-        KeywordIndexParamsBuilder, Modifier, NamedVectors, PayloadExcludeSelector, PointId, PointStruct,
-        PointVectors, PointsIdsList, Query, QueryBatchPointsBuilder, QueryPoints, QueryPointsBuilder, Range,
-        RecommendInputBuilder, RecommendStrategy, ScoredPoint, ScrollPointsBuilder, SetPayloadPointsBuilder,
-        SparseVectorParamsBuilder, SparseVectorsConfigBuilder, UpdateCollectionBuilder,
-        UpdatePointVectorsBuilder, UpsertPointsBuilder, Value, Vector, VectorInput, VectorParamsBuilder,
-        VectorsConfigBuilder, point_id::PointIdOptions,
+        GetPointsBuilder, KeywordIndexParamsBuilder, Modifier, NamedVectors, PayloadExcludeSelector, PointId,
+        PointStruct, PointVectors, PointsIdsList, Query, QueryBatchPointsBuilder, QueryPoints,
+        QueryPointsBuilder, Range, RecommendInputBuilder, RecommendStrategy, ScoredPoint,
+        ScrollPointsBuilder, SetPayloadPointsBuilder, SparseVectorParamsBuilder, SparseVectorsConfigBuilder,
+        UpdateCollectionBuilder, UpdatePointVectorsBuilder, UpsertPointsBuilder, Value, Vector, VectorInput,
+        VectorParamsBuilder, VectorsConfigBuilder, point_id::PointIdOptions,
     },
 };
 use async_trait::async_trait;
 use atlas_shared::{Dependency, Secret, UpstreamError};
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 use jiff::Timestamp;
 use moka::future::Cache;
 use url::Url;
 use uuid::Uuid;
 
 use super::{
-    ChangeId, ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS,
-    Lists, NewChunk, Page, Provenance, Resolved, SPARSE, Search, Selection, VectorIndex, Version, Weighing,
-    failed, names, payload, record,
+    ChangeId, ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEPT_VECTORS_DAYS,
+    KEYWORD_FIELDS, Lists, NewChunk, Page, Provenance, Resolved, SPARSE, Search, Selection, VectorIndex,
+    Version, Weighing, failed, names, payload, record, vector_bytes, vector_from,
 };
 
 /// The server's BM25.
@@ -540,6 +541,48 @@ impl VectorIndex for QdrantIndex {
         Ok(answer.result)
     }
 
+    async fn keep_vectors(&self, vectors: Vec<(Uuid, Vec<f32>)>) -> Result<(), UpstreamError> {
+        let now = Timestamp::now().as_second();
+        let points = vectors.into_iter().map(|(id, vector)| {
+            let vector = BASE64_STANDARD.encode(vector_bytes(&vector));
+            mark(id, serde_json::json!({"vector": vector, "since": now}))
+        });
+        let mut points = points.collect::<Result<Vec<_>, _>>()?;
+        while !points.is_empty() {
+            let rest = points.split_off(points.len().min(BATCH));
+            self.set_marks(names::PAID, points).await?;
+            points = rest;
+        }
+        #[expect(clippy::cast_precision_loss, reason = "seconds since 1970 fit into 53 bits")]
+        let oldest = (now - i64::from(KEPT_VECTORS_DAYS) * 24 * 3600) as f64;
+        let old = Filter::must([Condition::range("since", Range { lt: Some(oldest), ..Range::default() })]);
+        let request = DeletePointsBuilder::new(names::PAID).points(old).wait(true);
+        self.client.delete_points(request).await.map_err(|error| self.upstream(error))?;
+        Ok(())
+    }
+
+    async fn kept_vectors(&self, ids: &[Uuid]) -> Result<HashMap<Uuid, Vec<f32>>, UpstreamError> {
+        let mut kept = HashMap::new();
+        for ids in ids.chunks(BATCH) {
+            let ids: Vec<PointId> = ids.iter().map(|id| PointId::from(id.to_string())).collect();
+            let request = GetPointsBuilder::new(names::PAID, ids).with_payload(true);
+            let Some(answer) = self.found(self.client.get_points(request).await)? else { break };
+            for point in answer.result {
+                let id = uuid(point.id)?;
+                let payload = json(point.payload);
+                let vector = payload["vector"].as_str().and_then(|text| BASE64_STANDARD.decode(text).ok());
+                kept.extend(vector.and_then(|bytes| vector_from(&bytes)).map(|vector| (id, vector)));
+            }
+        }
+        Ok(kept)
+    }
+
+    async fn forget_vectors(&self, ids: Vec<Uuid>) -> Result<(), UpstreamError> {
+        let ids: Vec<PointId> = ids.into_iter().map(|id| PointId::from(id.to_string())).collect();
+        let request = DeletePointsBuilder::new(names::PAID).points(PointsIdsList { ids }).wait(true);
+        self.found(self.client.delete_points(request).await).map(drop)
+    }
+
     async fn version(&self, collections: &[String]) -> Result<Version, UpstreamError> {
         let mut version =
             Version { epoch: Uuid::nil(), numbers: vec![Uuid::nil(); collections.len()], unfinished: false };
@@ -684,14 +727,16 @@ impl QdrantIndex {
     }
 
     async fn set_mark(&self, id: Uuid, payload: serde_json::Value) -> Result<(), UpstreamError> {
-        let payload = Payload::try_from(payload).map_err(|error| self.upstream(error))?;
-        let vectors = NamedVectors::default().add_vector(SPARSE, Vector::new_sparse(vec![0], vec![1.0]));
-        let point = PointStruct::new(id.to_string(), vectors, payload);
-        let write = UpsertPointsBuilder::new(names::VERSIONS, vec![point]).wait(true);
+        self.set_marks(names::VERSIONS, vec![mark(id, payload)?]).await
+    }
+
+    /// Writes to a collection of ours that holds no chunks, and makes it where it is not there.
+    async fn set_marks(&self, collection: &str, marks: Vec<PointStruct>) -> Result<(), UpstreamError> {
+        let write = UpsertPointsBuilder::new(collection, marks).wait(true);
         if self.found(self.client.upsert_points(write.clone()).await)?.is_none() {
             let mut sparse = SparseVectorsConfigBuilder::default();
             sparse.add_named_vector_params(SPARSE, SparseVectorParamsBuilder::default());
-            let create = CreateCollectionBuilder::new(names::VERSIONS).sparse_vectors_config(sparse);
+            let create = CreateCollectionBuilder::new(collection).sparse_vectors_config(sparse);
             // Another replica may be faster; then the second attempt tells.
             let created = self.client.create_collection(create).await;
             if let Err(error) = self.client.upsert_points(write).await {
@@ -705,6 +750,13 @@ impl QdrantIndex {
     async fn existing(&self, name: &str) -> Result<CollectionMeta, UpstreamError> {
         self.state(name).await?.map(|state| state.meta).ok_or_else(|| unknown(name))
     }
+}
+
+/// A point of a collection that holds no chunks.
+fn mark(id: Uuid, payload: serde_json::Value) -> Result<PointStruct, UpstreamError> {
+    let payload = Payload::try_from(payload).map_err(|error| failed("a mark", error))?;
+    let vectors = NamedVectors::default().add_vector(SPARSE, Vector::new_sparse(vec![0], vec![1.0]));
+    Ok(PointStruct::new(id.to_string(), vectors, payload))
 }
 
 /// What we keep about a collection; `None` for one that is not ours.

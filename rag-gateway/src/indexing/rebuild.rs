@@ -9,6 +9,7 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::{
+    embed::{Embedding, Texts},
     error::GatewayError,
     index::{ChunkRecord, CollectionMeta, NewChunk, Selection, names},
     jobs::Progress,
@@ -32,6 +33,14 @@ struct Difference {
     total: usize,
     /// Their chunks.
     chunks: usize,
+}
+
+/// What was done of it.
+#[derive(Default)]
+struct Copied {
+    documents: usize,
+    chunks: usize,
+    tokens: u64,
 }
 
 impl Indexer {
@@ -166,8 +175,14 @@ impl Indexer {
         }
         for docs in difference.missing.chunks(BATCH) {
             let documents = self.newest(old, docs).await?;
-            let (chunks, tokens) = self.write_copy(new, documents, meta).await?;
-            progress.copied(docs.len(), chunks, tokens);
+            let mut copied = Copied::default();
+            let result = {
+                let _under_way = self.under_way.read().await;
+                self.write_copy(new, documents, meta, &mut copied).await
+            };
+            let Copied { documents, chunks, tokens } = copied;
+            progress.copied(if result.is_ok() { docs.len() } else { documents }, chunks, tokens);
+            result?;
         }
         Ok(())
     }
@@ -198,64 +213,92 @@ impl Indexer {
         }
     }
 
+    /// Embeds and writes, each document as soon as it is complete: what is written before a failure is not missing
+    /// any more when the rebuild goes on.
     async fn write_copy(
         &self,
         generation: &str,
         documents: HashMap<String, Vec<ChunkRecord>>,
         meta: &CollectionMeta,
-    ) -> Result<(usize, u64), GatewayError> {
-        // Each tenant pays for its own.
-        let mut by_tenant: HashMap<String, Vec<ChunkRecord>> = HashMap::new();
-        for records in documents.into_values() {
+        copied: &mut Copied,
+    ) -> Result<(), GatewayError> {
+        let mut documents: Vec<Vec<ChunkRecord>> = documents
+            .into_values()
             // A document that is being written has no first chunk yet: the next round sees it.
-            if records.iter().any(|record| record.n == 0)
-                && let Some(first) = records.first()
-            {
-                by_tenant.entry(first.tenant.clone()).or_default().extend(records);
-            }
+            .filter(|records| records.iter().any(|record| record.n == 0))
+            .collect();
+        // Each tenant pays for its own, in calls of its own.
+        documents.sort_by(|a, b| a[0].tenant.cmp(&b[0].tenant));
+        for record in documents.iter_mut().flatten() {
+            record.terms = self.weighing.terms(record);
         }
-        let (mut written, mut tokens) = (0, 0);
-        for (tenant, mut records) in by_tenant {
-            for record in &mut records {
-                record.terms = self.weighing.terms(record);
-            }
-            let mut vectors = Vec::new();
-            if let Some(embedder) = &self.embedder {
-                let texts: Vec<String> = records.iter().map(ChunkRecord::contextual_text).collect();
-                let tenant = Some(tenant.as_str()).filter(|tenant| !tenant.is_empty());
-                let embedded = embedder.embed_texts(&texts, tenant).await?;
-                tokens += embedded.tokens;
-                vectors = embedded.vectors;
-            }
-            let size = vectors.first().map(Vec::len);
-            let wanted = CollectionMeta {
-                embedding_model: self.embedder.as_ref().map(|embedder| embedder.model().to_owned()),
-                embedding_size: size,
-                avg_len: mean_terms(records.iter()).unwrap_or(meta.avg_len),
-                // A rebuild takes the settings of today.
-                weighing: self.weighing,
-            };
-            let made = self.index.ensure(generation, &wanted).await?;
-            if made.embedding_model != wanted.embedding_model || made.embedding_size != size {
-                return Err(GatewayError::EmbeddingMismatch {
-                    collection: generation.to_owned(),
-                    built_with: made.embedding_model.unwrap_or_else(|| "no model".to_owned()),
-                    configured: "another one is configured by now; start the rebuild again".to_owned(),
-                });
-            }
-            let docs: HashSet<String> = records.iter().map(|record| record.doc.clone()).collect();
-            let ids: HashSet<_> = records.iter().map(super::chunk_id).collect();
-            let mut vectors = vectors.into_iter();
-            let chunks: Vec<NewChunk> = records
+        let texts = documents.iter().map(|records| Texts {
+            tenant: Some(records[0].tenant.clone()).filter(|tenant| !tenant.is_empty()),
+            texts: match &self.embedder {
+                Some(_) => records.iter().map(ChunkRecord::contextual_text).collect(),
+                None => Vec::new(),
+            },
+        });
+        let mut embedding = Embedding::begin(self.embedder.as_ref(), &self.paid, texts.collect()).await?;
+        let mean = mean_terms(documents.iter().flatten()).unwrap_or(meta.avg_len);
+        while let Some(complete) = embedding.next().await {
+            let taken: Vec<usize> = complete.iter().map(|(at, _)| *at).collect();
+            let part: Vec<_> = complete
                 .into_iter()
-                .map(|record| NewChunk { id: super::chunk_id(&record), record, dense: vectors.next() })
+                .map(|(at, vectors)| (std::mem::take(&mut documents[at]), vectors))
                 .collect();
-            written += chunks.len();
-            self.metrics.index_chunks.inc_by(chunks.len() as u64);
-            self.index.upsert(generation, chunks, None).await?;
-            self.delete_others(generation, docs.into_iter().collect(), &ids).await?;
+            let chunks = part.iter().map(|(records, _)| records.len()).sum::<usize>();
+            match self.write_complete_copy(generation, part, mean).await {
+                Ok(()) => {
+                    copied.documents += taken.len();
+                    copied.chunks += chunks;
+                    embedding.written(taken).await;
+                }
+                Err(error) => embedding.not_written(error),
+            }
         }
-        Ok((written, tokens))
+        let (tokens, error) = embedding.end().await;
+        copied.tokens = tokens;
+        error.map_or(Ok(()), Err)
+    }
+
+    async fn write_complete_copy(
+        &self,
+        generation: &str,
+        documents: Vec<(Vec<ChunkRecord>, Vec<Vec<f32>>)>,
+        mean: f64,
+    ) -> Result<(), GatewayError> {
+        let size = documents.iter().find_map(|(_, vectors)| vectors.first().map(Vec::len));
+        let wanted = CollectionMeta {
+            embedding_model: self.embedder.as_ref().map(|embedder| embedder.model().to_owned()),
+            embedding_size: size,
+            avg_len: mean,
+            // A rebuild takes the settings of today.
+            weighing: self.weighing,
+        };
+        let made = self.index.ensure(generation, &wanted).await?;
+        if made.embedding_model != wanted.embedding_model || made.embedding_size != size {
+            return Err(GatewayError::EmbeddingMismatch {
+                collection: generation.to_owned(),
+                built_with: made.embedding_model.unwrap_or_else(|| "no model".to_owned()),
+                configured: "another one is configured by now; start the rebuild again".to_owned(),
+            });
+        }
+        let mut docs = HashSet::new();
+        let mut chunks = Vec::new();
+        for (records, vectors) in documents {
+            docs.extend(records.first().map(|record| record.doc.clone()));
+            let mut vectors = vectors.into_iter();
+            chunks.extend(records.into_iter().map(|record| NewChunk {
+                id: super::chunk_id(&record),
+                record,
+                dense: vectors.next(),
+            }));
+        }
+        let ids: HashSet<_> = chunks.iter().map(|chunk| chunk.id).collect();
+        self.metrics.index_chunks.inc_by(chunks.len() as u64);
+        self.index.upsert(generation, chunks, None).await?;
+        self.delete_others(generation, docs.into_iter().collect(), &ids).await
     }
 
     /// Deletes chunks of these documents that are not among these: nobody reads this generation yet.

@@ -48,6 +48,9 @@ const LEASE: Duration = Duration::from_secs(20);
 /// How often a running job is noted in the store.
 const HEARTBEAT: Duration = Duration::from_secs(3);
 
+/// How long a gateway that stops waits for the calls of its job that are under way: they are paid for.
+const SETTLING: Duration = Duration::from_secs(12);
+
 /// How soon jobs are seen that another gateway took in, or left.
 const POLL: Duration = Duration::from_secs(3);
 
@@ -254,6 +257,16 @@ impl Runner {
             tokio::select! {
                 biased;
                 () = self.stop.cancelled() => {
+                    // What was paid for is written; no other call begins.
+                    let settled = async {
+                        tokio::select! {
+                            _ = &mut work => {}
+                            () = self.indexer.settled() => {}
+                        }
+                    };
+                    if tokio::time::timeout(SETTLING, settled).await.is_err() {
+                        tracing::warn!(job_id = %job.id, "an index job is given back before its calls have ended");
+                    }
                     lock(live).state = JobState::Queued;
                     return Some(Leave::Release);
                 }
@@ -337,7 +350,8 @@ impl Runner {
                 progress.begin(documents.len() + refused.len());
                 progress.advance(refused, 0);
                 let advance = |results: &[DocumentResult], tokens: u64| progress.advance(results, tokens);
-                self.indexer.put(collection, documents.clone(), advance).await.map(drop)
+                self.indexer.put(collection, documents.clone(), advance).await?;
+                Ok(())
             }
             Work::Repository { collection, repo, path } => {
                 self.sources.index(&self.indexer, collection, repo, path.as_deref(), progress).await

@@ -167,7 +167,7 @@ fn collections_of(
 pub(crate) fn check_collection_name(name: &str) -> Result<(), GatewayError> {
     // A generation, such as `docs@2`, can be named wherever its collection can.
     let plain = names::plain(name);
-    if plain == names::VERSIONS {
+    if [names::VERSIONS, names::PAID].contains(&plain) {
         return Err(invalid(format!("`collection` is {name:?}, which is Atlas' own; use another name")));
     }
     if atlas_shared::message::is_name(plain) && !plain.starts_with('.') {
