@@ -413,8 +413,10 @@ enum Next {
 fn next_step(error: &UpstreamError, documents: usize, failures: u32) -> Next {
     match error {
         UpstreamError::Misconfigured { .. } => Next::GiveUp,
-        // About the collection, not about a document: the next one would fail in the same way.
-        UpstreamError::Permanent { code, .. } if code == "embedding_mismatch" => Next::GiveUp,
+        // About the collection or its disk, not about a document: the next one would fail in the same way.
+        UpstreamError::Permanent { code, .. } if code == "embedding_mismatch" || code == "disk_full" => {
+            Next::GiveUp
+        }
         // One bad document must not fail its batch: halves find it.
         UpstreamError::Permanent { .. } if documents > 1 => Next::Retry(Duration::ZERO),
         UpstreamError::Permanent { .. } => Next::FailDocument,

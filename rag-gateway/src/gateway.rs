@@ -267,6 +267,12 @@ impl Watcher {
             Err(UpstreamError::transient(Dependency::VectorIndex, "no answer to the health check"))
         });
         self.checks.report(Dependency::VectorIndex, &index);
+        if index.is_ok()
+            && let Ok(Err(error)) = tokio::time::timeout(CHECK_TIMEOUT, self.index.has_room()).await
+        {
+            // Searches go on.
+            self.checks.degraded(Dependency::VectorIndex.as_str(), error.to_string());
+        }
         self.look_at_embedder();
         self.look_at_helpers().await;
         if index.is_ok() {

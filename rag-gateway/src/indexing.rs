@@ -236,6 +236,7 @@ impl Indexer {
                 // given here, so whoever comes last replaces what was before.
                 let _writing = lock.lock().await;
                 let _under_way = self.under_way.read().await;
+                self.index.has_room().await?;
                 change.begin().await?;
                 for (provenance, docs) in restated {
                     self.index.restate(collection, docs, provenance).await?;

@@ -537,3 +537,43 @@ async fn a_rebuild_goes_on_from_where_the_budget_ended() {
     assert_eq!((sim.meter().total_tokens(), booked(&rich).await), (cost, (cost, 0)));
     rich.gateway.shutdown().await;
 }
+
+#[tokio::test]
+async fn on_a_full_disk_nothing_is_written_or_paid_for_and_searches_go_on() {
+    let (sim, url) = sim().await;
+    let dir = Arc::new(tempfile::tempdir().unwrap());
+    let stand = stand_in(Arc::clone(&dir), &url, &[]).await;
+    stand.put(documents()).await.ok();
+    stand.gateway.shutdown().await;
+    let paid = sim.meter().total_tokens();
+
+    // No disk is so large.
+    let full = stand_in(Arc::clone(&dir), &url, &[("INDEX_MIN_FREE_BYTES", "18446744073709551615")]).await;
+    let more = json!([{"source": "more.md", "text": "One more document.\n"}]);
+    let refused = full.put(more.clone()).await;
+    let detail = refused.problem(507, "disk_full");
+    assert!(detail.contains("ATLAS_DATA_DIR") && detail.contains("MiB are free"), "{detail}");
+    assert_eq!(refused.header("retry-after"), None, "somebody must make room");
+    let new = full.request(reqwest::Method::PUT, "/v1/documents");
+    full.send(new.json(&json!({"collection": "new", "documents": more.clone()})))
+        .await
+        .problem(507, "disk_full");
+    assert_eq!(sim.meter().total_tokens(), paid, "nothing is paid for that could not be written");
+    assert_eq!(sources(&full.query("how are tokens reserved and settled").await.ok())[0], "budget.md");
+    assert_eq!(indexed_sources(&full.get("/v1/documents").await.ok()).len(), 3);
+    let ready = full.get("/health/ready").await.ok();
+    assert_eq!(ready["checks"]["vector_index"]["ok"], false);
+    assert!(
+        ready["checks"]["vector_index"]["message"].as_str().unwrap().contains("INDEX_MIN_FREE_BYTES"),
+        "{ready}"
+    );
+    let id = full.post("/v1/embed_batch", more).await.ok()["job_id"].as_str().unwrap().to_owned();
+    let waiting = job_until(&full, &id, |status| status["note"].is_string()).await;
+    assert!(waiting["note"].as_str().unwrap().contains("is full"), "{waiting}");
+    full.gateway.shutdown().await;
+
+    let roomy = stand_in(dir, &url, &[]).await;
+    job_until(&roomy, &id, |status| status["state"] == "done").await;
+    assert_eq!(indexed_sources(&roomy.get("/v1/documents").await.ok()).len(), 4);
+    roomy.gateway.shutdown().await;
+}

@@ -351,6 +351,8 @@ pub struct GatewayConfig {
     pub index_allowed_roots: Vec<PathBuf>,
     /// `INDEX_ALLOWED_URLS`: beginnings of git URLs that it may clone; empty: none.
     pub index_allowed_urls: Vec<String>,
+    /// `INDEX_MIN_FREE_BYTES`: of the embedded index's disk, what no write takes.
+    pub index_min_free_bytes: u64,
     /// `CHUNK_TOKENS`: upper bound of a chunk.
     pub chunk_tokens: usize,
     /// `CHUNK_OVERLAP_TOKENS`.
@@ -768,6 +770,7 @@ impl Reader<'_> {
             max_index_jobs: self.size("MAX_INDEX_JOBS", 1..=100_000),
             index_allowed_roots: self.allowed_roots(),
             index_allowed_urls: self.allowed_urls(),
+            index_min_free_bytes: self.number("INDEX_MIN_FREE_BYTES", 16_777_216..=u64::MAX),
             chunk_tokens,
             chunk_overlap_tokens,
             bm25: Bm25Config {

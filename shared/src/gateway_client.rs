@@ -281,7 +281,8 @@ async fn refusal(response: reqwest::Response) -> (UpstreamError, Option<PutDocum
         StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT => {
             UpstreamError::Transient { dependency: Dependency::Gateway, message, retry_after }
         }
-        status if status.is_server_error() => {
+        // Waiting does not help: somebody must make room.
+        status if status.is_server_error() && status != StatusCode::INSUFFICIENT_STORAGE => {
             UpstreamError::Transient { dependency: Dependency::Gateway, message, retry_after }
         }
         status if status.is_redirection() || (status == StatusCode::NOT_FOUND && !is_problem) => {

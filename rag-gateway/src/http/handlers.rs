@@ -143,6 +143,7 @@ pub(super) async fn job(
         (status = 409, description = "`embedding_mismatch`", body = gateway_api::Problem, content_type = PROBLEM),
         (status = 429, description = "`budget_exhausted`: the day's tokens are spent; or `too_many_jobs`. See `Retry-After`. What was indexed so far stays, and `done` says what it is; what was paid for is not paid again.", body = gateway_api::Problem, content_type = PROBLEM),
         (status = 503, description = "`upstream_unavailable`; see `Retry-After`.", body = gateway_api::Problem, content_type = PROBLEM),
+        (status = 507, description = "`disk_full`: the embedded index has no room. Nothing that was not finished before is written; searches go on.", body = gateway_api::Problem, content_type = PROBLEM),
     )
 )]
 pub(super) async fn put_documents(

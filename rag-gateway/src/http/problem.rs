@@ -11,7 +11,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
-use crate::{error::GatewayError, indexing::PutError};
+use crate::{error::GatewayError, index::DISK_FULL, indexing::PutError};
 
 /// An error answer. Its code is left in the response's extensions, for the log line and the metric.
 #[derive(Clone, Debug)]
@@ -57,6 +57,9 @@ impl From<GatewayError> for Problem {
             GatewayError::BudgetExhausted(_) | GatewayError::TooManyJobs(_) => StatusCode::TOO_MANY_REQUESTS,
             GatewayError::Upstream(UpstreamError::Permanent { code, .. }) if code == "unknown_collection" => {
                 StatusCode::NOT_FOUND
+            }
+            GatewayError::Upstream(UpstreamError::Permanent { code, .. }) if code == DISK_FULL => {
+                StatusCode::INSUFFICIENT_STORAGE
             }
             GatewayError::Upstream(UpstreamError::Permanent { .. }) => StatusCode::BAD_GATEWAY,
             GatewayError::Upstream(_) => StatusCode::SERVICE_UNAVAILABLE,

@@ -458,7 +458,7 @@ async fn a_change_gives_its_collection_another_version(index: &dyn VectorIndex) 
 #[tokio::test]
 async fn the_embedded_engine_keeps_the_contract() {
     let dir = tempfile::tempdir().unwrap();
-    let index = edge::EdgeIndex::open(dir.path()).await.unwrap();
+    let index = edge::EdgeIndex::open(dir.path(), 0).await.unwrap();
     run(&index).await;
 }
 
@@ -466,13 +466,13 @@ async fn the_embedded_engine_keeps_the_contract() {
 #[tokio::test]
 async fn what_was_answered_is_there_after_a_restart() {
     let dir = tempfile::tempdir().unwrap();
-    let index = edge::EdgeIndex::open(dir.path()).await.unwrap();
+    let index = edge::EdgeIndex::open(dir.path(), 0).await.unwrap();
     index.ensure("kept", &meta(Some(3))).await.unwrap();
     put(&index, "kept", [chunk("a.md", "apple").dense([1.0, 0.0, 0.0])]).await;
     index.close().await;
     drop(index);
     for _ in 0..2 {
-        let index = edge::EdgeIndex::open(dir.path()).await.unwrap();
+        let index = edge::EdgeIndex::open(dir.path(), 0).await.unwrap();
         assert_eq!(index.info("kept").await.unwrap().unwrap().generation.as_deref(), Some("kept@1"));
         assert_eq!(sources(&index, "kept", lexical("apple")).await, ["a.md"]);
         // An update after a restart must win over what was written before it.
@@ -486,9 +486,9 @@ async fn what_was_answered_is_there_after_a_restart() {
 #[tokio::test]
 async fn a_folder_is_opened_by_one_gateway_at_a_time() {
     let dir = tempfile::tempdir().unwrap();
-    let index = edge::EdgeIndex::open(dir.path()).await.unwrap();
+    let index = edge::EdgeIndex::open(dir.path(), 0).await.unwrap();
     index.ensure("mine", &meta(None)).await.unwrap();
-    let error = edge::EdgeIndex::open(dir.path()).await.err().expect("the folder is taken");
+    let error = edge::EdgeIndex::open(dir.path(), 0).await.err().expect("the folder is taken");
     assert!(error.to_string().contains("another gateway"), "{error}");
     index.close().await;
 }
@@ -500,12 +500,12 @@ async fn a_collection_that_nobody_waits_for_is_made_to_its_end_before_the_index_
 
     let dir = tempfile::tempdir().unwrap();
     for _ in 0..10 {
-        let index = edge::EdgeIndex::open(dir.path()).await.unwrap();
+        let index = edge::EdgeIndex::open(dir.path(), 0).await.unwrap();
         // As a job's is, when its gateway stops.
         assert!(index.ensure("cut", &meta(None)).now_or_never().is_none());
         index.close().await;
         drop(index);
-        let index = edge::EdgeIndex::open(dir.path()).await.unwrap();
+        let index = edge::EdgeIndex::open(dir.path(), 0).await.unwrap();
         index.ensure("cut", &meta(None)).await.unwrap();
         let generations = index.collections().await.unwrap();
         assert_eq!(generations.len(), 1, "{generations:?}");
@@ -518,7 +518,7 @@ async fn a_collection_that_nobody_waits_for_is_made_to_its_end_before_the_index_
 #[tokio::test]
 async fn readers_and_writers_do_not_disturb_each_other() {
     let dir = tempfile::tempdir().unwrap();
-    let index = Arc::new(edge::EdgeIndex::open(dir.path()).await.unwrap());
+    let index = Arc::new(edge::EdgeIndex::open(dir.path(), 0).await.unwrap());
     index.ensure("busy", &meta(None)).await.unwrap();
     let writers = (0..4).map(|writer| {
         let index = Arc::clone(&index);

@@ -15,6 +15,7 @@
 //!   writer, into one that is only read (and mapped, not loaded, when the index is opened), and writing begins anew.
 //!   What a rebuilding that is cut short would leave behind is undone: see [`kept`].
 //! - One process at a time can open a folder.
+//! - It writes through memory maps, so a full disk kills: see [`room`].
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -56,9 +57,11 @@ use super::{
 mod kept;
 mod paid;
 mod records;
+mod room;
 
 use paid::PaidVectors;
 use records::{CollectionRecords, Records};
+use room::Room;
 
 /// Our file beside the engine's.
 const META_FILE: &str = "atlas.json";
@@ -124,6 +127,7 @@ pub(super) struct EdgeIndex {
     records: Records,
     /// Beside the collections, and of no interest to them.
     paid: Arc<PaidVectors>,
+    room: Room,
 }
 
 /// Collections with their generations.
@@ -145,6 +149,7 @@ struct Collection {
     records: CollectionRecords,
     /// Chunks of tenants may be in it: set before the first one is written, and never unset.
     has_tenants: AtomicBool,
+    room: Room,
     /// The kernel lets go of it when the process dies. The last field: it is held until the engine has closed.
     _lock: File,
 }
@@ -183,10 +188,13 @@ impl Change {
 
 impl EdgeIndex {
     /// Opens every collection in the folder, so that a locked or damaged one is told at start.
-    pub(super) async fn open(dir: &Path) -> Result<Self, UpstreamError> {
+    ///
+    /// `min_free`: bytes of the disk that no write takes.
+    pub(super) async fn open(dir: &Path, min_free: u64) -> Result<Self, UpstreamError> {
         let dir = dir.to_owned();
         blocking(move || {
             fs::create_dir_all(&dir).map_err(|error| cannot_use(&dir, &error))?;
+            let room = Room::new(&dir, min_free);
             let mut collections = BTreeMap::new();
             let records = Records::default();
             for entry in fs::read_dir(&dir).map_err(|error| cannot_use(&dir, &error))? {
@@ -194,7 +202,7 @@ impl EdgeIndex {
                 // A folder without our file is a collection whose creation was cut short.
                 let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
                 if path.join(META_FILE).is_file() {
-                    collections.insert(name.to_owned(), Collection::load(&path, &records)?);
+                    collections.insert(name.to_owned(), Collection::load(&path, &records, room.clone())?);
                 }
             }
             let mut aliases = load_aliases(&dir)?;
@@ -203,6 +211,7 @@ impl EdgeIndex {
             let paid = PaidVectors::open(&dir).map_err(|error| cannot_use(&dir, &error))?;
             Ok(Self {
                 paid: Arc::new(paid),
+                room,
                 dir,
                 collections: Arc::new(RwLock::new(collections)),
                 aliases: Arc::new(RwLock::new(aliases)),
@@ -265,10 +274,11 @@ impl VectorIndex for EdgeIndex {
         };
         let (dir, name, meta) = (self.dir.clone(), name.to_owned(), meta.clone());
         let (collections, aliases) = (Arc::clone(&self.collections), Arc::clone(&self.aliases));
-        let records = self.records.clone();
+        let (records, room) = (self.records.clone(), self.room.clone());
         blocking(move || {
             let _changing = changing;
-            let collection = Collection::create(&dir.join(&generation), meta, &records)?;
+            room.check(0)?;
+            let collection = Collection::create(&dir.join(&generation), meta, &records, room)?;
             let meta = collection.meta();
             collections
                 .write()
@@ -403,6 +413,11 @@ impl VectorIndex for EdgeIndex {
         .await
     }
 
+    async fn has_room(&self) -> Result<(), UpstreamError> {
+        let room = self.room.clone();
+        blocking(move || room.check(0)).await
+    }
+
     async fn keep_vectors(&self, vectors: Vec<(Uuid, Vec<f32>)>) -> Result<(), UpstreamError> {
         let (paid, dir) = (Arc::clone(&self.paid), self.dir.clone());
         blocking(move || paid.keep(vectors).map_err(|error| cannot_use(&dir, &error))).await
@@ -492,7 +507,12 @@ impl Drop for Collection {
 }
 
 impl Collection {
-    fn create(dir: &Path, meta: CollectionMeta, records: &Records) -> Result<Arc<Self>, UpstreamError> {
+    fn create(
+        dir: &Path,
+        meta: CollectionMeta,
+        records: &Records,
+        room: Room,
+    ) -> Result<Arc<Self>, UpstreamError> {
         if dir.exists() {
             // Left behind by a creation or a deletion that was cut short: there is no `atlas.json` in it.
             fs::remove_dir_all(dir).map_err(|error| cannot_use(dir, &error))?;
@@ -515,10 +535,10 @@ impl Collection {
         }
         shard.flush();
         save_meta(dir, &meta)?;
-        Self::start(dir, lock, shard, meta, records)
+        Self::start(dir, lock, shard, meta, records, room)
     }
 
-    fn load(dir: &Path, records: &Records) -> Result<Arc<Self>, UpstreamError> {
+    fn load(dir: &Path, records: &Records, room: Room) -> Result<Arc<Self>, UpstreamError> {
         let text = fs::read_to_string(dir.join(META_FILE)).map_err(|error| cannot_use(dir, &error))?;
         let meta: CollectionMeta = serde_json::from_str(&text)
             .map_err(|error| failed(&format!("{} is damaged", dir.join(META_FILE).display()), error))?;
@@ -533,7 +553,7 @@ impl Collection {
             tracing::info!(dir = %dir.display(), "segments are as before a rebuilding that was cut short");
         }
         let shard = EdgeShard::load(dir, Some(config(&meta))).map_err(|error| not_opened(dir, error))?;
-        Self::start(dir, lock, shard, meta, records)
+        Self::start(dir, lock, shard, meta, records, room)
     }
 
     fn start(
@@ -542,6 +562,7 @@ impl Collection {
         shard: EdgeShard,
         meta: CollectionMeta,
         records: &Records,
+        room: Room,
     ) -> Result<Arc<Self>, UpstreamError> {
         let has_tenants = has_tenants(&shard)?;
         let (sender, receiver) = mpsc::channel(WRITE_QUEUE);
@@ -555,6 +576,7 @@ impl Collection {
             bm25: query_bm25()?,
             records: records.of_collection(),
             has_tenants: AtomicBool::new(has_tenants),
+            room,
             _lock: lock,
         });
         let writer = thread::Builder::new()
@@ -611,6 +633,10 @@ impl Collection {
     /// next waits until it is done. False when nothing may be written any more.
     fn rebuild_full_segments(&self) -> bool {
         let began = Instant::now();
+        if let Err(error) = self.room.check(room::needed_to_rebuild(&self.dir.join("segments"))) {
+            tracing::warn!(dir = %self.dir.display(), error = %error, "segments are not rebuilt");
+            return true;
+        }
         let may_go_on = match kept::keep(&self.dir) {
             Ok(()) => self.optimize(began),
             Err(error) => {
@@ -697,6 +723,11 @@ impl Collection {
 
     fn apply(&self, change: Change) -> Result<(), UpstreamError> {
         match change {
+            // Little, or what makes room in the end.
+            Change::Delete(_) | Change::Restate(..) => self.room.check_somewhat(0)?,
+            _ => self.room.check(room::needed(&change, self.count(&Selection::default())?))?,
+        }
+        match change {
             Change::Upsert(chunks, obsolete) => {
                 self.upsert(chunks)?;
                 obsolete.map_or(Ok(()), |obsolete| self.delete(&obsolete))
@@ -726,6 +757,8 @@ impl Collection {
                 }
             });
             points.into_iter().try_for_each(|points| {
+                // Others fill the disk too.
+                self.room.check_somewhat(0)?;
                 let operation = PointOperations::UpsertPoints(PointInsertOperations::PointsList(points?));
                 self.update(UpdateOperation::PointOperation(operation))
             })
@@ -761,6 +794,7 @@ impl Collection {
         let mut weigher = Weigher::new(&meta)?;
         let mut from = None;
         loop {
+            self.room.check_somewhat(0)?;
             let page = self.scroll(&Selection::default(), from, REWEIGH_PAGE, true)?;
             let points = page
                 .records
@@ -1294,7 +1328,7 @@ mod tests {
     #[tokio::test]
     async fn no_tenant_finds_anothers_chunk_that_was_not_expected() {
         let dir = tempfile::tempdir().unwrap();
-        let index = EdgeIndex::open(dir.path()).await.unwrap();
+        let index = EdgeIndex::open(dir.path(), 0).await.unwrap();
         index.ensure("c", &meta(Weighing::unrecorded(), 10.0)).await.unwrap();
         let of = |n: u128, tenant: &str| {
             let NewChunk { id, mut record, dense } = new_chunk(n);
@@ -1334,12 +1368,12 @@ mod tests {
         }
         index.close().await;
         drop(index);
-        let index = EdgeIndex::open(dir.path()).await.unwrap();
+        let index = EdgeIndex::open(dir.path(), 0).await.unwrap();
         assert!(tenants(&index), "also after a restart");
         index.delete("c", visible_to(&["acme", "other"])).await.unwrap();
         index.close().await;
         drop(index);
-        let index = EdgeIndex::open(dir.path()).await.unwrap();
+        let index = EdgeIndex::open(dir.path(), 0).await.unwrap();
         assert!(!tenants(&index), "the last of their chunks are gone");
         index.close().await;
     }
@@ -1347,7 +1381,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_remembered_is_never_older_than_what_was_written() {
         let dir = tempfile::tempdir().unwrap();
-        let index = EdgeIndex::open(dir.path()).await.unwrap();
+        let index = EdgeIndex::open(dir.path(), 0).await.unwrap();
         index.ensure("c", &meta(Weighing::unrecorded(), 10.0)).await.unwrap();
         let search = || Search {
             dense: None,
@@ -1375,7 +1409,7 @@ mod tests {
     #[tokio::test]
     async fn full_segments_are_rebuilt_and_nothing_is_lost_or_doubled() {
         let dir = tempfile::tempdir().unwrap();
-        let index = EdgeIndex::open(dir.path()).await.unwrap();
+        let index = EdgeIndex::open(dir.path(), 0).await.unwrap();
         index.ensure("c", &meta(Weighing::unrecorded(), 10.0)).await.unwrap();
         for from in [0, 90, 180] {
             // The second part twice: what is in a rebuilt segment is replaced.
@@ -1396,7 +1430,7 @@ mod tests {
         drop(index);
 
         fs::create_dir_all(dir.path().join("c@1").join(UNFINISHED_SEGMENTS).join("segment")).unwrap();
-        let index = EdgeIndex::open(dir.path()).await.unwrap();
+        let index = EdgeIndex::open(dir.path(), 0).await.unwrap();
         assert!(!dir.path().join("c@1").join(UNFINISHED_SEGMENTS).join("segment").exists());
         assert_eq!(index.count("c", &Selection::default()).await.unwrap(), 180);
         let first = Selection { first_chunks: true, ..Selection::default() };
@@ -1419,7 +1453,7 @@ mod tests {
 
     /// Every chunk from 0 on is there once, also for what counts without looking for doubles. How many.
     async fn chunks_that_are_there_once(dir: &Path) -> u128 {
-        let index = EdgeIndex::open(dir).await.unwrap();
+        let index = EdgeIndex::open(dir, 0).await.unwrap();
         let stored = index.count("c", &Selection::default()).await.unwrap();
         let page = index.scroll("c", &Selection::default(), None, 100_000, true).await.unwrap();
         let mut ids: Vec<u128> = page.records.iter().map(|(id, _)| id.as_u128()).collect();
@@ -1442,7 +1476,7 @@ mod tests {
         for removed in 0..3 {
             let dir = tempfile::tempdir().unwrap();
             let folder = dir.path().join("c@1");
-            let index = EdgeIndex::open(dir.path()).await.unwrap();
+            let index = EdgeIndex::open(dir.path(), 0).await.unwrap();
             index.ensure("c", &meta(Weighing::unrecorded(), 10.0)).await.unwrap();
             for from in (0..60).step_by(6) {
                 index.upsert("c", (from..from + 6).map(new_chunk).collect(), None).await.unwrap();
@@ -1493,7 +1527,7 @@ mod tests {
                 }
             }
         });
-        let index = EdgeIndex::open(dir).await.unwrap();
+        let index = EdgeIndex::open(dir, 0).await.unwrap();
         index.ensure("c", &meta(Weighing::unrecorded(), 10.0)).await.unwrap();
         let mut next = u128::from(index.count("c", &Selection::default()).await.unwrap());
         loop {

@@ -27,6 +27,9 @@ mod version;
 pub(crate) use lexical::Weighing;
 pub(crate) use version::{ChangeId, Version};
 
+/// The code of what is refused because it does not fit onto the disk.
+pub(crate) const DISK_FULL: &str = "disk_full";
+
 /// Name of the dense vector.
 const DENSE: &str = "text";
 
@@ -292,6 +295,12 @@ pub(crate) trait VectorIndex: Send + Sync {
     /// one.
     async fn drop_collection(&self, collection: &str) -> Result<bool, UpstreamError>;
 
+    /// Is there room for what is to be written? Asked before anything is paid for. An engine that refuses by itself
+    /// what it has no room for says yes.
+    async fn has_room(&self) -> Result<(), UpstreamError> {
+        Ok(())
+    }
+
     /// Keeps vectors that were paid for and cannot be written yet, under ids of the caller's. No reader sees them.
     /// What nobody has forgotten after [`KEPT_VECTORS_DAYS`] goes by itself.
     async fn keep_vectors(&self, vectors: Vec<(Uuid, Vec<f32>)>) -> Result<(), UpstreamError>;
@@ -337,7 +346,9 @@ pub(crate) async fn open(config: &GatewayConfig) -> Result<Arc<dyn VectorIndex>,
             Ok(Arc::new(qdrant::QdrantIndex::connect(url, api_key.as_ref(), config.timeout)?))
         }
         #[cfg(feature = "embedded")]
-        IndexConfig::Embedded(dir) => Ok(Arc::new(edge::EdgeIndex::open(&dir.join("vectors")).await?)),
+        IndexConfig::Embedded(dir) => {
+            Ok(Arc::new(edge::EdgeIndex::open(&dir.join("vectors"), config.index_min_free_bytes).await?))
+        }
         #[cfg(not(feature = "embedded"))]
         IndexConfig::Embedded(_) => Err(UpstreamError::misconfigured(
             Dependency::VectorIndex,

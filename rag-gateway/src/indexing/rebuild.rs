@@ -178,6 +178,7 @@ impl Indexer {
             let mut copied = Copied::default();
             let result = {
                 let _under_way = self.under_way.read().await;
+                self.index.has_room().await?;
                 self.write_copy(new, documents, meta, &mut copied).await
             };
             let Copied { documents, chunks, tokens } = copied;

@@ -2,7 +2,7 @@
 //!
 //! Jobs are kept in the [store](store): a restart forgets none. One task in each gateway works, one job
 //! at a time; while it does, it renews its lease and notes how far it is. The number of jobs that wait
-//! or run is bounded (`MAX_INDEX_JOBS`). A job that meets an empty budget waits for tokens and goes on
+//! or run is bounded (`MAX_INDEX_JOBS`). A job that meets an empty budget or a full disk waits and goes on
 //! by itself.
 
 use std::{
@@ -12,6 +12,7 @@ use std::{
 };
 
 use atlas_shared::{
+    UpstreamError,
     gateway_api::{DocumentOutcome, DocumentResult, JobState, JobStatus},
     resilience::RetryPolicy,
 };
@@ -22,7 +23,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::{error::GatewayError, indexing::Indexer, repository::Sources};
+use crate::{error::GatewayError, index::DISK_FULL, indexing::Indexer, repository::Sources};
 
 #[cfg(test)]
 mod contract;
@@ -39,7 +40,7 @@ const MAX_ERRORS: usize = 10;
 /// Longest error that is kept.
 const MAX_ERROR_CHARS: usize = 500;
 
-/// How often a job that waits for tokens asks again: a limit may have been raised.
+/// How often a job that waits for tokens, or for room on the disk, asks again: a limit may have been raised.
 const BUDGET_POLL: Duration = Duration::from_secs(30);
 
 /// How long the job of a dead gateway waits for another one.
@@ -328,6 +329,10 @@ impl Runner {
                 GatewayError::BudgetExhausted(_) => {
                     tracing::info!(reason = %error, "an index job waits for tokens");
                     error.retry_after().unwrap_or(BUDGET_POLL).min(BUDGET_POLL)
+                }
+                GatewayError::Upstream(UpstreamError::Permanent { code, .. }) if code == DISK_FULL => {
+                    tracing::warn!(reason = %error, "an index job waits for room on the disk");
+                    BUDGET_POLL
                 }
                 GatewayError::Upstream(upstream) => {
                     attempt += 1;

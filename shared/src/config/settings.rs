@@ -423,6 +423,12 @@ pub static SETTINGS: &[Setting] = &[
         Group::Gateway,
         "Beginnings of git URLs, separated by commas, that the gateway may clone by itself, such as `https://github.com/your-team/`. Unset: none.",
     ),
+    setting(
+        "INDEX_MIN_FREE_BYTES",
+        Some("67108864"),
+        Group::Gateway,
+        "Of the disk that the embedded index is on, so much stays free: writes that would take it are refused with 507 `disk_full`, because the engine dies where a disk is full. A Qdrant server looks by itself.",
+    ),
     setting("CHUNK_TOKENS", Some("320"), Group::Gateway, "Upper bound of a chunk, in tokens of cl100k_base."),
     setting(
         "CHUNK_OVERLAP_TOKENS",
