@@ -253,6 +253,11 @@ pub(crate) fn client(config: &Config) -> Result<GatewayClient> {
     Ok(GatewayClient::new(url, config.rag.api_key.clone(), timeout)?)
 }
 
+/// Where an embedded index is, for a note.
+pub(crate) fn embedded_place(context: &Context) -> String {
+    format!("the embedded index in {}", context.data_dir().display())
+}
+
 /// A gateway to talk to: one that runs, or one in this process for as long as this lives.
 pub(crate) struct GatewayAccess {
     /// How to call it.
@@ -293,7 +298,7 @@ impl GatewayAccess {
         Ok(Self {
             client: stack.client()?,
             config: stack.config.clone(),
-            place: format!("the embedded index in {}", context.data_dir().display()),
+            place: embedded_place(context),
             stack: Some(stack),
         })
     }

@@ -259,3 +259,41 @@ fn a_killed_index_run_pays_twice_for_no_more_than_four_calls() {
     let booked = ["used", "reserved"].map(|field| budget["budget"][field].as_u64().unwrap());
     assert!(booked[0] + booked[1] >= cost + paid, "never too little: {budget}");
 }
+
+#[test]
+fn a_run_that_need_not_open_the_index_sees_every_change_that_one_that_does_would_see() {
+    let sandbox = project();
+    let index = |flags: &[&str]| sandbox.atlas(&[&["index", "."], flags].concat()).ok().stdout;
+    let nothing = "Nothing to do: all 3 files are indexed already.\n";
+    assert!(index(&[]).starts_with("Indexed 3 files"));
+    let contents = || {
+        let mut collections = fs::read_dir(sandbox.path().join(".atlas/vectors")).unwrap();
+        collections.any(|entry| entry.unwrap().path().join("atlas.contents").exists())
+    };
+    assert!(contents(), "what is in the index is told without opening it");
+    assert_eq!(index(&[]), nothing);
+
+    // As long as before, and as old.
+    let file = sandbox.path().join("docs/queue.md");
+    let modified = fs::metadata(&file).unwrap().modified().unwrap();
+    sandbox.write("docs/queue.md", &QUEUE.replace("worker", "helper"));
+    fs::File::options().append(true).open(&file).unwrap().set_modified(modified).unwrap();
+    assert!(index(&[]).starts_with("Indexed 1 file "));
+    assert_eq!(index(&[]), nothing);
+    let found = sandbox.atlas(&["search", "helper acknowledges", "--json", "-k", "1"]).ok().json();
+    assert_eq!(found[0]["source"], "docs/queue.md");
+
+    assert!(index(&["--collection", "other"]).starts_with("Indexed 3 files"));
+    assert!(index(&["--repo", "another"]).starts_with("Indexed 3 files"));
+    assert!(index(&["--rebuild"]).ends_with(nothing));
+    assert_eq!(index(&[]), nothing);
+
+    sandbox.remove("src/retry.rs");
+    let gone = index(&[]);
+    assert!(gone.contains("1 deleted"), "{gone}");
+    assert_eq!(index(&[]), "Nothing to do: all 2 files are indexed already.\n");
+
+    let sandbox = sandbox.with_env("CHUNK_TOKENS", "64");
+    let cut_anew = sandbox.atlas(&["index", "."]).ok().stdout;
+    assert!(cut_anew.starts_with("Indexed 2 files"), "{cut_anew}");
+}

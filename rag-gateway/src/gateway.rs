@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use atlas_shared::{
     Config, Dependency, Ledger, UpstreamError,
-    gateway_api::words_only,
+    gateway_api::{DocumentList, words_only},
     metrics::MetricsError,
     model::Embedder,
     openai::OpenAiEmbedder,
@@ -21,7 +21,7 @@ use crate::{
     embed::{BookedEmbedder, QueryEmbedder},
     http::{self, App},
     index::{self, VectorIndex},
-    indexing::{Indexer, mismatch},
+    indexing::{Indexer, document_list, mismatch},
     jobs::{self, Jobs},
     metrics::Metrics,
     repository::Sources,
@@ -172,6 +172,18 @@ impl Gateway {
             index: IndexHandle(index),
         })
     }
+}
+
+/// What `GET /v1/documents` would say of a repository, without a gateway: as long as an embedded index need not be
+/// opened for that. `None`: start a gateway and ask it. Blocking.
+///
+/// For the process that may use the index: what another one writes meanwhile is not in it.
+pub fn documents_without_gateway(config: &Config, collection: &str, repo: &str) -> Option<DocumentList> {
+    let (meta, mut documents) = index::unopened(&config.gateway, collection)?;
+    documents.retain(|document| document.repo == repo && document.tenant.is_empty());
+    let model = config.openai.as_ref().and_then(|openai| openai.embedding_model.as_deref());
+    let chunker = Chunker::new(config.gateway.chunk_tokens, config.gateway.chunk_overlap_tokens);
+    Some(document_list(collection, documents, Some(&meta), chunker, model))
 }
 
 /// The search pipeline with everything that this configuration gives it.

@@ -34,7 +34,8 @@ use crate::{
     embed::{BookedEmbedder, Complete, Embedding, Paid, Texts},
     error::GatewayError,
     index::{
-        ChangeId, ChunkRecord, CollectionMeta, NewChunk, Provenance, Selection, VectorIndex, Weighing, names,
+        ChangeId, ChunkRecord, CollectionMeta, NewChunk, Provenance, Selection, StoredDocument, VectorIndex,
+        Weighing, names,
     },
     metrics::Metrics,
 };
@@ -89,31 +90,6 @@ pub(crate) struct Indexer {
     weighed_at: Mutex<HashMap<String, u64>>,
     /// The last revision that was given out.
     last_rev: AtomicI64,
-}
-
-/// What the index holds of a document.
-#[derive(Clone, Debug)]
-struct Stored {
-    hash: String,
-    cut: String,
-    rev: i64,
-    chunks: usize,
-    commit: Option<String>,
-    origin: Option<String>,
-}
-
-impl Stored {
-    /// What a document whose content is the same says anew of where it comes from; `None`: nothing.
-    ///
-    /// A commit stays valid when later ones have the same content, so only a missing one is added: otherwise every
-    /// commit would write the whole repository.
-    fn restated_by(&self, document: &Document) -> Option<Provenance> {
-        let provenance = Provenance {
-            commit: document.commit.clone().filter(|_| self.commit.is_none()),
-            origin: document.origin.clone().filter(|origin| self.origin.as_ref() != Some(origin)),
-        };
-        (provenance != Provenance::default()).then_some(provenance)
-    }
 }
 
 /// A group after it was chunked.
@@ -364,34 +340,14 @@ impl Indexer {
         tenant: Option<&str>,
     ) -> Result<DocumentList, GatewayError> {
         let selection = Selection {
-            first_chunks: true,
             repo: repo.map(str::to_owned),
             tenants: Some(vec![tenant.unwrap_or_default().to_owned()]),
             ..Selection::default()
         };
-        let mut documents = Vec::new();
-        for (source, stored) in
-            self.first_chunks(collection, selection, |record| record.source.clone()).await?
-        {
-            // Cut in another way than today's: the sender shall send it again.
-            let stale = stored.cut != self.chunker.fingerprint();
-            let Stored { hash, chunks, commit, origin, .. } = stored;
-            let content_hash = if stale { String::new() } else { hash };
-            documents.push(IndexedDocument { source, content_hash, chunks, commit, origin });
-        }
-        documents.sort_by(|a, b| a.source.cmp(&b.source));
+        let documents = self.index.documents(collection, &selection).await?;
         let meta = self.index.meta(collection).await?;
         let model = self.embedder.as_ref().map(|embedder| embedder.model());
-        Ok(DocumentList {
-            documents,
-            mismatch: meta
-                .as_ref()
-                .and_then(|meta| mismatch(collection, meta, model))
-                .map(|error| error.to_string()),
-            words_only: meta
-                .as_ref()
-                .and_then(|meta| words_only(collection, meta.embedding_model.as_deref(), model)),
-        })
+        Ok(document_list(collection, documents, meta.as_ref(), self.chunker, model))
     }
 
     /// Looks the group up and chunks what changed. Results are in the order of the documents.
@@ -597,34 +553,10 @@ impl Indexer {
         &self,
         collection: &str,
         docs: &[String],
-    ) -> Result<HashMap<String, Stored>, GatewayError> {
-        let selection = Selection { docs: Some(docs.to_vec()), first_chunks: true, ..Selection::default() };
-        self.first_chunks(collection, selection, |record| record.doc.clone()).await
-    }
-
-    async fn first_chunks(
-        &self,
-        collection: &str,
-        selection: Selection,
-        key: impl Fn(&ChunkRecord) -> String + Send,
-    ) -> Result<HashMap<String, Stored>, GatewayError> {
-        let mut found: HashMap<String, Stored> = HashMap::new();
-        let mut from = None;
-        loop {
-            let page = self.index.scroll(collection, &selection, from, PAGE, false).await?;
-            for (_, record) in page.records {
-                let key = key(&record);
-                // An interrupted replacement leaves two revisions: the newer one counts.
-                if found.get(&key).is_none_or(|other| other.rev < record.rev) {
-                    let ChunkRecord { hash, cut, rev, of, commit, origin, .. } = record;
-                    found.insert(key, Stored { hash, cut, rev, chunks: of as usize, commit, origin });
-                }
-            }
-            from = page.next;
-            if from.is_none() {
-                return Ok(found);
-            }
-        }
+    ) -> Result<HashMap<String, StoredDocument>, GatewayError> {
+        let selection = Selection { docs: Some(docs.to_vec()), ..Selection::default() };
+        let stored = self.index.documents(collection, &selection).await?.into_iter();
+        Ok(stored.map(|document| (document.doc.clone(), document)).collect())
     }
 
     fn lock_of(&self, collection: &str) -> Arc<tokio::sync::Mutex<()>> {
@@ -695,6 +627,34 @@ impl Drop for Change {
                 }
             });
         }
+    }
+}
+
+/// What a collection holds of a repository, for those who compare it with their files.
+pub(crate) fn document_list(
+    collection: &str,
+    documents: Vec<StoredDocument>,
+    meta: Option<&CollectionMeta>,
+    chunker: Chunker,
+    model: Option<&str>,
+) -> DocumentList {
+    let cut = chunker.fingerprint();
+    let mut documents: Vec<IndexedDocument> = documents
+        .into_iter()
+        .map(|document| IndexedDocument {
+            source: document.source,
+            // Cut in another way than today's: the sender shall send it again.
+            content_hash: if document.cut == cut { document.hash } else { String::new() },
+            chunks: document.chunks as usize,
+            commit: document.commit,
+            origin: document.origin,
+        })
+        .collect();
+    documents.sort_by(|a, b| a.source.cmp(&b.source));
+    DocumentList {
+        documents,
+        mismatch: meta.and_then(|meta| mismatch(collection, meta, model)).map(|error| error.to_string()),
+        words_only: meta.and_then(|meta| words_only(collection, meta.embedding_model.as_deref(), model)),
     }
 }
 
@@ -783,7 +743,7 @@ fn prepare_blocking(
     (chunker, weighing): (Chunker, Weighing),
     first: usize,
     part: Vec<(Judged, String)>,
-    stored: &HashMap<String, Stored>,
+    stored: &HashMap<String, StoredDocument>,
 ) -> Group {
     let mut results = Vec::with_capacity(part.len());
     let mut prepared = Vec::new();
@@ -805,8 +765,8 @@ fn prepare_blocking(
         let known = stored.get(&doc);
         if let Some(known) = known.filter(|known| known.hash == hash && known.cut == cut) {
             result.outcome = DocumentOutcome::Unchanged;
-            result.chunks = known.chunks;
-            if let Some(provenance) = known.restated_by(&document) {
+            result.chunks = known.chunks as usize;
+            if let Some(provenance) = restated_by(known, &document) {
                 restated.entry(provenance).or_default().push(doc);
             }
             results.push(result);
@@ -829,6 +789,18 @@ fn prepare_blocking(
         results.push(result);
     }
     Group { results, prepared, restated }
+}
+
+/// What a document whose content is the same says anew of where it comes from; `None`: nothing.
+///
+/// A commit stays valid when later ones have the same content, so only a missing one is added: otherwise every
+/// commit would write the whole repository.
+fn restated_by(known: &StoredDocument, document: &Document) -> Option<Provenance> {
+    let provenance = Provenance {
+        commit: document.commit.clone().filter(|_| known.commit.is_none()),
+        origin: document.origin.clone().filter(|origin| known.origin.as_ref() != Some(origin)),
+    };
+    (provenance != Provenance::default()).then_some(provenance)
 }
 
 /// Why a document is not indexed although nothing is wrong with it: whoever searches would read a credential.

@@ -24,4 +24,4 @@ mod rerank;
 mod search;
 pub mod source;
 
-pub use gateway::{Gateway, RunningGateway, StartError};
+pub use gateway::{Gateway, RunningGateway, StartError, documents_without_gateway};

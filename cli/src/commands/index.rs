@@ -8,14 +8,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use atlas_rag_gateway::source::{
-    git::{Checkout, RepoUrl},
-    repo::{Repository, is_bare},
-    walk::{self, GlobFault, Skip, Skipped, WalkOptions, Walked},
+use atlas_rag_gateway::{
+    documents_without_gateway,
+    source::{
+        git::{Checkout, RepoUrl},
+        repo::{Repository, is_bare},
+        seen::Seen,
+        walk::{self, GlobFault, Skip, Skipped, WalkOptions, Walked},
+    },
 };
 use atlas_shared::{
     Dependency, UpstreamError,
-    gateway_api::{DocumentList, JobState},
+    config::IndexConfig,
+    gateway_api::{DocumentList, IndexedDocument, JobState},
     message::is_name,
 };
 use globset::GlobSet;
@@ -23,8 +28,9 @@ use globset::GlobSet;
 use crate::{
     context::Context,
     error::{CliError, Exit, Result},
+    lock::DataDirLock,
     signals::Stop,
-    stack::GatewayAccess,
+    stack::{GatewayAccess, embedded_place, running_dev},
     sync::{self, Outcome, Plan, Progress, Target},
     ui::{DIM, GREEN, Ui, YELLOW, bytes, count, paint, thousands},
     watch::Changes,
@@ -65,7 +71,8 @@ UTF-8, UTF-16 with a byte order mark, or Windows-1252. Of PDF and DOCX files the
 their lines are pages and paragraphs. --include and --exclude limit what this run looks at; what is
 outside stays as it is in the index. To take files out of it, name them in .atlasignore.
 
-Ctrl-C is safe: run the same command again and it goes on. A second run touches nothing.
+Ctrl-C is safe: run the same command again and it goes on. A second run touches nothing,
+and reads no file that is as it was by its size and times; --rebuild reads all.
 Uses the gateway at RAG_URL, else the running `atlas dev`, else opens the embedded index itself.")]
 pub(crate) struct Index {
     /// Folder, file or git URL to index; a URL may end in #BRANCH or #TAG
@@ -149,9 +156,14 @@ impl Index {
         let (watch, rebuild, drop_old) = (self.watch, self.rebuild, self.drop_old);
         let mut stop = Stop::listen()?;
         let mut job = stop.unless_stopped(self.job(context)).await?;
+        job.remember(context, rebuild);
         // From here on no change is missed.
         let changes = if watch { Some(Changes::of(&job.options)?) } else { None };
         let walked = stop.unless_stopped(job.walk(context.ui)).await?;
+        if mode == Mode::Once && !watch && !rebuild && job.is_in_line(context, &walked).await? {
+            job.keep_what_was_seen(context);
+            return Ok(());
+        }
         let access = stop.unless_stopped(GatewayAccess::open(context, "index")).await?;
         let mut done = Ok(Outcome::default());
         if rebuild {
@@ -166,6 +178,9 @@ impl Index {
             None => done.map(drop),
         };
         access.close().await;
+        if mode != Mode::DryRun {
+            job.keep_what_was_seen(context);
+        }
         done
     }
 
@@ -220,6 +235,7 @@ impl Index {
             not_secret: globs("--not-secret", &self.not_secret)?,
             max_file_bytes: self.max_file_bytes,
             data_dir: Some(context.data_dir().to_owned()),
+            seen: None,
         };
         let Self { collection, allow_empty, .. } = self;
         Ok(Job { options, repository, repo, is_named, allow_empty, collection, checkout: None })
@@ -253,6 +269,86 @@ impl Job {
             drop_old: false,
         }
         .local_job(path, context)
+    }
+
+    /// Lets files that are as they were not be read again. Of a clone, which is deleted, each is read.
+    fn remember(&mut self, context: &Context, anew: bool) {
+        if self.checkout.is_none()
+            && let Ok(dir) = std::path::absolute(context.data_dir())
+        {
+            let WalkOptions { root, max_file_bytes, .. } = &self.options;
+            let load = if anew { Seen::anew } else { Seen::load };
+            self.options.seen = load(&dir, root, *max_file_bytes);
+        }
+    }
+
+    /// Where there is no data folder, because the gateway is elsewhere, none is made for this.
+    fn keep_what_was_seen(&self, context: &Context) {
+        if let Some(seen) = self.options.seen.as_ref().filter(|_| context.data_dir().is_dir())
+            && let Err(error) = seen.save()
+        {
+            context.ui.detail(format_args!("What was read is not remembered: {error}"));
+        }
+    }
+
+    /// True where nothing is to be done, and that is known without a gateway: then it was said.
+    async fn is_in_line(&self, context: &Context, walked: &Walked) -> Result<bool> {
+        let config = context.config()?;
+        let IndexConfig::Embedded(dir) = &config.gateway.index else { return Ok(false) };
+        if config.rag.url.is_some() || running_dev(context).await.is_some() {
+            return Ok(false);
+        }
+        // Whoever has the folder is waited for where the index is opened.
+        let Ok(Ok(lock)) = DataDirLock::try_acquire(dir, "index") else { return Ok(false) };
+        let collection = self.collection.as_deref().unwrap_or(&config.rag.collection);
+        let Some(manifest) = documents_without_gateway(&config, collection, &self.repo) else {
+            return Ok(false);
+        };
+        drop(lock);
+        let Plan { changed, unchanged, vanished } = self.plan(walked.clone(), &manifest.documents);
+        // What is wrong is told where the index is opened.
+        if manifest.mismatch.is_some()
+            || self.check_origin(&manifest, collection).is_err()
+            || !changed.is_empty()
+            || !vanished.is_empty()
+            || unchanged == 0
+        {
+            return Ok(false);
+        }
+        self.introduce(context.ui, collection, &embedded_place(context), walked);
+        if let Some(why) = &manifest.words_only {
+            warn_of_words_only(context.ui, why);
+        }
+        say_nothing_to_do(context.ui, unchanged);
+        Ok(true)
+    }
+
+    /// What is read, into what.
+    fn introduce(&self, ui: Ui, collection: &str, place: &str, Walked { files, skipped }: &Walked) {
+        let number = count(files.len(), "file");
+        ui.note(format_args!("{number} of {} into collection {collection} of {place}", self.repo));
+        summarise_skips(ui, skipped);
+        for file in files {
+            if let Some(encoding) = file.encoding {
+                ui.detail(paint(DIM, format_args!("  {} (decoded from {encoding})", file.source)));
+            }
+        }
+    }
+
+    /// What has to be done.
+    fn plan(&self, Walked { files, skipped }: Walked, manifest: &[IndexedDocument]) -> Plan {
+        let prefix = self.prefix();
+        let unsure: Vec<&str> = skipped
+            .iter()
+            .filter(|skipped| skipped.reason == Skip::Unreadable)
+            .map(|skipped| skipped.source.as_str())
+            .collect();
+        Plan::new(files, manifest, &self.repository, |source| {
+            // A file, or a whole folder, that could not be read has not vanished.
+            below(&prefix, source)
+                && self.options.selects(source)
+                && !unsure.iter().any(|unread| *unread == walk::UNKNOWN || below(unread, source))
+        })
     }
 
     /// Refuses to take an empty folder for a wish to delete all that is indexed of it: a mistake is more likely, or
@@ -344,6 +440,7 @@ impl Job {
                 Ok(walked) => self.bring_in_line(context, access, walked, Mode::Watch, stop).await.map(drop),
                 Err(error) => Err(error),
             };
+            self.keep_what_was_seen(context);
         }
     }
 
@@ -432,45 +529,20 @@ impl Job {
         stop: &mut Stop,
     ) -> Result<Outcome> {
         let ui = context.ui;
-        let Walked { files, skipped } = walked;
-        let total = files.len();
         let collection = self.collection(access).to_owned();
         if mode != Mode::Watch {
-            ui.note(format_args!(
-                "{} of {} into collection {collection} of {}",
-                count(total, "file"),
-                self.repo,
-                access.place
-            ));
-            summarise_skips(ui, &skipped);
-            for file in &files {
-                if let Some(encoding) = file.encoding {
-                    ui.detail(paint(DIM, format_args!("  {} (decoded from {encoding})", file.source)));
-                }
-            }
+            self.introduce(ui, &collection, &access.place, &walked);
         }
-
         let manifest = stop.unless_stopped(self.manifest(access, &collection)).await?;
         // What cannot be searched is not up to date, even where nothing is to be sent.
         if let Some(mismatch) = manifest.mismatch {
             return Err(UpstreamError::permanent(Dependency::Gateway, "embedding_mismatch", mismatch).into());
         }
         self.check_origin(&manifest, &collection)?;
-        if let Some(why) = manifest.words_only.as_ref().filter(|_| mode != Mode::Watch) {
-            ui.warn(format_args!("Warning: {why}."));
+        if let Some(why) = manifest.words_only.as_deref().filter(|_| mode != Mode::Watch) {
+            warn_of_words_only(ui, why);
         }
-        let prefix = self.prefix();
-        let unsure: Vec<&str> = skipped
-            .iter()
-            .filter(|skipped| skipped.reason == Skip::Unreadable)
-            .map(|skipped| skipped.source.as_str())
-            .collect();
-        let plan = Plan::new(files, &manifest.documents, &self.repository, |source| {
-            // A file, or a whole folder, that could not be read has not vanished.
-            below(&prefix, source)
-                && self.options.selects(source)
-                && !unsure.iter().any(|unread| *unread == walk::UNKNOWN || below(unread, source))
-        });
+        let plan = self.plan(walked, &manifest.documents);
         self.check_emptiness(&plan)?;
         if mode == Mode::DryRun {
             show_plan(ui, &plan);
@@ -480,7 +552,7 @@ impl Job {
             if mode == Mode::Watch {
                 return Ok(Outcome::default());
             }
-            ui.out(format_args!("Nothing to do: all {} are indexed already.", count(total, "file")));
+            say_nothing_to_do(ui, plan.unchanged);
             return Ok(Outcome::default());
         }
 
@@ -544,6 +616,14 @@ impl Job {
 fn below(folder: &str, source: &str) -> bool {
     folder.is_empty()
         || source.strip_prefix(folder).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+fn warn_of_words_only(ui: Ui, why: &str) {
+    ui.warn(format_args!("Warning: {why}."));
+}
+
+fn say_nothing_to_do(ui: Ui, files: usize) {
+    ui.out(format_args!("Nothing to do: all {} are indexed already.", count(files, "file")));
 }
 
 fn show_plan(ui: Ui, plan: &Plan) {

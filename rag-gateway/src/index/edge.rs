@@ -50,15 +50,17 @@ use uuid::Uuid;
 
 use super::{
     ChangeId, ChunkRecord, CollectionMeta, CollectionState, DENSE, Hit, INTEGER_FIELDS, KEYWORD_FIELDS,
-    Lists, NewChunk, Page, Provenance, Resolved, SPARSE, Search, Selection, VectorIndex, Version, Weighing,
-    failed, names, payload, record, version::LocalVersions,
+    Lists, NewChunk, PAGE, Page, Provenance, Resolved, SPARSE, Search, Selection, StoredDocument,
+    VectorIndex, Version, Weighing, failed, keep_newest, names, payload, record, version::LocalVersions,
 };
 
+mod contents;
 mod kept;
 mod paid;
 mod records;
 mod room;
 
+use contents::{Contents, Effect};
 use paid::PaidVectors;
 use records::{CollectionRecords, Records};
 use room::Room;
@@ -69,7 +71,7 @@ const META_FILE: &str = "atlas.json";
 /// Held by the process that has the collection open.
 const LOCK_FILE: &str = "atlas.lock";
 
-/// How many chunks were written since the engine was last asked to rebuild.
+/// How many chunks were written since the engine last rebuilt a segment.
 const WRITTEN_FILE: &str = "atlas.written";
 
 /// Which generation each collection stands for.
@@ -85,8 +87,9 @@ const WAL_SEGMENT_BYTES: usize = 4 * 1024 * 1024;
 /// posting lists, more files to sync for each flush and to open. The tests of this crate rebuild all the time.
 const SEGMENT_CHUNKS: usize = if cfg!(test) { 4 } else { 8 * 1024 };
 
-/// So many chunks are written before the engine is asked whether a segment is to be rebuilt: all segments are kept
-/// aside for that.
+/// The engine is asked to rebuild when [`SEGMENT_CHUNKS`] were written since it last did: before that no segment is
+/// full, and for asking all segments are kept aside, which costs more than writing a thousand chunks. Where some of
+/// what was written is gone again, it is asked after so many more.
 const REBUILD_CHUNKS: usize = SEGMENT_CHUNKS.div_ceil(8);
 
 /// Segments of a collection, before the engine merges small ones.
@@ -147,6 +150,8 @@ struct Collection {
     weigher: Mutex<Weigher>,
     /// What was read lately.
     records: CollectionRecords,
+    /// Which documents are in it.
+    contents: Contents,
     /// Chunks of tenants may be in it: set before the first one is written, and never unset.
     has_tenants: AtomicBool,
     room: Room,
@@ -243,6 +248,15 @@ impl EdgeIndex {
             )
         })
     }
+}
+
+/// What is in the collection of this name, as long as that is known without the engine and nobody has it open.
+pub(super) fn unopened(dir: &Path, name: &str) -> Option<(CollectionMeta, Vec<StoredDocument>)> {
+    let aliases = load_aliases(dir).ok()?;
+    let dir = dir.join(aliases.get(name).map_or(name, String::as_str));
+    let meta = serde_json::from_str(&fs::read_to_string(dir.join(META_FILE)).ok()?).ok()?;
+    let _lock = lock(&dir).ok()?;
+    Some((meta, contents::read_unopened(&dir)?))
 }
 
 /// Writes the aliases to disk, then uses them.
@@ -378,6 +392,16 @@ impl VectorIndex for EdgeIndex {
         let Some(collection) = self.get(name) else { return Ok(Page { records: Vec::new(), next: None }) };
         let selection = selection.clone();
         blocking(move || collection.scroll(&selection, from, limit, with_text)).await
+    }
+
+    async fn documents(
+        &self,
+        name: &str,
+        selection: &Selection,
+    ) -> Result<Vec<StoredDocument>, UpstreamError> {
+        let Some(collection) = self.get(name) else { return Ok(Vec::new()) };
+        let selection = selection.clone();
+        blocking(move || collection.documents(&selection)).await
     }
 
     async fn reweigh(&self, name: &str, avg_len: f64) -> Result<(), UpstreamError> {
@@ -535,7 +559,7 @@ impl Collection {
         }
         shard.flush();
         save_meta(dir, &meta)?;
-        Self::start(dir, lock, shard, meta, records, room)
+        Self::start(Contents::of_new(dir), lock, shard, meta, records, dir, room)
     }
 
     fn load(dir: &Path, records: &Records, room: Room) -> Result<Arc<Self>, UpstreamError> {
@@ -553,15 +577,16 @@ impl Collection {
             tracing::info!(dir = %dir.display(), "segments are as before a rebuilding that was cut short");
         }
         let shard = EdgeShard::load(dir, Some(config(&meta))).map_err(|error| not_opened(dir, error))?;
-        Self::start(dir, lock, shard, meta, records, room)
+        Self::start(Contents::of_existing(dir), lock, shard, meta, records, dir, room)
     }
 
     fn start(
-        dir: &Path,
+        contents: Contents,
         lock: File,
         shard: EdgeShard,
         meta: CollectionMeta,
         records: &Records,
+        dir: &Path,
         room: Room,
     ) -> Result<Arc<Self>, UpstreamError> {
         let has_tenants = has_tenants(&shard)?;
@@ -575,6 +600,7 @@ impl Collection {
             writer: Mutex::new(None),
             bm25: query_bm25()?,
             records: records.of_collection(),
+            contents,
             has_tenants: AtomicBool::new(has_tenants),
             room,
             _lock: lock,
@@ -583,18 +609,22 @@ impl Collection {
             .name("atlas-index".to_owned())
             .spawn({
                 let collection = Arc::clone(&collection);
-                move || collection.run_writer(receiver)
+                move || {
+                    if collection.run_writer(receiver) {
+                        collection.contents.save();
+                    }
+                }
             })
             .map_err(|error| failed("start the writer", error))?;
         *collection.writer.lock().unwrap_or_else(PoisonError::into_inner) = Some(writer);
         Ok(collection)
     }
 
-    /// The writer thread: ends when the last sender is gone.
-    fn run_writer(&self, mut writes: mpsc::Receiver<Write>) {
+    /// The writer thread: ends when the last sender is gone, or where it broke: false.
+    fn run_writer(&self, mut writes: mpsc::Receiver<Write>) -> bool {
         let file = self.dir.join(WRITTEN_FILE);
         let known = fs::read_to_string(&file).ok().and_then(|text| text.trim().parse().ok());
-        let mut written = known.unwrap_or(REBUILD_CHUNKS);
+        let mut written = known.unwrap_or(SEGMENT_CHUNKS);
         while let Some(first) = writes.blocking_recv() {
             let mut batch = vec![first];
             while batch.len() < WRITE_QUEUE
@@ -602,10 +632,19 @@ impl Collection {
             {
                 batch.push(next);
             }
+            if let Err(error) = self.contents.begin() {
+                for write in batch {
+                    let _ = write.done.send(Err(cannot_use(&self.dir, &error)));
+                }
+                continue;
+            }
             let mut done = Vec::with_capacity(batch.len());
             for write in batch {
                 written = written.saturating_add(write.change.chunks());
-                done.push((write.done, self.apply(write.change)));
+                let effect = Effect::of(&write.change);
+                let result = self.apply(write.change);
+                self.contents.note(effect, result.is_ok());
+                done.push((write.done, result));
             }
             // The engine panics where the disk is full: an error of these writes, and the end of this
             // writer, because what is in memory is now ahead of what is on disk.
@@ -616,61 +655,64 @@ impl Collection {
                 let _ = answer.send(result);
             }
             if flushed.is_err() {
-                return;
+                return false;
             }
-            if written >= REBUILD_CHUNKS {
-                written = 0;
-                if !self.rebuild_full_segments() {
-                    return;
+            self.contents.end();
+            if written >= SEGMENT_CHUNKS {
+                match self.rebuild_full_segments() {
+                    Some(true) => written = 0,
+                    Some(false) => written = SEGMENT_CHUNKS - REBUILD_CHUNKS,
+                    None => return false,
                 }
             }
             // Where it cannot be noted, or is cut short, the next process only asks too early.
             let _ = fs::write(&file, written.to_string());
         }
+        true
     }
 
     /// Rebuilds what has grown large for reading; readers go on meanwhile. Nobody waits for this: whoever writes
-    /// next waits until it is done. False when nothing may be written any more.
-    fn rebuild_full_segments(&self) -> bool {
+    /// next waits until it is done. True where something was rebuilt, `None` when nothing may be written any more.
+    fn rebuild_full_segments(&self) -> Option<bool> {
         let began = Instant::now();
         if let Err(error) = self.room.check(room::needed_to_rebuild(&self.dir.join("segments"))) {
             tracing::warn!(dir = %self.dir.display(), error = %error, "segments are not rebuilt");
-            return true;
+            return Some(false);
         }
-        let may_go_on = match kept::keep(&self.dir) {
+        let rebuilt = match kept::keep(&self.dir) {
             Ok(()) => self.optimize(began),
             Err(error) => {
                 tracing::warn!(dir = %self.dir.display(), error = %error, "segments are not rebuilt; is the disk full?");
-                true
+                Some(false)
             }
         };
         // After a panic nobody knows what is on disk: it is put back when the collection is opened.
-        may_go_on
-            && match kept::let_go(&self.dir) {
-                Ok(()) => true,
-                Err(error) => {
-                    tracing::error!(dir = %self.dir.display(), error = %error, "writing stops; restart the gateway");
-                    false
-                }
+        let rebuilt = rebuilt?;
+        match kept::let_go(&self.dir) {
+            Ok(()) => Some(rebuilt),
+            Err(error) => {
+                tracing::error!(dir = %self.dir.display(), error = %error, "writing stops; restart the gateway");
+                None
             }
+        }
     }
 
-    /// False when the engine broke.
-    fn optimize(&self, began: Instant) -> bool {
+    /// True where something was rebuilt, `None` when the engine broke.
+    fn optimize(&self, began: Instant) -> Option<bool> {
         match panic::catch_unwind(AssertUnwindSafe(|| self.shard.optimize())) {
             Ok(Ok(rebuilt)) => {
                 if rebuilt {
                     let duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
                     tracing::debug!(dir = %self.dir.display(), duration_ms, "segments rebuilt");
                 }
-                true
+                Some(rebuilt)
             }
             // What was written is on disk and searched where it is: only slower.
             Ok(Err(error)) => {
                 tracing::warn!(dir = %self.dir.display(), error = %error, "segments are not rebuilt; is the disk full?");
-                true
+                Some(false)
             }
-            Err(_) => false,
+            Err(_) => None,
         }
     }
 
@@ -719,6 +761,49 @@ impl Collection {
         let count =
             self.shard.count(CountRequest { filter, exact }).map_err(|error| failed("count", error))?;
         Ok(count as u64)
+    }
+
+    fn documents(&self, selection: &Selection) -> Result<Vec<StoredDocument>, UpstreamError> {
+        if let Some(documents) = self.contents.documents(selection) {
+            return Ok(documents);
+        }
+        // Where all of a repository is asked for, the next one may be answered from what is found out now.
+        if selection.docs.is_none()
+            && let Some(unchanged) = self.contents.is_asked_for()
+        {
+            let all = self.first_chunks(&Selection::default(), Contents::bound())?;
+            self.contents.learn(unchanged, all);
+            if let Some(documents) = self.contents.documents(selection) {
+                return Ok(documents);
+            }
+        }
+        let mut newest = HashMap::new();
+        for (_, document) in self.first_chunks(selection, usize::MAX)?.unwrap_or_default() {
+            keep_newest(&mut newest, document);
+        }
+        Ok(newest.into_values().collect())
+    }
+
+    /// The selected documents, each revision of them, with the ids of their first chunks; `None`: more than `limit`.
+    fn first_chunks(
+        &self,
+        selection: &Selection,
+        limit: usize,
+    ) -> Result<Option<Vec<(Uuid, StoredDocument)>>, UpstreamError> {
+        let selection = Selection { first_chunks: true, ..selection.clone() };
+        let mut found = Vec::new();
+        let mut from = None;
+        loop {
+            let page = self.scroll(&selection, from, PAGE, false)?;
+            found.extend(page.records.iter().map(|(id, record)| (*id, StoredDocument::of(record))));
+            from = page.next;
+            if found.len() > limit {
+                return Ok(None);
+            }
+            if from.is_none() {
+                return Ok(Some(found));
+            }
+        }
     }
 
     fn apply(&self, change: Change) -> Result<(), UpstreamError> {

@@ -39,6 +39,8 @@ const SPARSE: &str = "bm25";
 /// How long vectors are kept that were paid for and not written: whoever was refused by one day's budget comes back
 /// on another day.
 const KEPT_VECTORS_DAYS: u32 = 30;
+/// Records of one page when documents are listed.
+const PAGE: usize = 1000;
 
 /// Payload fields that filters use.
 const KEYWORD_FIELDS: [&str; 4] = ["doc", "repo", "lang", "tenant"];
@@ -145,6 +147,34 @@ pub(crate) struct Provenance {
     pub(crate) commit: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) origin: Option<String>,
+}
+
+/// A document as its first chunk tells of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct StoredDocument {
+    /// Its key.
+    pub(crate) doc: String,
+    pub(crate) source: String,
+    /// Empty: none.
+    pub(crate) repo: String,
+    /// Empty: everybody's.
+    pub(crate) tenant: String,
+    /// Its content hash.
+    pub(crate) hash: String,
+    /// How it was cut.
+    pub(crate) cut: String,
+    pub(crate) rev: i64,
+    /// How many chunks it has.
+    pub(crate) chunks: u32,
+    pub(crate) commit: Option<String>,
+    pub(crate) origin: Option<String>,
+}
+
+impl StoredDocument {
+    fn of(first: &ChunkRecord) -> Self {
+        let ChunkRecord { doc, rev, hash, cut, of, source, repo, tenant, commit, origin, .. } = first.clone();
+        Self { doc, source, repo, tenant, hash, cut, rev, chunks: of, commit, origin }
+    }
 }
 
 /// A chunk on its way into an index.
@@ -284,6 +314,15 @@ pub(crate) trait VectorIndex: Send + Sync {
         with_text: bool,
     ) -> Result<Page, UpstreamError>;
 
+    /// The documents of which chunks are selected, each at its newest revision. An unknown collection has none.
+    async fn documents(
+        &self,
+        collection: &str,
+        selection: &Selection,
+    ) -> Result<Vec<StoredDocument>, UpstreamError> {
+        read_documents(self, collection, selection).await
+    }
+
     /// Weighs every chunk anew with another average length, and records it.
     async fn reweigh(&self, collection: &str, avg_len: f64) -> Result<(), UpstreamError>;
 
@@ -369,6 +408,51 @@ fn vector_from(bytes: &[u8]) -> Option<Vec<f32>> {
     let (values, rest) = bytes.as_chunks::<4>();
     let vector: Vec<f32> = values.iter().map(|value| f32::from_le_bytes(*value)).collect();
     (rest.is_empty() && !vector.is_empty() && vector.iter().all(|value| value.is_finite())).then_some(vector)
+}
+
+/// [`VectorIndex::documents`], by reading the first chunk of each.
+pub(crate) async fn read_documents<I: VectorIndex + ?Sized>(
+    index: &I,
+    collection: &str,
+    selection: &Selection,
+) -> Result<Vec<StoredDocument>, UpstreamError> {
+    let first = Selection { first_chunks: true, ..selection.clone() };
+    let mut newest = HashMap::new();
+    let mut from = None;
+    loop {
+        let page = index.scroll(collection, &first, from, PAGE, false).await?;
+        for (_, record) in page.records {
+            keep_newest(&mut newest, StoredDocument::of(&record));
+        }
+        from = page.next;
+        if from.is_none() {
+            return Ok(newest.into_values().collect());
+        }
+    }
+}
+
+/// An interrupted replacement leaves two revisions of a document: the newer one counts.
+fn keep_newest(newest: &mut HashMap<String, StoredDocument>, document: StoredDocument) {
+    if newest.get(&document.doc).is_none_or(|other| other.rev < document.rev) {
+        newest.insert(document.doc.clone(), document);
+    }
+}
+
+/// What is in an embedded index, as long as it need not be opened for that and nobody else has it; `None`: open it.
+#[cfg(feature = "embedded")]
+pub(crate) fn unopened(
+    config: &GatewayConfig,
+    collection: &str,
+) -> Option<(CollectionMeta, Vec<StoredDocument>)> {
+    match &config.index {
+        IndexConfig::Embedded(dir) => edge::unopened(&dir.join("vectors"), collection),
+        IndexConfig::Qdrant { .. } => None,
+    }
+}
+
+#[cfg(not(feature = "embedded"))]
+pub(crate) fn unopened(_: &GatewayConfig, _: &str) -> Option<(CollectionMeta, Vec<StoredDocument>)> {
+    None
 }
 
 /// A failure of the engine that may pass.

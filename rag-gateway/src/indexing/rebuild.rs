@@ -11,11 +11,11 @@ use std::collections::{HashMap, HashSet};
 use crate::{
     embed::{Embedding, Texts},
     error::GatewayError,
-    index::{ChunkRecord, CollectionMeta, NewChunk, Selection, names},
+    index::{ChunkRecord, CollectionMeta, NewChunk, Selection, StoredDocument, names, read_documents},
     jobs::Progress,
 };
 
-use super::{Change, Indexer, PAGE, Stored, mean_terms};
+use super::{Change, Indexer, PAGE, mean_terms};
 
 /// Documents that are copied together.
 const BATCH: usize = 32;
@@ -146,18 +146,21 @@ impl Indexer {
     }
 
     async fn difference(&self, old: &str, new: &str) -> Result<Difference, GatewayError> {
-        let firsts = Selection { first_chunks: true, ..Selection::default() };
-        let key = |record: &ChunkRecord| record.doc.clone();
-        let before = self.first_chunks(old, firsts.clone(), key).await?;
-        let after = self.first_chunks(new, firsts, key).await?;
-        let same = |a: &Stored, b: &Stored| a.rev == b.rev && a.hash == b.hash && a.cut == b.cut;
+        // Both are read, whatever the index remembers: this is also the check of what was copied.
+        let all = async |generation: &str| -> Result<HashMap<String, StoredDocument>, GatewayError> {
+            let read = read_documents(&*self.index, generation, &Selection::default()).await?;
+            Ok(read.into_iter().map(|document| (document.doc.clone(), document)).collect())
+        };
+        let (before, after) = (all(old).await?, all(new).await?);
+        let same =
+            |a: &StoredDocument, b: &StoredDocument| a.rev == b.rev && a.hash == b.hash && a.cut == b.cut;
         let missing = before
             .iter()
             .filter(|(doc, stored)| after.get(*doc).is_none_or(|copied| !same(stored, copied)))
             .map(|(doc, _)| doc.clone())
             .collect();
         let gone = after.keys().filter(|doc| !before.contains_key(*doc)).cloned().collect();
-        let chunks = before.values().map(|stored| stored.chunks).sum();
+        let chunks = before.values().map(|stored| stored.chunks as usize).sum();
         Ok(Difference { missing, gone, total: before.len(), chunks })
     }
 

@@ -18,4 +18,5 @@ pub mod decode;
 pub(crate) mod extract;
 pub mod git;
 pub mod repo;
+pub mod seen;
 pub mod walk;

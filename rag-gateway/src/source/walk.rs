@@ -5,12 +5,13 @@
 //! secrets never leave this module: neither their text nor the secret is in any result.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::Read as _,
     num::NonZeroUsize,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError, mpsc},
+    sync::{Arc, Mutex, PoisonError, mpsc},
     thread,
+    time::SystemTime,
 };
 
 use atlas_shared::{
@@ -19,10 +20,12 @@ use atlas_shared::{
 };
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 use ignore::WalkBuilder;
+use serde::{Deserialize, Serialize};
 
 use super::{
     decode::{Decoded, decode},
     extract,
+    seen::{Decision, Seen, Stat},
 };
 
 /// Larger files are data, not prose or code.
@@ -67,7 +70,7 @@ pub struct Skipped {
 }
 
 /// Why a file is left out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Skip {
     /// It looks like a secret, or holds one.
     Secret,
@@ -129,6 +132,8 @@ pub struct WalkOptions {
     pub max_file_bytes: u64,
     /// A folder that is never looked into: our own data.
     pub data_dir: Option<PathBuf>,
+    /// What was decided before about files that are as they were then; `None`: every file is read.
+    pub seen: Option<Arc<Seen>>,
 }
 
 impl WalkOptions {
@@ -142,7 +147,13 @@ impl WalkOptions {
             not_secret: GlobSet::empty(),
             max_file_bytes: DEFAULT_MAX_FILE_BYTES,
             data_dir: None,
+            seen: None,
         }
+    }
+
+    /// True where every file of the root is looked at.
+    fn selects_all(&self) -> bool {
+        self.start == self.root && self.include.is_empty() && self.exclude.is_empty()
     }
 
     /// True for sources that `--include` and `--exclude` leave in.
@@ -182,7 +193,7 @@ pub fn globs(patterns: &[String]) -> Result<GlobSet, GlobFault> {
 }
 
 /// What a walk found.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Walked {
     /// To index, by source.
     pub files: Vec<Candidate>,
@@ -270,6 +281,10 @@ pub fn walk(options: &WalkOptions, mut seen: impl FnMut(usize)) -> Walked {
     });
     walked.files.sort_by(|a, b| a.source.cmp(&b.source));
     walked.skipped.sort_by(|a, b| a.source.cmp(&b.source));
+    if let Some(seen) = options.seen.as_ref().filter(|_| options.selects_all()) {
+        let files = walked.files.iter().map(|file| file.source.as_str());
+        seen.retain(&files.chain(walked.skipped.iter().map(|file| file.source.as_str())).collect());
+    }
     walked
 }
 
@@ -281,12 +296,7 @@ fn judge(
 ) {
     let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let readers = cores.min(MAX_READERS).min(files.len() / FILES_A_READER).max(1);
-    let one = |(path, source): (PathBuf, String)| match read(&path, &source, options) {
-        Ok(Decoded { text, from: encoding }) => {
-            Ok(Candidate { hash: content_hash(&text), bytes: text.len() as u64, path, source, encoding })
-        }
-        Err((reason, detail)) => Err(Skipped { source, reason, detail }),
-    };
+    let one = |(path, source)| judge_file(path, source, options);
     if readers == 1 {
         return files.into_iter().map(one).for_each(told);
     }
@@ -319,22 +329,69 @@ pub fn source_name(root: &Path, path: &Path) -> Option<String> {
 /// Why a file is left out, and more about it.
 type Verdict = (Skip, Option<String>);
 
-/// Reads one file and decides. The text that comes out is what is indexed, byte for byte.
-pub fn read(path: &Path, source: &str, options: &WalkOptions) -> std::result::Result<Decoded, Verdict> {
-    judge_name(source, options)?;
-    let decoded = text_of(path, source, options)?;
-    judge_text(source, &decoded.text, options)?;
-    Ok(decoded)
+/// Decides about one file, and reads it unless it is as it was when it was read before.
+fn judge_file(
+    path: PathBuf,
+    source: String,
+    options: &WalkOptions,
+) -> std::result::Result<Candidate, Skipped> {
+    let decided = judge_name(&source, options).and_then(|()| {
+        let known = options.seen.as_ref().and_then(|seen| {
+            let stat = Stat::of(&fs::symlink_metadata(&path).ok()?)?;
+            seen.decision(&source, &stat, options.not_secret.is_match(&source))
+        });
+        match known {
+            Some(Decision::Index { hash, bytes, encoding }) => {
+                Ok((hash, bytes, Decision::static_encoding(encoding.as_deref())))
+            }
+            Some(Decision::Skip { reason, detail }) => Err((reason, detail)),
+            None => read_and_judge(&path, &source, None, options)
+                .map(|(Decoded { text, from }, hash)| (hash, text.len() as u64, from)),
+        }
+    });
+    match decided {
+        Ok((hash, bytes, encoding)) => Ok(Candidate { path, source, hash, bytes, encoding }),
+        Err((reason, detail)) => Err(Skipped { source, reason, detail }),
+    }
 }
 
-/// Reads a file that a walk with the same options found, and decides again if it has changed since.
+/// Reads a file that a walk with the same options found, and decides again if it has changed since. The text that
+/// comes out is what is indexed, byte for byte.
 pub fn read_again(file: &Candidate, options: &WalkOptions) -> std::result::Result<String, Verdict> {
     judge_name(&file.source, options)?;
-    let Decoded { text, .. } = text_of(&file.path, &file.source, options)?;
-    if content_hash(&text) != file.hash {
-        judge_text(&file.source, &text, options)?;
-    }
+    let (Decoded { text, .. }, _) = read_and_judge(&file.path, &file.source, Some(&file.hash), options)?;
     Ok(text)
+}
+
+/// Reads a file, decides by its text unless a text of this hash was judged before, and remembers what was decided.
+/// The text and its hash.
+fn read_and_judge(
+    path: &Path,
+    source: &str,
+    judged: Option<&str>,
+    options: &WalkOptions,
+) -> std::result::Result<(Decoded, String), Verdict> {
+    let before = SystemTime::now();
+    let mut stat = None;
+    let decided = text_of(path, source, options, &mut stat).and_then(|decoded| {
+        let hash = content_hash(&decoded.text);
+        if judged != Some(&hash) {
+            judge_text(source, &decoded.text, options)?;
+        }
+        Ok((decoded, hash))
+    });
+    if let Some(seen) = &options.seen {
+        let decision = match &decided {
+            Ok((Decoded { text, from }, hash)) => Decision::Index {
+                hash: hash.clone(),
+                bytes: text.len() as u64,
+                encoding: from.map(str::to_owned),
+            },
+            Err((reason, detail)) => Decision::Skip { reason: *reason, detail: detail.clone() },
+        };
+        seen.learn((path, source), stat, before, options.not_secret.is_match(source), decision);
+    }
+    decided
 }
 
 fn judge_name(source: &str, options: &WalkOptions) -> std::result::Result<(), Verdict> {
@@ -351,7 +408,13 @@ fn judge_name(source: &str, options: &WalkOptions) -> std::result::Result<(), Ve
     Ok(())
 }
 
-fn text_of(path: &Path, source: &str, options: &WalkOptions) -> std::result::Result<Decoded, Verdict> {
+/// The text of a file. `stat` is what the file was before anything of it was read.
+fn text_of(
+    path: &Path,
+    source: &str,
+    options: &WalkOptions,
+    stat: &mut Option<Stat>,
+) -> std::result::Result<Decoded, Verdict> {
     let unreadable = |error: std::io::Error| (Skip::Unreadable, Some(error.to_string()));
     let format = extract::Format::of(file_name(source));
     // Documents carry fonts and pictures besides their text.
@@ -360,7 +423,9 @@ fn text_of(path: &Path, source: &str, options: &WalkOptions) -> std::result::Res
         None => options.max_file_bytes,
     };
     let file = File::open(path).map_err(unreadable)?;
-    let size = file.metadata().map_err(unreadable)?.len();
+    let metadata = file.metadata().map_err(unreadable)?;
+    *stat = Stat::of(&metadata);
+    let size = metadata.len();
     if size > limit {
         return Err((Skip::TooLarge, Some(format!("{} KiB", size.div_ceil(1024)))));
     }

@@ -58,6 +58,12 @@ pub(super) fn put_back(dir: &Path) -> io::Result<bool> {
     Ok(true)
 }
 
+/// True where [`put_back`] will find segments to put back.
+pub(super) fn is_unfinished(dir: &Path) -> bool {
+    // What cannot be looked at is not known to be finished.
+    dir.join(KEPT).try_exists().unwrap_or(true)
+}
+
 /// Links the files of a folder into a new one, or copies them.
 pub(super) fn link_folder(from: &Path, to: &Path) -> io::Result<()> {
     fs::create_dir(to)?;
