@@ -95,15 +95,18 @@ impl BookedEmbedder {
         self.breaker.cause()
     }
 
-    /// Embeds queries: one attempt, because their answers can do without.
+    /// Embeds queries: one attempt within a bound, because their answers can do without. What the call costs is
+    /// booked when it ends, whoever waits for it.
     async fn embed_queries(
         self: &Arc<Self>,
         texts: Vec<String>,
         tenant: Option<&str>,
+        timeout: Duration,
     ) -> Result<Vec<Vec<f32>>, GatewayError> {
         let permit = self.breaker.try_acquire()?;
         self.metrics.embedding_query_calls.inc();
-        match self.attempt(texts, tenant).await {
+        let attempt = tokio::time::timeout(timeout, self.attempt(texts, tenant)).await;
+        match attempt.unwrap_or_else(|_| Err(too_slow(timeout))) {
             Ok(outcome) => {
                 permit.succeeded();
                 Ok(outcome?.vectors)
@@ -219,6 +222,7 @@ pub(crate) struct QueryEmbedder {
     /// Vectors by text; they depend on no collection and no tenant. `None` with `CACHE_TTL=0`.
     vectors: Option<Cache<String, Arc<Vec<f32>>>>,
     waiting: mpsc::Sender<Waiting>,
+    timeout: Duration,
     metrics: Metrics,
 }
 
@@ -233,14 +237,15 @@ impl QueryEmbedder {
     /// Starts the task that gathers queries; it ends with this.
     pub(crate) fn new(
         embedder: Arc<BookedEmbedder>,
+        timeout: Duration,
         ttl: Duration,
         max_entries: u64,
         metrics: &Metrics,
     ) -> Self {
         let (waiting, queue) = mpsc::channel(MAX_WAITING);
-        tokio::spawn(gather(Arc::clone(&embedder), queue));
+        tokio::spawn(gather(Arc::clone(&embedder), timeout, queue));
         let vectors = || Cache::builder().max_capacity(max_entries).time_to_live(ttl).build();
-        Self { embedder, vectors: (!ttl.is_zero()).then(vectors), waiting, metrics: metrics.clone() }
+        Self { embedder, vectors: (!ttl.is_zero()).then(vectors), waiting, timeout, metrics: metrics.clone() }
     }
 
     /// The model's name.
@@ -272,7 +277,11 @@ impl QueryEmbedder {
         let busy =
             || UpstreamError::transient(Dependency::Embedder, "too many queries wait for their vectors");
         self.waiting.try_send(waiting).map_err(|_| busy())?;
-        let vector = vector.await.map_err(|_| unreadable("the embedding task ended"))??;
+        // It may wait for others' calls too.
+        let vector = tokio::time::timeout(self.timeout, vector)
+            .await
+            .map_err(|_| too_slow(self.timeout))?
+            .map_err(|_| unreadable("the embedding task ended"))??;
         if let Some(vectors) = &self.vectors {
             vectors.insert(text.to_owned(), Arc::clone(&vector)).await;
         }
@@ -280,7 +289,7 @@ impl QueryEmbedder {
     }
 }
 
-async fn gather(embedder: Arc<BookedEmbedder>, mut queue: mpsc::Receiver<Waiting>) {
+async fn gather(embedder: Arc<BookedEmbedder>, timeout: Duration, mut queue: mpsc::Receiver<Waiting>) {
     let slots = Arc::new(Semaphore::new(QUERY_CALLS));
     let mut gathered = Vec::new();
     loop {
@@ -294,7 +303,7 @@ async fn gather(embedder: Arc<BookedEmbedder>, mut queue: mpsc::Receiver<Waiting
         tokio::spawn(async move {
             let _slot = slot;
             for (tenant, batch) in by_tenant(batch) {
-                embed_together(&embedder, tenant.as_deref(), batch).await;
+                embed_together(&embedder, tenant.as_deref(), timeout, batch).await;
             }
         });
     }
@@ -312,7 +321,12 @@ fn by_tenant(batch: Vec<Waiting>) -> BTreeMap<Option<String>, Vec<Waiting>> {
     tenants
 }
 
-async fn embed_together(embedder: &Arc<BookedEmbedder>, tenant: Option<&str>, batch: Vec<Waiting>) {
+async fn embed_together(
+    embedder: &Arc<BookedEmbedder>,
+    tenant: Option<&str>,
+    timeout: Duration,
+    batch: Vec<Waiting>,
+) {
     let mut by_text: BTreeMap<String, Vec<Waiting>> = BTreeMap::new();
     for waiting in batch {
         by_text.entry(waiting.text.clone()).or_default().push(waiting);
@@ -320,7 +334,7 @@ async fn embed_together(embedder: &Arc<BookedEmbedder>, tenant: Option<&str>, ba
     let all: Vec<String> = by_text.keys().cloned().collect();
     let weigh = |text: &String| embedder.embedder.tokens_upper_bound(std::slice::from_ref(text)).0;
     for texts in batches(&all, weigh) {
-        let result = embedder.embed_queries(texts.clone(), tenant).await;
+        let result = embedder.embed_queries(texts.clone(), tenant, timeout).await;
         let mut vectors = result.map(|vectors| vectors.into_iter().map(Arc::new));
         for text in texts {
             let vector = match &mut vectors {
@@ -361,6 +375,14 @@ fn upstream(error: LedgerError) -> UpstreamError {
         // Fencing is for runs; an embedding call has none.
         LedgerError::Fenced { .. } => UpstreamError::transient(Dependency::Store, error),
     }
+}
+
+fn too_slow(timeout: Duration) -> UpstreamError {
+    let millis = timeout.as_millis();
+    UpstreamError::transient(
+        Dependency::Embedder,
+        format!("no answer in {millis} ms (QUERY_EMBEDDING_TIMEOUT_MILLISECONDS)"),
+    )
 }
 
 fn unreadable(message: &str) -> UpstreamError {

@@ -210,7 +210,9 @@ fn searcher(
     Ok(Searcher::new(
         Arc::clone(index),
         CircuitBreaker::new(Dependency::VectorIndex, &config.resilience).with_metrics(&metrics.upstream),
-        embedder.map(|embedder| QueryEmbedder::new(embedder, ttl, max_entries, metrics)),
+        embedder.map(|embedder| {
+            QueryEmbedder::new(embedder, gateway.query_embedding_timeout, ttl, max_entries, metrics)
+        }),
         reranker,
         (!ttl.is_zero()).then(|| AnswerCache::new(cache, redis, metrics.clone())),
         metrics.clone(),

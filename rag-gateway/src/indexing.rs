@@ -126,6 +126,12 @@ struct Written {
     left: HashSet<usize>,
 }
 
+impl Group {
+    fn writes(&self) -> bool {
+        !self.prepared.is_empty() || !self.restated.is_empty()
+    }
+}
+
 /// A document that must be written, chunked.
 struct Prepared {
     position: usize,
@@ -204,27 +210,22 @@ impl Indexer {
             .buffered(CHUNK_AHEAD)
             .boxed();
         while let Some(group) = groups.next().await {
-            let Group { mut results, prepared, restated } = group?;
+            let mut group = group?;
             let mut written = Written::default();
             let mut outcome = Ok(());
-            if !prepared.is_empty() || !restated.is_empty() {
+            if group.writes() {
                 // What others write while this group was chunked, and after, makes no difference: the revision is
                 // given here, so whoever comes last replaces what was before.
                 let _writing = lock.lock().await;
                 let _under_way = self.under_way.read().await;
-                self.index.has_room().await?;
-                change.begin().await?;
-                for (provenance, docs) in restated {
-                    self.index.restate(collection, docs, provenance).await?;
+                if embeds {
+                    self.leave_out_written(collection, &mut group).await?;
                 }
-                written.left = prepared.iter().map(|document| document.position).collect();
-                if !prepared.is_empty() {
-                    let (rev, written) = (self.next_rev(), &mut written);
-                    outcome = self.write(collection, prepared, rev, &mut results, written).await;
+                if group.writes() {
+                    outcome = self.write_group(collection, &mut group, change, &mut written).await;
                 }
-                // Each group is searchable from here on, also for those who asked before.
-                outcome = outcome.and(change.announce().await);
             }
+            let mut results = group.results;
             let mut position = 0;
             results.retain(|_| {
                 position += 1;
@@ -247,6 +248,55 @@ impl Indexer {
             let _writing = lock.lock().await;
             self.keep_weights(collection).await?;
         }
+        Ok(())
+    }
+
+    /// Writes a group. Called with the lock.
+    async fn write_group(
+        &self,
+        collection: &str,
+        group: &mut Group,
+        change: &mut Change,
+        written: &mut Written,
+    ) -> Result<(), GatewayError> {
+        let Group { results, prepared, restated } = group;
+        written.left = prepared.iter().map(|document| document.position).collect();
+        self.index.has_room().await?;
+        change.begin().await?;
+        for (provenance, docs) in mem::take(restated) {
+            self.index.restate(collection, docs, provenance).await?;
+        }
+        let mut outcome = Ok(());
+        if !prepared.is_empty() {
+            outcome = self.write(collection, mem::take(prepared), self.next_rev(), results, written).await;
+        }
+        // Each group is searchable from here on, also for those who asked before.
+        outcome.and(change.announce().await)
+    }
+
+    /// Drops what somebody else has written since it was looked up, and would be paid for again. That is what a client
+    /// meets that gave up waiting for a slow embeddings API and sends the same once more. Called with the lock.
+    async fn leave_out_written(&self, collection: &str, group: &mut Group) -> Result<(), GatewayError> {
+        let docs: Vec<String> = group.prepared.iter().map(|document| document.doc.clone()).collect();
+        if docs.is_empty() {
+            return Ok(());
+        }
+        let stored = self.stored(collection, &docs).await?;
+        let Group { results, prepared, restated } = group;
+        prepared.retain(|document| {
+            let Some((known, first)) = stored.get(&document.doc).zip(document.records.first()) else {
+                return true;
+            };
+            if known.hash != first.hash || known.cut != first.cut {
+                return true;
+            }
+            results[document.position].outcome = DocumentOutcome::Unchanged;
+            results[document.position].chunks = known.chunks as usize;
+            if let Some(provenance) = restated_by(known, first.commit.as_ref(), first.origin.as_ref()) {
+                restated.entry(provenance).or_default().push(document.doc.clone());
+            }
+            false
+        });
         Ok(())
     }
 
@@ -766,7 +816,7 @@ fn prepare_blocking(
         if let Some(known) = known.filter(|known| known.hash == hash && known.cut == cut) {
             result.outcome = DocumentOutcome::Unchanged;
             result.chunks = known.chunks as usize;
-            if let Some(provenance) = restated_by(known, &document) {
+            if let Some(provenance) = restated_by(known, document.commit.as_ref(), document.origin.as_ref()) {
                 restated.entry(provenance).or_default().push(doc);
             }
             results.push(result);
@@ -795,10 +845,14 @@ fn prepare_blocking(
 ///
 /// A commit stays valid when later ones have the same content, so only a missing one is added: otherwise every
 /// commit would write the whole repository.
-fn restated_by(known: &StoredDocument, document: &Document) -> Option<Provenance> {
+fn restated_by(
+    known: &StoredDocument,
+    commit: Option<&String>,
+    origin: Option<&String>,
+) -> Option<Provenance> {
     let provenance = Provenance {
-        commit: document.commit.clone().filter(|_| known.commit.is_none()),
-        origin: document.origin.clone().filter(|origin| known.origin.as_ref() != Some(origin)),
+        commit: commit.filter(|_| known.commit.is_none()).cloned(),
+        origin: origin.filter(|origin| known.origin.as_ref() != Some(origin)).cloned(),
     };
     (provenance != Provenance::default()).then_some(provenance)
 }

@@ -118,6 +118,51 @@ async fn a_query_that_cannot_be_embedded_is_answered_lexically_and_only_until_th
     stand.gateway.shutdown().await;
 }
 
+/// Found with a real model on a busy machine: each try of a client that had given up waiting was paid for.
+#[tokio::test]
+async fn documents_that_are_sent_twice_at_the_same_time_are_paid_for_once() {
+    let (sim, url) = sim().await;
+    let once = stand(&url, &[]).await;
+    let price = once.put(documents()).await.ok()["tokens"].as_u64().unwrap();
+    once.gateway.shutdown().await;
+
+    let stand = stand(&url, &[]).await;
+    stand.put(json!([{"source": "other.md", "text": "The collection is there.\n"}])).await.ok();
+    let before = sim.meter().total_tokens();
+    sim.script(json!([{"kind": "embedding", "delay_ms": 500, "times": 1}])).unwrap();
+    let answers = tokio::join!(stand.put(documents()), stand.put(documents()), stand.put(documents()));
+    let mut outcomes = Vec::new();
+    for put in [answers.0.ok(), answers.1.ok(), answers.2.ok()] {
+        assert_eq!(put["results"][0]["chunks"], 1, "{put}");
+        outcomes.push(put["results"][0]["outcome"].as_str().unwrap().to_owned());
+    }
+    outcomes.sort();
+    assert_eq!(outcomes, ["indexed", "unchanged", "unchanged"]);
+    assert_eq!(sim.meter().total_tokens() - before, price);
+    assert_eq!(sources(&stand.query("how are tokens reserved").await.ok())[0], "budget.md");
+    stand.gateway.shutdown().await;
+}
+
+/// Found with a real server that was stopped: the query waited for it until the gateway gave up, and got nothing.
+#[tokio::test]
+async fn a_query_whose_embedding_hangs_is_answered_lexically_within_its_bound() {
+    let (sim, url) = sim().await;
+    let settings = [("QUERY_EMBEDDING_TIMEOUT_MILLISECONDS", "200"), ("GATEWAY_TIMEOUT_SECONDS", "5")];
+    let circuit = [("CIRCUIT_FAILURES", "3"), ("CIRCUIT_OPEN_SECONDS", "3600")];
+    let stand = stand(&url, &[settings, circuit].concat()).await;
+    stand.put(documents()).await.ok();
+    sim.script(json!([{"kind": "embedding", "fault": "hang", "times": 100}])).unwrap();
+    for number in 0..6 {
+        let reply = stand.query(&format!("tokens reserved {number}")).await;
+        assert_eq!(reply.header("x-atlas-degraded"), Some("lexical"));
+        assert_eq!(sources(&reply.ok())[0], "budget.md");
+    }
+    assert_eq!(sim.steps_left(), 1, "the step is there still");
+    assert_eq!(stand.metric("rag_embedding_query_calls_total").await, 3, "then nobody waits for it");
+    assert_eq!(stand.metric("atlas_circuit_open{dependency=\"embedder\"}").await, 1);
+    stand.gateway.shutdown().await;
+}
+
 #[tokio::test]
 async fn a_failed_embedding_is_tried_again_and_nothing_half_done_is_left() {
     let (sim, url) = sim().await;
@@ -133,6 +178,44 @@ async fn a_failed_embedding_is_tried_again_and_nothing_half_done_is_left() {
     assert!(!sources(&stand.query("volcanoes").await.ok()).contains(&"more.md"));
     assert_eq!(stand.put(more).await.ok()["results"][0]["outcome"], "indexed");
     assert_eq!(booked(&stand).await.1, 0, "no reservation is left open");
+    stand.gateway.shutdown().await;
+}
+
+/// 300 chunks of one document: four calls of the embeddings API.
+fn sections() -> Value {
+    let sections = (0..300).map(|number| {
+        format!("## Section {number}\n\n{}\n\n", format!("Word {number} of the volcano. ").repeat(4))
+    });
+    json!([{"source": "long.md", "text": sections.collect::<String>()}])
+}
+
+const SMALL: [(&str, &str); 2] = [("CHUNK_TOKENS", "32"), ("CHUNK_OVERLAP_TOKENS", "0")];
+
+#[tokio::test]
+async fn what_was_paid_for_is_not_paid_again_when_another_call_of_the_group_fails() {
+    let (sim, url) = sim().await;
+    let once = stand(&url, &SMALL).await;
+    once.put(sections()).await.ok();
+    let price = sim.meter().total_tokens();
+    once.gateway.shutdown().await;
+
+    let stand = stand(&url, &SMALL).await;
+    sim.script(json!([{"kind": "embedding", "match": "Section 290", "fault": "500", "times": 9}])).unwrap();
+    stand.put(sections()).await.problem(503, "upstream_unavailable");
+    assert!(!sources(&stand.query("volcano").await.ok()).contains(&"long.md"), "all of it or nothing");
+    sim.script(json!([])).unwrap();
+    let put = stand.put(sections()).await.ok();
+    assert_eq!(put["results"][0]["outcome"], "indexed");
+    assert!(put["tokens"].as_u64().unwrap() < price / 2, "only what was missing: {put}");
+    assert_eq!(sim.meter().total_tokens() - price, price, "each chunk was paid for once");
+    assert!(stand.query("volcano").await.ok()[0]["similarity"].as_f64().unwrap() > 0.0);
+
+    // What is written is not kept: a change of the text and back is paid for like any other.
+    let before = sim.meter().total_tokens();
+    stand.put(json!([{"source": "long.md", "text": "Nothing is left.\n"}])).await.ok();
+    let short = sim.meter().total_tokens() - before;
+    stand.put(sections()).await.ok();
+    assert_eq!(sim.meter().total_tokens() - before, short + price);
     stand.gateway.shutdown().await;
 }
 

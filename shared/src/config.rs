@@ -339,6 +339,8 @@ pub struct GatewayConfig {
     pub passage_tokens: usize,
     /// `SECONDARY_WEIGHT`: what counts of the lexical score of tests, changelogs and the like, from 0.1 to 1.
     pub secondary_weight: f32,
+    /// `QUERY_EMBEDDING_TIMEOUT_MILLISECONDS`: bound of one query's embedding.
+    pub query_embedding_timeout: Duration,
     /// `RERANK_URL` and its companions.
     pub rerank: Option<RerankConfig>,
     /// `GATEWAY_TIMEOUT_SECONDS`: bound of one request.
@@ -764,6 +766,9 @@ impl Reader<'_> {
             passage_tokens: self.size("PASSAGE_TOKENS", 0..=100_000),
             #[expect(clippy::cast_possible_truncation, reason = "scores are f32")]
             secondary_weight: self.decimal("SECONDARY_WEIGHT", 0.1..=1.0) as f32,
+            query_embedding_timeout: Duration::from_millis(
+                self.number("QUERY_EMBEDDING_TIMEOUT_MILLISECONDS", 1..=600_000),
+            ),
             rerank: self.rerank(),
             timeout: self.seconds("GATEWAY_TIMEOUT_SECONDS", 1..=3600),
             max_concurrency: self.size("GATEWAY_MAX_CONCURRENCY", 1..=100_000),

@@ -373,6 +373,12 @@ pub static SETTINGS: &[Setting] = &[
         "What counts of the lexical score of tests, benchmarks, changelogs, licences and vendored code (of examples: half way to 1), from 0.1 to 1. A question that asks for them gets them in full; 1: nothing is weighed so.",
     ),
     setting(
+        "QUERY_EMBEDDING_TIMEOUT_MILLISECONDS",
+        Some("5000"),
+        Group::Gateway,
+        "Bound of embedding one query; after it the answer is `lexical`.",
+    ),
+    setting(
         "RERANK_URL",
         None,
         Group::Gateway,
