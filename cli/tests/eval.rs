@@ -77,7 +77,14 @@ fn all_modes_are_measured_side_by_side() {
     assert!((mean(&run, "hybrid", "recall_100") - 1.0).abs() < 1e-9, "{run}");
     let table = sandbox.atlas(&["eval", "--dataset", "small", "--mode", "hybrid,rerank"]).ok().stdout;
     assert!(table.contains("hybrid + rerank") && !table.contains("lexical  "), "{table}");
-    let ran = sandbox.atlas(&["eval", "--dataset", "small", "--gateway", "http://127.0.0.1:9/", "-q"]);
+    assert!(table.contains("hybrid + rerank over hybrid"), "{table}");
+
+    let without = sandbox.with_env("RERANK_URL", "");
+    let run = without.atlas(&["eval", "--dataset", "small", "--json"]).ok().json();
+    assert_eq!(run["modes"].as_object().unwrap().keys().collect::<Vec<_>>(), ["lexical", "dense", "hybrid"]);
+    let why = run["left_out"]["rerank"].as_str().unwrap();
+    assert!(why.contains("unreranked") && why.contains("RERANK_URL"), "{why}");
+    let ran = without.atlas(&["eval", "--dataset", "small", "--gateway", "http://127.0.0.1:9/", "-q"]);
     assert_eq!(ran.code, Some(1), "nobody listens there: {}", ran.stderr);
 }
 

@@ -37,7 +37,8 @@ pub struct QueryChatRequest {
     /// At most one passage a file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collapse_by_file: Option<bool>,
-    /// Reorder the best candidates with the reranker (`RERANK_URL`). True when missing and there is one.
+    /// Reorder the best candidates with the reranker (`RERANK_URL`). True when missing and there is one;
+    /// where true is asked for and there is none, the answer is marked `unreranked`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rerank: Option<bool>,
     /// Maximal marginal relevance: from 0 (relevance alone, the default) to 1 (passages that repeat

@@ -58,8 +58,9 @@ gateway cannot serve (no embedding model, no reranker) is named and not measured
 Asks the gateway at --gateway or RAG_URL, else the running `atlas dev`, else starts one of its own
 on the embedded index.
 
-Every measure has its 95 % bootstrap interval over the queries. --compare tests each difference with
-Fisher's paired randomisation test; below 0.05 it is called significant.")]
+Every measure has its 95 % bootstrap interval over the queries. Differences between the modes, and to
+the run that --compare names, are tested with Fisher's paired randomisation test; below p = 0.05 they
+are called significant.")]
 pub(crate) struct Eval {
     /// Folder of the test collection
     #[arg(long, value_name = "DIR", required_unless_present = "compare")]
@@ -149,6 +150,10 @@ impl Eval {
             run.embedding_model.as_deref().unwrap_or("none")
         ));
         context.ui.out(run.table());
+        if let Some(table) = run.modes_compared() {
+            context.ui.out("");
+            context.ui.out(table);
+        }
         for (mode, why) in &run.left_out {
             context.ui.out(format_args!("{mode}: not measured, {why}"));
         }
@@ -288,7 +293,12 @@ impl Eval {
                     bar.inc(1);
                     // What was not measured is not shown as if it had been.
                     if let Some(how) = degraded.filter(|_| mode != Mode::Lexical) {
-                        return Ok::<_, CliError>(Err(format!("an answer was {how}")));
+                        let why = if how.contains("unreranked") {
+                            "; the gateway has no reranker (RERANK_URL), or it did not answer in time"
+                        } else {
+                            ""
+                        };
+                        return Ok::<_, CliError>(Err(format!("an answer was {how}{why}")));
                     }
                     let ranking: Vec<String> = passages
                         .iter()

@@ -96,22 +96,43 @@ impl Run {
         table(&head, &rows)
     }
 
+    /// What each way of searching brings over those it is made of, and what the reranker brings: the
+    /// difference and its p-value. `None` where there is nothing to compare.
+    pub(crate) fn modes_compared(&self) -> Option<String> {
+        let pairs = [
+            (Mode::Dense, Mode::Lexical),
+            (Mode::Hybrid, Mode::Lexical),
+            (Mode::Hybrid, Mode::Dense),
+            (Mode::Rerank, Mode::Hybrid),
+        ];
+        let rows: Vec<Vec<String>> = pairs
+            .iter()
+            .filter_map(|(mode, other)| {
+                let (queries, others) = (self.modes.get(mode)?, self.modes.get(other)?);
+                let cells = (0..NAMES.len()).map(|at| {
+                    let differences = differences(&pairs_of(others, queries, at));
+                    let p = paired_p_value(&differences);
+                    let significant = if p < 0.05 { " *" } else { "" };
+                    format!("{:+.3}, p {p:.4}{significant}", mean(&differences))
+                });
+                Some([format!("{mode} over {other}")].into_iter().chain(cells).collect())
+            })
+            .collect();
+        let head: Vec<&str> = ["difference (* significant)"].into_iter().chain(NAMES).collect();
+        (!rows.is_empty()).then(|| table(&head, &rows))
+    }
+
     /// This run against an earlier one, over the queries that both have.
     pub(crate) fn compared_with(&self, before: &Self) -> Result<String> {
         let mut rows = Vec::new();
         for (mode, queries) in &self.modes {
             let Some(old) = before.modes.get(mode) else { continue };
             for (at, name) in NAMES.iter().enumerate() {
-                let pairs: Vec<(f64, f64)> = queries
-                    .iter()
-                    .filter_map(|(id, new)| Some((old.get(id)?.values()[at], new.values()[at])))
-                    .collect();
+                let pairs = pairs_of(old, queries, at);
                 if pairs.is_empty() {
                     continue;
                 }
-                // Numbers come back from a file with another last digit.
-                let same = |difference: f64| if difference.abs() < 1e-9 { 0.0 } else { difference };
-                let differences: Vec<f64> = pairs.iter().map(|(old, new)| same(new - old)).collect();
+                let differences = differences(&pairs);
                 let p = paired_p_value(&differences);
                 let better = differences.iter().filter(|difference| **difference > 0.0).count();
                 let worse = differences.iter().filter(|difference| **difference < 0.0).count();
@@ -137,6 +158,22 @@ impl Run {
             &rows,
         ))
     }
+}
+
+/// One measure of the queries that both have.
+fn pairs_of(
+    old: &BTreeMap<String, Measures>,
+    new: &BTreeMap<String, Measures>,
+    at: usize,
+) -> Vec<(f64, f64)> {
+    new.iter().filter_map(|(id, new)| Some((old.get(id)?.values()[at], new.values()[at]))).collect()
+}
+
+/// What the second of each pair is more.
+fn differences(pairs: &[(f64, f64)]) -> Vec<f64> {
+    // Numbers come back from a file with another last digit.
+    let same = |difference: f64| if difference.abs() < 1e-9 { 0.0 } else { difference };
+    pairs.iter().map(|(old, new)| same(new - old)).collect()
 }
 
 #[cfg(test)]
@@ -168,6 +205,19 @@ mod tests {
         assert!(line("nDCG@10").contains("+0.100") && line("nDCG@10").contains("yes"), "{table}");
         assert!(line("MRR@10").contains("+0.000") && line("MRR@10").contains("no"), "{table}");
         assert!(run(Mode::Dense, 0.4).compared_with(&run(Mode::Lexical, 0.4)).is_err());
+    }
+
+    #[test]
+    fn modes_of_a_run_are_told_apart() {
+        let mut both = run(Mode::Lexical, 0.3);
+        assert_eq!(both.modes_compared(), None);
+        both.modes.extend(run(Mode::Hybrid, 0.4).modes);
+        both.modes.extend(run(Mode::Rerank, 0.4).modes);
+        let table = both.modes_compared().unwrap();
+        let line = |name: &str| table.lines().find(|line| line.starts_with(name)).unwrap().to_owned();
+        assert!(line("hybrid over lexical").contains("+0.100, p 0.0000 *"), "{table}");
+        assert!(line("hybrid + rerank over hybrid").contains("+0.000, p 1.0000 "), "{table}");
+        assert!(!table.contains("dense"), "{table}");
     }
 
     #[test]

@@ -314,6 +314,8 @@ impl Inner {
                 lasting = false;
             }
             self.observe("rerank", reranking);
+        } else if query.must_rerank {
+            degraded.push(Degraded::Unreranked);
         }
         if query.diversity > 0.0 {
             diversity::diversify(&mut fused, query.diversity, query.top_k);

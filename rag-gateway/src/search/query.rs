@@ -36,6 +36,8 @@ pub(super) struct Query {
     pub(super) threshold: Option<f32>,
     pub(super) collapse_by_file: bool,
     pub(super) rerank: bool,
+    /// It was asked for by name: an answer without it is less than that.
+    pub(super) must_rerank: bool,
     pub(super) diversity: f32,
     pub(super) passage_tokens: usize,
     /// Not of the request, but replicas that are set otherwise must not share answers.
@@ -107,6 +109,7 @@ impl Query {
             threshold,
             collapse_by_file: collapse_by_file.unwrap_or_default(),
             rerank: rerank.unwrap_or(true),
+            must_rerank: rerank.unwrap_or(false),
             // -0.0 and 0.0 are one query.
             diversity: diversity.unwrap_or_default() + 0.0,
             passage_tokens,

@@ -74,6 +74,28 @@ async fn more_candidates_than_one_call_takes_are_reranked_in_several() {
 }
 
 #[tokio::test]
+async fn an_answer_that_was_to_be_reranked_says_that_there_is_no_reranker() {
+    let stand = Stand::start(&[]).await;
+    stand.put(documents()).await.ok();
+    let ask = async |more: Value| {
+        let mut body = json!({"query": QUERY});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let reply = stand.post("/v1/query_chat", body).await;
+        let degraded = reply.header("x-atlas-degraded").map(str::to_owned);
+        reply.ok();
+        degraded
+    };
+    let (plain, asked) = (Some("lexical".to_owned()), Some("lexical, unreranked".to_owned()));
+    for _ in 0..2 {
+        // The second time from the cache.
+        assert_eq!(ask(json!({})).await, plain);
+        assert_eq!(ask(json!({"rerank": false})).await, plain);
+        assert_eq!(ask(json!({"rerank": true})).await, asked);
+    }
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
 async fn without_its_reranker_the_answer_is_unreranked_and_says_so() {
     let (sim, url) = sim().await;
     let endpoint = format!("{url}/rerank");
