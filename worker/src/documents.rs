@@ -12,6 +12,7 @@ use atlas_shared::{
     gateway_api::IndexRepository,
     message::{Rejection, is_name},
 };
+use serde::Deserialize;
 use serde_json::Map;
 use tokio_util::sync::CancellationToken;
 
@@ -99,14 +100,21 @@ async fn ask(context: &Context, request: &IndexRepository, stop: &CancellationTo
     }
 }
 
+/// [`IndexRepository`] as it comes from a queue: others may have put fields of their own into it.
+#[derive(Deserialize)]
+struct Message {
+    repo: String,
+    path: Option<String>,
+    collection: Option<String>,
+}
+
 /// A message, or what is wrong with it.
 fn read(data: &[u8], max_bytes: usize) -> Result<IndexRepository, String> {
     if data.len() > max_bytes {
         return Err(format!("the message has {} bytes; at most {max_bytes} are allowed", data.len()));
     }
-    let request: IndexRepository = serde_json::from_slice(data)
+    let Message { repo, path, collection } = serde_json::from_slice(data)
         .map_err(|error| format!("the message is not {{\"repo\": \"…\", \"path\": \"…\"}}: {error}"))?;
-    let IndexRepository { repo, path, collection } = &request;
     if repo.trim().is_empty() {
         return Err("`repo` is empty; name a git URL or a folder".to_owned());
     }
@@ -116,7 +124,7 @@ fn read(data: &[u8], max_bytes: usize) -> Result<IndexRepository, String> {
     if collection.as_ref().is_some_and(|name| !is_name(name)) {
         return Err("`collection` is not a name: 1 to 128 letters, digits, '.', '_' or '-'".to_owned());
     }
-    Ok(request)
+    Ok(IndexRepository { repo, path, collection })
 }
 
 #[cfg(test)]
