@@ -61,6 +61,9 @@ impl Sources {
     }
 
     fn place(&self, repo: &str) -> Result<Place, GatewayError> {
+        if repo.trim().is_empty() {
+            return Err(GatewayError::Invalid("`repo` is empty; name a folder or a git URL".to_owned()));
+        }
         let Some(url) = RepoUrl::parse(repo) else { return self.folder(Path::new(repo)).map(Place::Folder) };
         if url.has_credentials() {
             return Err(GatewayError::Invalid(

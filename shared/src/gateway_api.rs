@@ -73,7 +73,8 @@ pub enum SearchMode {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct QueryFilter {
-    /// A glob over `source`, such as `docs/**/*.md`.
+    /// A glob over `source`, such as `docs/**/*.md`; `*.md` is Markdown at any depth, `docs` all below such folders,
+    /// `!tests/**` all but these.
     #[schema(max_length = 1024)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,

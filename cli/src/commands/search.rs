@@ -36,7 +36,7 @@ pub(crate) struct Search {
     #[arg(short, long, value_name = "NAME")]
     collection: Option<String>,
 
-    /// Only files whose path matches this glob
+    /// Only files whose path matches this glob; `!tests/**`: all but these
     #[arg(short, long, value_name = "GLOB")]
     filter: Option<String>,
 

@@ -1,12 +1,12 @@
 //! A query, checked, with its defaults filled in.
 
 use atlas_shared::gateway_api::{QueryChatRequest, QueryFilter, SearchMode};
-use globset::{GlobBuilder, GlobMatcher};
+use globset::GlobSet;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
 use super::SearchConfig;
-use crate::{error::GatewayError, index::names};
+use crate::{error::GatewayError, index::names, source::walk::globs};
 
 /// Longest query: a task's whole text may be one.
 const MAX_QUERY_BYTES: usize = 32 * 1024;
@@ -46,6 +46,19 @@ pub(super) struct Query {
     pub(super) lang: Option<String>,
     pub(super) repo: Option<String>,
     pub(super) tenant: Option<String>,
+}
+
+/// Which sources may be found.
+pub(super) struct PathFilter {
+    globs: GlobSet,
+    /// All but those that match.
+    others: bool,
+}
+
+impl PathFilter {
+    pub(super) fn is_match(&self, source: &str) -> bool {
+        self.globs.is_match(source) != self.others
+    }
 }
 
 /// What tells an answer from any other: a hash of the query and of everything that shapes its answer.
@@ -125,13 +138,13 @@ impl Query {
         Ok(query)
     }
 
-    /// The compiled `filter.path`.
-    pub(super) fn glob(&self) -> Result<Option<GlobMatcher>, GatewayError> {
+    /// The compiled `filter.path`. It is read as the globs are that choose what is indexed.
+    pub(super) fn glob(&self) -> Result<Option<PathFilter>, GatewayError> {
         let Some(path) = &self.path else { return Ok(None) };
-        let glob = GlobBuilder::new(path).literal_separator(true).build();
-        match glob {
-            Ok(glob) => Ok(Some(glob.compile_matcher())),
-            Err(error) => Err(invalid(format!("`filter.path` is not a glob: {error}"))),
+        let (pattern, others) = path.strip_prefix('!').map_or((path.as_str(), false), |rest| (rest, true));
+        match globs(&[pattern.to_owned()]) {
+            Ok(globs) => Ok(Some(PathFilter { globs, others })),
+            Err(fault) => Err(invalid(format!("`filter.path` is not a glob: {}", fault.problem))),
         }
     }
 
@@ -247,6 +260,21 @@ mod tests {
         let query = Query::new(request("apple"), &config()).unwrap();
         assert_ne!(query.key(None, None), base, "without embeddings the answer is another");
         assert_ne!(query.key(Some("model"), Some("reranker")), base);
+    }
+
+    #[test]
+    fn a_path_is_a_glob_and_an_exclamation_mark_turns_it_round() {
+        let finds = |path: &str, source: &str| {
+            let filter = Some(QueryFilter { path: Some(path.to_owned()), ..QueryFilter::default() });
+            let request = QueryChatRequest { query: "x".to_owned(), filter, ..QueryChatRequest::default() };
+            Query::new(request, &config()).unwrap().glob().unwrap().unwrap().is_match(source)
+        };
+        for path in ["docs/**", "docs/", "docs", "./docs/a.md", "*.md", "!tests/**", "!*.rs"] {
+            assert!(finds(path, "docs/a.md"), "{path}");
+        }
+        for path in ["!docs/**", "!docs", "!*.md", "/a.md", "*.rs"] {
+            assert!(!finds(path, "docs/a.md"), "{path}");
+        }
     }
 
     #[test]

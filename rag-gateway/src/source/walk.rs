@@ -172,22 +172,26 @@ pub struct GlobFault {
     pub problem: String,
 }
 
-/// A set of globs. `*.md` means Markdown files at any depth, as in `.gitignore`.
+/// A set of globs. As in `.gitignore`, `*.md` means Markdown files at any depth, `docs/` and `src` all below folders of
+/// that name, and `/README.md` only the one at the top.
 pub fn globs(patterns: &[String]) -> Result<GlobSet, GlobFault> {
     let mut set = GlobSetBuilder::new();
     for pattern in patterns {
-        let anywhere = if pattern.contains('/') {
-            pattern.trim_start_matches("./").to_owned()
-        } else {
-            format!("**/{pattern}")
+        let fault =
+            |error: globset::Error| GlobFault { pattern: pattern.clone(), problem: error.kind().to_string() };
+        let named = pattern.trim_start_matches("./").trim_end_matches('/');
+        let place = match named.strip_prefix('/') {
+            Some(anchored) => anchored.to_owned(),
+            None if named.contains('/') => named.to_owned(),
+            None => format!("**/{named}"),
         };
-        // `docs/` means all below it.
-        let anywhere = if anywhere.ends_with('/') { format!("{anywhere}**") } else { anywhere };
-        let glob = GlobBuilder::new(&anywhere)
-            .literal_separator(true)
-            .build()
-            .map_err(|error| GlobFault { pattern: pattern.clone(), problem: error.kind().to_string() })?;
-        set.add(glob);
+        let below = format!("{place}/**");
+        // What callers name themselves may begin with a slash. `docs/` is no file.
+        let alternatives =
+            if pattern.ends_with('/') { vec![below] } else { vec![place, below, pattern.clone()] };
+        for alternative in alternatives {
+            set.add(GlobBuilder::new(&alternative).literal_separator(true).build().map_err(fault)?);
+        }
     }
     set.build().map_err(|error| GlobFault { pattern: patterns.join(", "), problem: error.to_string() })
 }
@@ -758,6 +762,32 @@ mod tests {
         let walked = walk(&options, |_| {});
         assert_eq!(sources(&walked), ["docs/a.md", "fixtures/test.key", "src/d.md"]);
         assert!(globs(&["[".to_owned()]).unwrap_err().to_string().contains("\"[\""));
+    }
+
+    #[test]
+    fn globs_mean_what_they_do_in_gitignore() {
+        let matches = |pattern: &str, source: &str| globs(&[pattern.to_owned()]).unwrap().is_match(source);
+        for (pattern, source) in [
+            ("*.md", "docs/deep/a.md"),
+            ("src", "src/a.rs"),
+            ("src", "crates/one/src/a.rs"),
+            ("node_modules", "node_modules/x/index.js"),
+            ("docs/", "docs/a.md"),
+            ("./docs/*.md", "docs/a.md"),
+            ("/README.md", "README.md"),
+            ("docs/**", "docs/deep/a.md"),
+            ("/srv/**", "/srv/a.md"),
+        ] {
+            assert!(matches(pattern, source), "{pattern} {source}");
+        }
+        for (pattern, source) in [
+            ("/README.md", "docs/README.md"),
+            ("docs/*.md", "docs/deep/a.md"),
+            ("docs/", "docs"),
+            ("src", "srcs/a.rs"),
+        ] {
+            assert!(!matches(pattern, source), "{pattern} {source}");
+        }
     }
 
     #[test]
