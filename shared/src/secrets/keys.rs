@@ -151,6 +151,11 @@ fn body_start(text: &str, from: usize, end: usize) -> usize {
         return end - inline;
     }
     let mut line_end = text[from..end].rfind('\n').map_or(from, |at| from + at);
+    // After a sentence on the same line somebody speaks of such lines.
+    let before = text[from..end].rsplit('\n').next().unwrap_or_default();
+    if !core(before, 0).0.bytes().all(is_base64) {
+        return end;
+    }
     while line_end > from {
         let line_start = text[from..line_end].rfind('\n').map_or(from, |at| from + at + 1);
         let (core, range) = core(&text[line_start..line_end], line_start);

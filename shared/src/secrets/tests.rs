@@ -533,6 +533,7 @@ fn names_of_lines_of_keys_hide_nothing() {
         "It begins with `-----BEGIN PRIVATE KEY-----` and ends with `-----END PRIVATE KEY-----`, as PEM wants.",
         "-----BEGIN PRIVATE KEY-----\n\nA paragraph about keys: what they are for, and what not.\n",
         "See below.\n-----END PRIVATE KEY-----\nMore.",
+        "password\nWorkers hold leases, and say so. -----END PRIVATE KEY-----",
     ] {
         assert_eq!(redact(text), text);
     }
