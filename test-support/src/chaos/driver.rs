@@ -88,6 +88,19 @@ struct Look {
     used: i64,
     reserved: i64,
     limit: i64,
+    /// What calls of the day billed above their reservations.
+    excess: i64,
+}
+
+impl Look {
+    /// Says that the day's account is above its limit. The account names the limit of its last grant, and what a
+    /// call billed above its reservation is the one excess that no limit can prevent ("GUARANTEES", 3): the
+    /// books say whether it was the API's doing.
+    fn above(&self) -> Option<String> {
+        let Self { used, reserved, limit, excess, .. } = self;
+        (used + reserved > limit + excess)
+            .then(|| format!("{used} + {reserved} > {limit}, and {excess} above reservations"))
+    }
 }
 
 struct Driver<'a> {
@@ -273,9 +286,8 @@ impl<'a> Driver<'a> {
         };
         self.looks += 1;
         self.most_deferred = self.most_deferred.max(look.deferred);
-        // The account names the limit of its last grant.
-        if look.used + look.reserved > look.limit && !self.lowered {
-            self.above.push(format!("{} + {} > {}", look.used, look.reserved, look.limit));
+        if !self.lowered {
+            self.above.extend(look.above());
         }
         if look != self.look {
             self.moved = Instant::now();
@@ -660,7 +672,9 @@ async fn look(database: &tokio_postgres::Client) -> Result<Look, tokio_postgres:
                     (select count(*) from dead_letters),
                     (select count(*) from outbox where sent_at is null),
                     (select count(*) from token_ledger where state = 'reserved' and task_id is not null),
-                    coalesce(d.used, 0), coalesce(d.reserved, 0), coalesce(d.limit_tokens, $1::bigint)
+                    coalesce(d.used, 0), coalesce(d.reserved, 0), coalesce(d.limit_tokens, $1::bigint),
+                    (select coalesce(sum(l.actual - l.reserved), 0)::bigint
+                       from token_ledger as l where l.day = d.day and l.actual > l.reserved)
                from (select 1) as one
                     left join (select * from token_days where scope = 'global' order by day desc limit 1) as d on true",
             &[&NO_LIMIT],
@@ -677,5 +691,21 @@ async fn look(database: &tokio_postgres::Client) -> Result<Look, tokio_postgres:
         used: row.get(7),
         reserved: row.get(8),
         limit: row.get(9),
+        excess: row.get(10),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Look;
+
+    #[test]
+    fn an_account_is_above_its_limit_where_no_billed_excess_explains_it() {
+        let full = Look { used: 900, reserved: 100, limit: 1000, ..Look::default() };
+        assert_eq!(full.above(), None);
+        assert!(Look { reserved: 101, ..full }.above().is_some());
+        let overbilled = Look { used: 960, excess: 60, ..full };
+        assert_eq!(overbilled.above(), None);
+        assert!(Look { used: 961, ..overbilled }.above().is_some());
+    }
 }
