@@ -202,17 +202,7 @@ async fn a_batch_becomes_a_job() {
         .await;
     assert_eq!(reply.status.as_u16(), 202);
     let id = reply.ok()["job_id"].as_str().unwrap().to_owned();
-    let status = tokio::time::timeout(std::time::Duration::from_secs(30), async {
-        loop {
-            let status = stand.get(&format!("/v1/jobs/{id}")).await.ok();
-            if status["state"] == "done" {
-                return status;
-            }
-            tokio::task::yield_now().await;
-        }
-    })
-    .await
-    .expect("the job ends");
+    let status = stand.job_until(&id, Duration::from_secs(30), |job| job["state"] == "done").await;
     assert_eq!(
         (&status["documents"], &status["documents_done"], &status["chunks"]),
         (&json!(3), &json!(3), &json!(2))
@@ -433,34 +423,16 @@ async fn without_its_engine_the_gateway_starts_and_says_what_is_missing() {
     assert!(refused.header("retry-after").is_some());
     stand.put(documents()).await.problem(503, "upstream_unavailable");
     let id = stand.post("/v1/embed_batch", json!(["text"])).await.ok()["job_id"].as_str().unwrap().to_owned();
-    let status = tokio::time::timeout(std::time::Duration::from_secs(30), async {
-        loop {
-            let status = stand.get(&format!("/v1/jobs/{id}")).await.ok();
-            if status["state"] == "failed" {
-                return status;
-            }
-            tokio::task::yield_now().await;
-        }
-    })
-    .await
-    .expect("the job fails");
+    let status = stand.job_until(&id, Duration::from_secs(30), |job| job["state"] == "failed").await;
     assert!(!status["errors"].as_array().unwrap().is_empty());
     stand.gateway.shutdown().await;
 }
 
 /// Waits until a job has ended, and gives its status.
 async fn ended(stand: &Stand, id: &str) -> Value {
-    tokio::time::timeout(Duration::from_secs(120), async {
-        loop {
-            let status = stand.get(&format!("/v1/jobs/{id}")).await.ok();
-            if status["state"] == "done" || status["state"] == "failed" {
-                return status;
-            }
-            tokio::task::yield_now().await;
-        }
-    })
-    .await
-    .expect("the job ends")
+    stand
+        .job_until(id, Duration::from_secs(120), |job| job["state"] == "done" || job["state"] == "failed")
+        .await
 }
 
 #[tokio::test]

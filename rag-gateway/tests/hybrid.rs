@@ -19,6 +19,9 @@ use atlas_shared::{
 use serde_json::{Value, json};
 use support::{Stand, config, sources};
 
+/// Bounds the wait for a job that has much to do.
+const LONG: Duration = Duration::from_secs(120);
+
 const FAST: [(&str, &str); 2] = [("RETRY_BASE_MILLISECONDS", "1"), ("RETRY_MAX_ATTEMPTS", "2")];
 
 async fn sim() -> (RunningSim, String) {
@@ -238,17 +241,7 @@ async fn without_budget_indexing_waits_and_queries_go_on_lexically() {
     assert!(detail.contains("DAILY_TOKEN_BUDGET"), "{detail}");
     assert!(refused.header("retry-after").is_some());
     let id = poor.post("/v1/embed_batch", more).await.ok()["job_id"].as_str().unwrap().to_owned();
-    let status = tokio::time::timeout(Duration::from_secs(30), async {
-        loop {
-            let status = poor.get(&format!("/v1/jobs/{id}")).await.ok();
-            if status["note"].is_string() {
-                return status;
-            }
-            tokio::task::yield_now().await;
-        }
-    })
-    .await
-    .expect("the job says what it waits for");
+    let status = poor.job_until(&id, Duration::from_secs(30), |job| job["note"].is_string()).await;
     assert_eq!(status["state"], "running");
     assert!(status["note"].as_str().unwrap().contains("token budget"), "{status}");
     assert_eq!(sim.meter().total_tokens(), spent, "nothing was called");
@@ -381,18 +374,8 @@ async fn no_secret_leaves_for_the_embeddings_api_and_no_credential_is_stored() {
     assert!(!error.contains(&aws), "{error}");
 
     let batch = stand.post("/v1/embed_batch", json!([format!("apple {aws}")])).await.ok();
-    let job = format!("/v1/jobs/{}", batch["job_id"].as_str().unwrap());
-    let status = tokio::time::timeout(Duration::from_secs(60), async {
-        loop {
-            let status = stand.get(&job).await.ok();
-            if status["state"] == "done" {
-                return status;
-            }
-            tokio::task::yield_now().await;
-        }
-    })
-    .await
-    .expect("the job ends");
+    let id = batch["job_id"].as_str().unwrap();
+    let status = stand.job_until(id, Duration::from_secs(60), |job| job["state"] == "done").await;
     assert!(status["errors"][0].as_str().unwrap().contains("an AWS access key in line 1"), "{status}");
     assert_eq!((&status["documents"], &status["documents_done"]), (&json!(1), &json!(1)));
     let passages = stand.query(&format!("apple password: hunter22 {openai}")).await.ok();
@@ -453,17 +436,30 @@ async fn cost_of(documents: &Value) -> u64 {
     sim.meter().total_tokens()
 }
 
-async fn job_until(stand: &Stand, id: &str, is_so: impl Fn(&Value) -> bool) -> Value {
-    let waited = tokio::time::timeout(Duration::from_secs(120), async {
-        loop {
-            let status = stand.get(&format!("/v1/jobs/{id}")).await.ok();
-            if is_so(&status) {
-                return status;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    });
-    waited.await.expect("the job gets there")
+/// A job that met the end of the budget waits with what it has paid for, and a gateway with more budget finishes it
+/// without paying for any of it again.
+async fn job_ends_on_a_larger_budget(
+    dir: Arc<tempfile::TempDir>,
+    sim: &RunningSim,
+    url: &str,
+    cost: u64,
+    begin: impl AsyncFnOnce(&Stand) -> Value,
+) {
+    let half = (cost / 2).to_string();
+    let poor = stand_in(Arc::clone(&dir), url, &[("DAILY_TOKEN_BUDGET", half.as_str())]).await;
+    let id = begin(&poor).await["job_id"].as_str().unwrap().to_owned();
+    let waiting = poor.job_until(&id, LONG, |job| job["note"].is_string()).await;
+    let paid = sim.meter().total_tokens();
+    let done = waiting["documents_done"].as_u64().unwrap();
+    assert!(done > 0 && done < 40 && paid > 0, "{waiting}");
+    assert_eq!((waiting["tokens"].as_u64(), booked(&poor).await), (Some(paid), (paid, 0)));
+    poor.gateway.shutdown().await;
+
+    let rich = stand_in(dir, url, &[]).await;
+    let ended = rich.job_until(&id, LONG, |job| job["state"] == "done").await;
+    assert_eq!((&ended["documents_done"], ended["tokens"].as_u64()), (&json!(40), Some(cost)));
+    assert_eq!((sim.meter().total_tokens(), booked(&rich).await), (cost, (cost, 0)));
+    rich.gateway.shutdown().await;
 }
 
 #[tokio::test]
@@ -552,21 +548,8 @@ async fn an_index_job_goes_on_from_where_the_budget_ended() {
     let cost = cost_of(&documents).await;
     let (sim, url) = sim().await;
     let dir = Arc::new(tempfile::tempdir().unwrap());
-    let half = (cost / 2).to_string();
-    let poor = stand_in(Arc::clone(&dir), &url, &[("DAILY_TOKEN_BUDGET", half.as_str())]).await;
-    let id = poor.post("/v1/embed_batch", documents).await.ok()["job_id"].as_str().unwrap().to_owned();
-    let waiting = job_until(&poor, &id, |status| status["note"].is_string()).await;
-    let paid = sim.meter().total_tokens();
-    let done = waiting["documents_done"].as_u64().unwrap();
-    assert!(done > 0 && done < 40 && paid > 0, "{waiting}");
-    assert_eq!((waiting["tokens"].as_u64(), booked(&poor).await), (Some(paid), (paid, 0)));
-    poor.gateway.shutdown().await;
-
-    let rich = stand_in(dir, &url, &[]).await;
-    let ended = job_until(&rich, &id, |status| status["state"] == "done").await;
-    assert_eq!((&ended["documents_done"], ended["tokens"].as_u64()), (&json!(40), Some(cost)));
-    assert_eq!((sim.meter().total_tokens(), booked(&rich).await), (cost, (cost, 0)));
-    rich.gateway.shutdown().await;
+    let begin = async |poor: &Stand| poor.post("/v1/embed_batch", documents).await.ok();
+    job_ends_on_a_larger_budget(dir, &sim, &url, cost, begin).await;
 }
 
 #[tokio::test]
@@ -580,14 +563,14 @@ async fn a_gateway_that_stops_writes_what_its_jobs_have_paid_for() {
     sim.script(json!([{"kind": "embedding", "delay_ms": 500, "times": 50}])).unwrap();
     let id = first.post("/v1/embed_batch", documents).await.ok()["job_id"].as_str().unwrap().to_owned();
     // The meter counts when a call comes in.
-    job_until(&first, &id, |_| sim.meter().total_tokens() > 0).await;
+    first.job_until(&id, LONG, |_| sim.meter().total_tokens() > 0).await;
     first.gateway.shutdown().await;
     let paid = sim.meter().total_tokens();
     assert!(paid > 0 && paid < cost, "{paid} of {cost}");
     sim.script(json!([])).unwrap();
 
     let second = stand_in(dir, &url, &[]).await;
-    let ended = job_until(&second, &id, |status| status["state"] == "done").await;
+    let ended = second.job_until(&id, LONG, |job| job["state"] == "done").await;
     assert_eq!(ended["tokens"].as_u64(), Some(cost));
     assert_eq!((sim.meter().total_tokens(), booked(&second).await), (cost, (cost, 0)));
     second.gateway.shutdown().await;
@@ -603,22 +586,8 @@ async fn a_rebuild_goes_on_from_where_the_budget_ended() {
     lexical.put(documents).await.ok();
     lexical.gateway.shutdown().await;
 
-    let half = (cost / 2).to_string();
-    let poor = stand_in(Arc::clone(&dir), &url, &[("DAILY_TOKEN_BUDGET", half.as_str())]).await;
-    let started = poor.post("/v1/collections/atlas/rebuild", json!({})).await.ok();
-    let id = started["job_id"].as_str().unwrap().to_owned();
-    let waiting = job_until(&poor, &id, |status| status["note"].is_string()).await;
-    let paid = sim.meter().total_tokens();
-    let done = waiting["documents_done"].as_u64().unwrap();
-    assert!(done > 0 && done < 40 && paid > 0, "{waiting}");
-    assert_eq!((waiting["tokens"].as_u64(), booked(&poor).await), (Some(paid), (paid, 0)));
-    poor.gateway.shutdown().await;
-
-    let rich = stand_in(dir, &url, &[]).await;
-    let ended = job_until(&rich, &id, |status| status["state"] == "done").await;
-    assert_eq!((&ended["documents_done"], ended["tokens"].as_u64()), (&json!(40), Some(cost)));
-    assert_eq!((sim.meter().total_tokens(), booked(&rich).await), (cost, (cost, 0)));
-    rich.gateway.shutdown().await;
+    let begin = async |poor: &Stand| poor.post("/v1/collections/atlas/rebuild", json!({})).await.ok();
+    job_ends_on_a_larger_budget(dir, &sim, &url, cost, begin).await;
 }
 
 #[tokio::test]
@@ -651,12 +620,12 @@ async fn on_a_full_disk_nothing_is_written_or_paid_for_and_searches_go_on() {
         "{ready}"
     );
     let id = full.post("/v1/embed_batch", more).await.ok()["job_id"].as_str().unwrap().to_owned();
-    let waiting = job_until(&full, &id, |status| status["note"].is_string()).await;
+    let waiting = full.job_until(&id, LONG, |job| job["note"].is_string()).await;
     assert!(waiting["note"].as_str().unwrap().contains("is full"), "{waiting}");
     full.gateway.shutdown().await;
 
     let roomy = stand_in(dir, &url, &[]).await;
-    job_until(&roomy, &id, |status| status["state"] == "done").await;
+    roomy.job_until(&id, LONG, |job| job["state"] == "done").await;
     assert_eq!(indexed_sources(&roomy.get("/v1/documents").await.ok()).len(), 4);
     roomy.gateway.shutdown().await;
 }

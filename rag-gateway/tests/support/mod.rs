@@ -107,6 +107,20 @@ impl Stand {
     }
 
     /// The value of one metric series, such as `rag_cache_hits_total`.
+    /// The status of a job, as soon as it is so; `within` bounds the wait.
+    pub async fn job_until(&self, id: &str, within: Duration, is_so: impl Fn(&Value) -> bool) -> Value {
+        let status = async {
+            loop {
+                let status = self.get(&format!("/v1/jobs/{id}")).await.ok();
+                if is_so(&status) {
+                    return status;
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(within, status).await.expect("the job gets there")
+    }
+
     pub async fn metric(&self, series: &str) -> u64 {
         let text = self.get("/metrics").await.text;
         text.lines()
