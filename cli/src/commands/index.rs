@@ -12,7 +12,7 @@ use atlas_rag_gateway::{
     documents_without_gateway,
     source::{
         git::{Checkout, RepoUrl},
-        repo::{Repository, is_bare},
+        repo::{Repository, is_bare, name_of},
         seen::Seen,
         walk::{self, GlobFault, Skip, Skipped, WalkOptions, Walked},
     },
@@ -191,7 +191,7 @@ impl Index {
         };
         let Some(url) = self.path.to_str().and_then(RepoUrl::parse).or_else(bare) else {
             let path = self.path.clone();
-            return self.local_job(&path, context);
+            return self.local_job(&path, None, context);
         };
         if self.watch {
             return Err(CliError::usage("--watch needs a folder, not a URL")
@@ -203,15 +203,13 @@ impl Index {
                 "check the URL, and that git can reach it without asking: credential helper, ssh agent, or a token in the URL",
             )
         })?;
-        let is_named = self.repo.is_some();
-        let repo = self.repo.clone().or_else(|| url.name());
-        let mut job = Self { repo, ..self }.local_job(checkout.path(), context)?;
-        job.is_named = is_named;
+        let mut job = self.local_job(checkout.path(), url.name(), context)?;
         job.checkout = Some(checkout);
         Ok(job)
     }
 
-    fn local_job(self, path: &Path, context: &Context) -> Result<Job> {
+    /// `called`: its name by the URL that it was cloned from.
+    fn local_job(self, path: &Path, called: Option<String>, context: &Context) -> Result<Job> {
         let start = path.canonicalize().map_err(|error| {
             CliError::usage(format!("cannot index {}", path.display()))
                 .because(error)
@@ -225,7 +223,7 @@ impl Index {
                 return Err(CliError::usage(format!("--repo {repo:?} is not a name"))
                     .fix("use 1 to 128 letters, digits, '.', '_' or '-'"));
             }
-            None => repository.name().unwrap_or_else(|| "files".to_owned()),
+            None => called.or_else(|| repository.name()).unwrap_or_else(|| "files".to_owned()),
         };
         let options = WalkOptions {
             root: repository.root.clone(),
@@ -268,7 +266,7 @@ impl Job {
             rebuild: false,
             drop_old: false,
         }
-        .local_job(path, context)
+        .local_job(path, None, context)
     }
 
     /// Lets files that are as they were not be read again. Of a clone, which is deleted, each is read.
@@ -378,11 +376,8 @@ impl Job {
         };
         let (repo, mine) = (&self.repo, &self.repository.origin);
         let parts: Vec<&str> = mine.rsplit('/').take(2).collect();
-        let other: String = parts.into_iter().rev().collect::<Vec<_>>().join("-");
-        let other: String = other
-            .chars()
-            .map(|c| if c.is_ascii_alphanumeric() || ".-".contains(c) { c } else { '_' })
-            .collect();
+        let other = name_of(&parts.into_iter().rev().collect::<Vec<_>>().join("-"));
+        let other = other.as_deref().unwrap_or("NAME");
         Err(CliError::failure(format!("the name {repo} stands for another repository in collection {collection}"))
             .because(format!("{} of {origin} are indexed under it; this is {mine}", count(number, "file")))
             .fix(format!(

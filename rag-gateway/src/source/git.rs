@@ -7,7 +7,10 @@ use std::{path::PathBuf, process::Stdio, time::Duration};
 
 use tokio::{io::AsyncReadExt as _, process::Command};
 
-use super::clones::{self, CloneFolder};
+use super::{
+    clones::{self, CloneFolder},
+    repo::name_of,
+};
 
 /// Most that is quoted of git's complaint.
 const MAX_COMPLAINT_BYTES: usize = 4096;
@@ -124,14 +127,7 @@ impl RepoUrl {
     pub fn name(&self) -> Option<String> {
         let path = self.address.trim_end_matches('/');
         let last = path.rsplit(['/', ':']).next()?;
-        let name: String = last
-            .strip_suffix(".git")
-            .unwrap_or(last)
-            .chars()
-            .map(|c| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '-' })
-            .take(128)
-            .collect();
-        (!name.is_empty()).then_some(name)
+        name_of(last.strip_suffix(".git").unwrap_or(last))
     }
 
     fn without_secrets(&self, text: &str) -> String {

@@ -63,15 +63,7 @@ impl Repository {
 
     /// A name for the repository: that of its folder.
     pub fn name(&self) -> Option<String> {
-        let name: String = self
-            .root
-            .file_name()?
-            .to_string_lossy()
-            .chars()
-            .map(|c| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '-' })
-            .take(128)
-            .collect();
-        (!name.is_empty()).then_some(name)
+        name_of(&self.root.file_name()?.to_string_lossy())
     }
 
     /// The commit that has this source as it is now.
@@ -88,6 +80,13 @@ impl Repository {
         let first = *others.peek()?;
         Some((first, others.filter(|origin| *origin == first).count()))
     }
+}
+
+/// A text as the name of a repository, if anything of it is left.
+pub fn name_of(text: &str) -> Option<String> {
+    let letter = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '-' };
+    let name: String = text.chars().map(letter).take(128).collect();
+    (!name.is_empty()).then_some(name)
 }
 
 /// Where a repository lies, by the address of its remote (may be empty, or a path).
