@@ -225,12 +225,9 @@ impl Indexer {
                     outcome = self.write_group(collection, &mut group, change, &mut written).await;
                 }
             }
-            let mut results = group.results;
-            let mut position = 0;
-            results.retain(|_| {
-                position += 1;
-                !written.left.contains(&(position - 1))
-            });
+            let results = group.results.into_iter().enumerate();
+            let finished = results.filter(|(position, _)| !written.left.contains(position));
+            let results: Vec<DocumentResult> = finished.map(|(_, result)| result).collect();
             for result in &results {
                 let outcome = match result.outcome {
                     DocumentOutcome::Unchanged => "unchanged",
@@ -287,7 +284,7 @@ impl Indexer {
             let Some((known, first)) = stored.get(&document.doc).zip(document.records.first()) else {
                 return true;
             };
-            if known.hash != first.hash || known.cut != first.cut {
+            if !known.has(&first.hash, &first.cut) {
                 return true;
             }
             results[document.position].outcome = DocumentOutcome::Unchanged;
@@ -813,7 +810,7 @@ fn prepare_blocking(
         }
         let hash = content_hash(&document.text);
         let known = stored.get(&doc);
-        if let Some(known) = known.filter(|known| known.hash == hash && known.cut == cut) {
+        if let Some(known) = known.filter(|known| known.has(&hash, &cut)) {
             result.outcome = DocumentOutcome::Unchanged;
             result.chunks = known.chunks as usize;
             if let Some(provenance) = restated_by(known, document.commit.as_ref(), document.origin.as_ref()) {

@@ -171,6 +171,11 @@ pub(crate) struct StoredDocument {
 }
 
 impl StoredDocument {
+    /// Is this content in the index, cut in this way?
+    pub(crate) fn has(&self, hash: &str, cut: &str) -> bool {
+        self.hash == hash && self.cut == cut
+    }
+
     fn of(first: &ChunkRecord) -> Self {
         let ChunkRecord { doc, rev, hash, cut, of, source, repo, tenant, commit, origin, .. } = first.clone();
         Self { doc, source, repo, tenant, hash, cut, rev, chunks: of, commit, origin }

@@ -465,11 +465,7 @@ impl VectorIndex for QdrantIndex {
         with_text: bool,
     ) -> Result<Page, UpstreamError> {
         let mut request = ScrollPointsBuilder::new(name).limit(u32::try_from(limit).unwrap_or(u32::MAX));
-        request = if with_text {
-            request.with_payload(true)
-        } else {
-            request.with_payload(PayloadExcludeSelector { fields: vec!["text".to_owned()] })
-        };
+        request = if with_text { request.with_payload(true) } else { request.with_payload(without_text()) };
         if let Some(filter) = filter(selection) {
             request = request.filter(filter);
         }
@@ -680,13 +676,11 @@ impl QdrantIndex {
     /// Deletes chunks of documents of which another process has written a newer revision meanwhile: it could not
     /// delete what was not there yet.
     async fn yield_to_newer(&self, name: &str, docs: Vec<String>, rev: i64) -> Result<(), UpstreamError> {
-        let newer = revision(rev, |gt| Range { gt, ..Range::default() });
-        let first =
-            Filter::must([Condition::matches("doc", docs.clone()), Condition::matches("n", 0_i64), newer]);
-        let request = ScrollPointsBuilder::new(name)
-            .filter(first)
-            .limit(u32::try_from(docs.len()).unwrap_or(u32::MAX))
-            .with_payload(PayloadExcludeSelector { fields: vec!["text".to_owned()] });
+        let limit = u32::try_from(docs.len()).unwrap_or(u32::MAX);
+        let first = Selection { docs: Some(docs), first_chunks: true, ..Selection::default() };
+        let mut newer = filter(&first).unwrap_or_default();
+        newer.must.push(revision(rev, |gt| Range { gt, ..Range::default() }));
+        let request = ScrollPointsBuilder::new(name).filter(newer).limit(limit).with_payload(without_text());
         let answer = self.client.scroll(request).await.map_err(|error| self.upstream(error))?;
         for point in answer.result {
             let ChunkRecord { doc, rev, .. } = record(json(point.payload))?;
@@ -799,6 +793,11 @@ fn filter(selection: &Selection) -> Option<Filter> {
         must.push(Condition::matches("n", 0_i64));
     }
     (!must.is_empty()).then(|| Filter::must(must))
+}
+
+/// All of a record but its text.
+fn without_text() -> PayloadExcludeSelector {
+    PayloadExcludeSelector { fields: vec!["text".to_owned()] }
 }
 
 /// Revisions in a range. The server compares floating-point numbers.

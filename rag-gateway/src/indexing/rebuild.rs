@@ -152,8 +152,7 @@ impl Indexer {
             Ok(read.into_iter().map(|document| (document.doc.clone(), document)).collect())
         };
         let (before, after) = (all(old).await?, all(new).await?);
-        let same =
-            |a: &StoredDocument, b: &StoredDocument| a.rev == b.rev && a.hash == b.hash && a.cut == b.cut;
+        let same = |a: &StoredDocument, b: &StoredDocument| a.rev == b.rev && a.has(&b.hash, &b.cut);
         let missing = before
             .iter()
             .filter(|(doc, stored)| after.get(*doc).is_none_or(|copied| !same(stored, copied)))

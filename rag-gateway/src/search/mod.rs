@@ -358,7 +358,7 @@ impl Inner {
                 if query.mode != SearchMode::Lexical && !was_rebuilt {
                     return Err(error);
                 }
-            } else {
+            } else if !self.fitted().contains(name) {
                 self.fitted().insert(name.clone());
             }
             let is_comparable = meta.embedding_model.is_some() && model == meta.embedding_model.as_deref();
