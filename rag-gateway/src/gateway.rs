@@ -11,6 +11,7 @@ use atlas_shared::{
     ops::Checks,
     rerank::HttpReranker,
     resilience::{CircuitBreaker, RetryPolicy},
+    serve::{self, ConnectionBounds},
 };
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -165,7 +166,12 @@ impl Gateway {
         tracing::info!(%addr, "gateway listens");
         Ok(RunningGateway {
             addr,
-            server: tokio::spawn(serve(listener, http::router(Arc::new(app), checks), stop.clone())),
+            server: tokio::spawn(listen(
+                listener,
+                http::router(Arc::new(app), checks),
+                config.gateway.connections,
+                stop.clone(),
+            )),
             jobs: tokio::spawn(runner.run()),
             checks: tokio::spawn(watcher.run(stop.clone())),
             stop,
@@ -249,10 +255,13 @@ impl Drop for RunningGateway {
     }
 }
 
-async fn serve(listener: TcpListener, router: axum::Router, stop: CancellationToken) {
-    let service = router.into_make_service_with_connect_info::<SocketAddr>();
-    let server = axum::serve(listener, service).with_graceful_shutdown(stop.clone().cancelled_owned());
-    if let Err(error) = server.await {
+async fn listen(
+    listener: TcpListener,
+    router: axum::Router,
+    bounds: ConnectionBounds,
+    stop: CancellationToken,
+) {
+    if let Err(error) = serve::serve(listener, router, bounds, stop.cancelled_owned()).await {
         tracing::error!(error = %error, error_code = "listener_failed", "the gateway's listener failed");
     }
 }

@@ -9,6 +9,7 @@ use std::{sync::Arc, time::Duration};
 use reqwest::Method;
 use serde_json::{Value, json};
 use support::{Stand, sources};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 const GUIDE: &str = "# Guide\n\nHow to run the service.\n\n## Budget\n\nTokens are reserved before every call.\n\n## Queue\n\nMessages are pulled and acked.\n";
 
@@ -337,6 +338,20 @@ async fn a_caller_that_asks_too_often_is_told_to_wait() {
     let wait: u64 = refused.header("retry-after").unwrap().parse().unwrap();
     assert!((1..=1200).contains(&wait), "{wait}");
     ask("key-of-caller-two").await.ok();
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn who_sends_half_a_request_is_not_waited_for() {
+    let stand = Stand::start(&[("GATEWAY_HEADER_TIMEOUT_SECONDS", "1")]).await;
+    let mut stream = tokio::net::TcpStream::connect(stand.gateway.addr).await.unwrap();
+    stream.write_all(b"GET /v1/coll").await.unwrap();
+    let mut answer = Vec::new();
+    tokio::time::timeout(Duration::from_secs(30), stream.read_to_end(&mut answer))
+        .await
+        .expect("the gateway closes the connection")
+        .unwrap();
+    stand.query("anything").await.ok();
     stand.gateway.shutdown().await;
 }
 

@@ -19,6 +19,7 @@ use url::Url;
 use crate::{
     Secret,
     ledger::{Limits, Tokens},
+    serve::ConnectionBounds,
 };
 
 mod api_key;
@@ -347,6 +348,8 @@ pub struct GatewayConfig {
     pub timeout: Duration,
     /// `GATEWAY_MAX_CONCURRENCY`: requests at once; more get 503.
     pub max_concurrency: usize,
+    /// `GATEWAY_MAX_CONNECTIONS`, `GATEWAY_HEADER_TIMEOUT_SECONDS`, `GATEWAY_IDLE_TIMEOUT_SECONDS`.
+    pub connections: ConnectionBounds,
     /// `MAX_INDEX_JOBS`: jobs waiting or running; more get 429.
     pub max_index_jobs: usize,
     /// `INDEX_ALLOWED_ROOTS`: folders below which the gateway may read by itself; empty: none.
@@ -772,6 +775,11 @@ impl Reader<'_> {
             rerank: self.rerank(),
             timeout: self.seconds("GATEWAY_TIMEOUT_SECONDS", 1..=3600),
             max_concurrency: self.size("GATEWAY_MAX_CONCURRENCY", 1..=100_000),
+            connections: ConnectionBounds {
+                max: self.size("GATEWAY_MAX_CONNECTIONS", 16..=100_000),
+                head: self.seconds("GATEWAY_HEADER_TIMEOUT_SECONDS", 1..=600),
+                idle: self.seconds("GATEWAY_IDLE_TIMEOUT_SECONDS", 1..=86_400),
+            },
             max_index_jobs: self.size("MAX_INDEX_JOBS", 1..=100_000),
             index_allowed_roots: self.allowed_roots(),
             index_allowed_urls: self.allowed_urls(),

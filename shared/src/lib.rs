@@ -25,6 +25,7 @@ pub mod rerank;
 pub mod resilience;
 pub mod secret;
 pub mod secrets;
+pub mod serve;
 pub mod sqlite;
 pub mod telemetry;
 pub mod tokenizer;

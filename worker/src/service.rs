@@ -11,6 +11,7 @@ use atlas_shared::{
     openai::OpenAiChat,
     ops::{self, Checks},
     resilience::{CircuitBreaker, CircuitState, RetryPolicy},
+    serve::{self, ConnectionBounds},
 };
 use tokio::{
     net::TcpListener,
@@ -113,7 +114,7 @@ impl Worker {
         let listener =
             TcpListener::bind(address).await.map_err(|source| StartError::Listen { address, source })?;
         let addr = listener.local_addr().map_err(|source| StartError::Listen { address, source })?;
-        let server = tokio::spawn(serve(listener, checks.clone(), registry.clone(), close.clone()));
+        let server = tokio::spawn(probes(listener, checks.clone(), registry.clone(), close.clone()));
         // Whatever fails from here on must not leave the port taken.
         let server_guard = close.clone().drop_guard();
 
@@ -359,10 +360,10 @@ where
     }
 }
 
-async fn serve(listener: TcpListener, checks: Checks, registry: Registry, close: CancellationToken) {
-    let served = axum::serve(listener, ops::router(checks, registry))
-        .with_graceful_shutdown(async move { close.cancelled().await })
-        .await;
+async fn probes(listener: TcpListener, checks: Checks, registry: Registry, close: CancellationToken) {
+    let served =
+        serve::serve(listener, ops::router(checks, registry), ConnectionBounds::OPS, close.cancelled_owned())
+            .await;
     if let Err(error) = served {
         tracing::error!(error = %error, error_code = "probes_ended", "probes and metrics ended");
     }

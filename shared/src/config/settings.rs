@@ -416,6 +416,24 @@ pub static SETTINGS: &[Setting] = &[
         Group::Gateway,
         "Requests at once; more get 503 and `Retry-After`.",
     ),
+    setting(
+        "GATEWAY_MAX_CONNECTIONS",
+        Some("512"),
+        Group::Gateway,
+        "Connections at once, used or not; more wait. Each takes a file descriptor (`ulimit -n`).",
+    ),
+    setting(
+        "GATEWAY_HEADER_TIMEOUT_SECONDS",
+        Some("30"),
+        Group::Gateway,
+        "How long the head of a request may take to arrive; after it the connection is closed.",
+    ),
+    setting(
+        "GATEWAY_IDLE_TIMEOUT_SECONDS",
+        Some("650"),
+        Group::Gateway,
+        "How long a connection is kept without a request; where all are taken, no longer than a head. Longer than a load balancer keeps it (Google: 600, AWS: 60), so that none sends a request into a closed one.",
+    ),
     setting("MAX_INDEX_JOBS", Some("64"), Group::Gateway, "Index jobs waiting or running; more get 429."),
     setting(
         "INDEX_ALLOWED_ROOTS",
