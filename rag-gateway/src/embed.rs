@@ -4,18 +4,25 @@
 //! the same daily limit as the workers' chat calls (kind `embedding`). A call runs in a task of its
 //! own: a client that hangs up cannot leave a reservation open.
 
-use std::{borrow::Cow, collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use atlas_shared::{
     Dependency, Ledger, UpstreamError,
     config::ResilienceConfig,
-    ledger::{CallKind, Closing, LedgerError, Limits, ReserveOutcome, ReserveRequest},
+    ledger::{
+        CallKind, Closing, Denial, DeniedBy, LedgerError, Limits, ReserveOutcome, ReserveRequest, Tokens,
+    },
     model::{Billed, Embedder},
     resilience::{self, CircuitBreaker, RetryPolicy},
     secrets,
 };
 use moka::future::Cache;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -55,6 +62,19 @@ pub(crate) struct BookedEmbedder {
     metrics: Metrics,
     /// No call for documents begins any more.
     stop: CancellationToken,
+    /// Why the last query had no vector.
+    trouble: Mutex<Option<Trouble>>,
+    /// That changed.
+    changed: Notify,
+}
+
+/// Why queries are answered without vectors at the moment.
+#[derive(Clone, Debug)]
+enum Trouble {
+    /// The day has no tokens for a query; each says how many it needs.
+    Budget(Denial),
+    /// The API, or the ledger, did not do what the last query needed.
+    Failed(UpstreamError),
 }
 
 /// Vectors in the order of their texts.
@@ -82,6 +102,8 @@ impl BookedEmbedder {
             breaker: CircuitBreaker::new(Dependency::Embedder, resilience).with_metrics(&metrics.upstream),
             metrics: metrics.clone(),
             stop,
+            trouble: Mutex::default(),
+            changed: Notify::new(),
         }
     }
 
@@ -90,9 +112,63 @@ impl BookedEmbedder {
         self.embedder.model()
     }
 
-    /// Why calls are not tried at the moment; `None`: they are.
-    pub(crate) fn trouble(&self) -> Option<UpstreamError> {
-        self.breaker.cause()
+    /// Why queries have no vectors at the moment, as far as is known: the last one had none, or the day's tokens are
+    /// spent. `None`: they have.
+    pub(crate) async fn trouble(&self) -> Option<GatewayError> {
+        if let Some(cause) = self.breaker.cause() {
+            return Some(cause.into());
+        }
+        let last = self.last_trouble().clone();
+        if let Some(Trouble::Failed(error)) = last {
+            return Some(error.into());
+        }
+        // Asked, because the day may have ended or its limit been raised since, and no query came.
+        let state = self.ledger.budget(self.limits).await.ok()?;
+        let needed = match &last {
+            Some(Trouble::Budget(denial)) => denial.requested,
+            _ => Tokens(1),
+        };
+        let available = state.available();
+        (available < needed).then_some(GatewayError::BudgetExhausted(Denial {
+            denied_by: DeniedBy::Day,
+            requested: needed,
+            available,
+            limit: state.limit,
+            resets_at: Some(state.resets_at),
+        }))
+    }
+
+    /// Ends when a query has got no vector and the one before had, or the other way round.
+    pub(crate) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    fn last_trouble(&self) -> MutexGuard<'_, Option<Trouble>> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps how the last query's embedding ended.
+    fn remember(&self, outcome: &Result<Result<Embedded, GatewayError>, UpstreamError>) {
+        let trouble = match outcome {
+            Ok(Ok(_)) => None,
+            Ok(Err(GatewayError::BudgetExhausted(denial))) if denial.denied_by == DeniedBy::Day => {
+                Some(Trouble::Budget(*denial))
+            }
+            Ok(Err(GatewayError::Upstream(error))) | Err(error) => match error {
+                // This text was refused, others are not.
+                UpstreamError::Permanent { .. } => return,
+                error => Some(Trouble::Failed(error.clone())),
+            },
+            // Of one tenant, or of the request.
+            Ok(Err(_)) => return,
+        };
+        let mut last = self.last_trouble();
+        let turned = last.is_some() != trouble.is_some();
+        *last = trouble;
+        drop(last);
+        if turned {
+            self.changed.notify_one();
+        }
     }
 
     /// Embeds queries: one attempt within a bound, because their answers can do without. What the call costs is
@@ -106,7 +182,9 @@ impl BookedEmbedder {
         let permit = self.breaker.try_acquire()?;
         self.metrics.embedding_query_calls.inc();
         let attempt = tokio::time::timeout(timeout, self.attempt(texts, tenant)).await;
-        match attempt.unwrap_or_else(|_| Err(too_slow(timeout))) {
+        let outcome = attempt.unwrap_or_else(|_| Err(too_slow(timeout)));
+        self.remember(&outcome);
+        match outcome {
             Ok(outcome) => {
                 permit.succeeded();
                 Ok(outcome?.vectors)

@@ -13,7 +13,7 @@ use atlas_shared::{
     resilience::{CircuitBreaker, RetryPolicy},
     serve::{self, ConnectionBounds},
 };
-use tokio::{net::TcpListener, task::JoinHandle};
+use tokio::{net::TcpListener, task::JoinHandle, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -277,11 +277,23 @@ struct Watcher {
 
 impl Watcher {
     async fn run(self, stop: CancellationToken) {
+        let mut again = tokio::time::interval(CHECK_INTERVAL);
+        again.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        again.reset();
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = tokio::time::sleep(CHECK_INTERVAL) => self.look().await,
+                _ = again.tick() => self.look().await,
+                () = self.embedder_changed() => self.look_at_embedder().await,
             }
+        }
+    }
+
+    /// Without an embedder: never.
+    async fn embedder_changed(&self) {
+        match &self.embedder {
+            Some(embedder) => embedder.changed().await,
+            None => std::future::pending().await,
         }
     }
 
@@ -296,7 +308,7 @@ impl Watcher {
             // Searches go on.
             self.checks.degraded(Dependency::VectorIndex.as_str(), error.to_string());
         }
-        self.look_at_embedder();
+        self.look_at_embedder().await;
         self.look_at_helpers().await;
         if index.is_ok() {
             self.searcher.follow_epoch().await;
@@ -324,16 +336,19 @@ impl Watcher {
     }
 
     /// Search works without embeddings, lexically, and says so: never red.
-    fn look_at_embedder(&self) {
+    async fn look_at_embedder(&self) {
         let name = Dependency::Embedder.as_str();
         match &self.embedder {
             None => self.checks.degraded(
                 name,
                 "search is lexical: no embedding model is configured (OPENAI_API_KEY or OPENAI_BASE_URL, and OPENAI_EMBEDDING_MODEL)",
             ),
-            Some(embedder) => match embedder.trouble() {
-                Some(error) => self.checks.degraded(name, format!("search is lexical for now: {error}")),
-                None => self.checks.ok(name, "ok"),
+            Some(embedder) => match tokio::time::timeout(CHECK_TIMEOUT, embedder.trouble()).await {
+                Ok(Some(error)) => {
+                    self.checks.degraded(name, format!("search is lexical for now: {error}"));
+                }
+                // A ledger that hangs is no news: queries will tell.
+                Ok(None) | Err(_) => self.checks.ok(name, "ok"),
             },
         }
     }

@@ -121,6 +121,62 @@ async fn a_query_that_cannot_be_embedded_is_answered_lexically_and_only_until_th
     stand.gateway.shutdown().await;
 }
 
+/// Waits until readiness says of the embedder that it works, or that it does not, and gives its words.
+async fn embedder_turns(stand: &Stand, ok: bool) -> String {
+    let said = async {
+        loop {
+            let ready = stand.get("/health/ready").await.ok();
+            let check = &ready["checks"]["embedder"];
+            assert_eq!(check["required"].as_bool().unwrap(), check["ok"].as_bool().unwrap());
+            if check["ok"] == ok {
+                return check["message"].as_str().unwrap().to_owned();
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), said).await.expect("readiness follows")
+}
+
+#[tokio::test]
+async fn readiness_says_that_queries_get_no_vectors() {
+    let (sim, url) = sim().await;
+    let stand = stand(&url, &[]).await;
+    stand.put(documents()).await.ok();
+    assert_eq!(embedder_turns(&stand, true).await, "ok");
+
+    sim.script(json!([{"kind": "embedding", "fault": "500"}])).unwrap();
+    stand.query("tokens reserved").await.ok();
+    let said = embedder_turns(&stand, false).await;
+    assert!(said.contains("search is lexical") && said.contains("500"), "{said}");
+    stand.query("runs stored").await.ok();
+    embedder_turns(&stand, true).await;
+
+    // The day's tokens are spent elsewhere, and no query comes.
+    let config = config(&stand.dir, &[]);
+    let fleet = ledger::open(&config).await.unwrap();
+    let left = fleet.budget(config.limits).await.unwrap().available();
+    let all = ledger::ReserveRequest {
+        id: uuid::Uuid::now_v7(),
+        task_id: None,
+        attempt: None,
+        tenant: None,
+        model: "another".to_owned(),
+        kind: ledger::CallKind::Chat,
+        tokens: left,
+        limits: config.limits,
+    };
+    let ledger::ReserveOutcome::Granted(granted) = fleet.reserve(&all).await.unwrap() else {
+        panic!("that is what was left");
+    };
+    let said = embedder_turns(&stand, false).await;
+    assert!(said.contains("budget") && said.contains("DAILY_TOKEN_BUDGET"), "{said}");
+    assert_eq!(stand.query("messages pulled").await.header("x-atlas-degraded"), Some("lexical"));
+    embedder_turns(&stand, false).await;
+    fleet.close(granted, ledger::Closing::Released).await.unwrap();
+    embedder_turns(&stand, true).await;
+    stand.gateway.shutdown().await;
+}
+
 /// Found with a real model on a busy machine: each try of a client that had given up waiting was paid for.
 #[tokio::test]
 async fn documents_that_are_sent_twice_at_the_same_time_are_paid_for_once() {
