@@ -118,23 +118,24 @@ impl Sources {
         progress: Progress<'_>,
     ) -> Result<(), GatewayError> {
         let path = path.map(below).transpose()?;
-        let (root, name, _checkout) = match self.place(repo)? {
+        let (root, shown, name, _checkout) = match self.place(repo)? {
             Place::Folder(root) if is_bare(&root) => {
                 return Err(GatewayError::Invalid(format!(
                     "`repo` is a repository without a work tree; name it as file://{}",
                     root.display()
                 )));
             }
-            Place::Folder(root) => (root, None, None),
+            Place::Folder(root) => (root, format!("{repo:?}"), None, None),
             Place::Url(url) => {
                 let checkout = Checkout::of(&url, CLONE_BOUND).await.map_err(clone_failed)?;
-                (checkout.path().to_owned(), url.name(), Some(checkout))
+                (checkout.path().to_owned(), format!("{:?}", url.shown()), url.name(), Some(checkout))
             }
         };
-        let start = match &path {
-            Some(path) => root.join(path),
-            None => root.clone(),
+        let (asked, real) = match &path {
+            Some(path) => (sources_below(path), blocking(behind_links(&root, path)).await?),
+            None => (String::new(), Some(PathBuf::new())),
         };
+        let start = root.join(real.as_deref().unwrap_or(Path::new("")));
         let options = WalkOptions { start, data_dir: self.data_dir.clone(), ..WalkOptions::of(&root) };
         let repository = blocking({
             let root = root.clone();
@@ -146,24 +147,6 @@ impl Sources {
         })
         .await?;
         let name = name.or_else(|| repository.name()).unwrap_or_else(|| "files".to_owned());
-        let prefix = path.map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
-        if !prefix.is_empty() && !inside(&root, &options.start) {
-            // It was deleted: what is indexed below it goes.
-            return self.forget(indexer, collection, &name, &prefix, &HashSet::new()).await;
-        }
-        let Walked { files, skipped } = blocking({
-            let options = options.clone();
-            move || walk::walk(&options, |_| {})
-        })
-        .await?;
-        let unsure = skipped.iter().any(|skipped| skipped.reason == Skip::Unreadable);
-        for skipped in skipped
-            .iter()
-            .filter(|skipped| matches!(skipped.reason, Skip::Unreadable | Skip::NoText | Skip::BadName))
-        {
-            let detail = skipped.detail.as_deref().unwrap_or_default();
-            progress.fault(&format!("{}: {} ({detail})", skipped.source, skipped.reason.describe()));
-        }
         let documents = match indexer.list(collection, Some(&name), None).await {
             Ok(list) => list.documents,
             Err(GatewayError::UnknownCollection(_)) => Vec::new(),
@@ -177,6 +160,31 @@ impl Sources {
                 repository.origin
             )));
         }
+        // What is indexed below a link is there twice; the walk of the whole repository follows none either.
+        if real.as_deref().map(sources_below).as_deref() != Some(asked.as_str()) {
+            let gone = vanished(&documents, &asked, &HashSet::new());
+            if real.is_none() && gone.is_empty() {
+                return Err(GatewayError::Invalid(format!(
+                    "`path` {asked:?} is not in {shown}, and nothing of it is indexed"
+                )));
+            }
+            forget(indexer, collection, &name, gone).await?;
+        }
+        // It was deleted: what was indexed below it has gone.
+        let Some(prefix) = real.as_deref().map(sources_below) else { return Ok(()) };
+        let Walked { files, skipped } = blocking({
+            let options = options.clone();
+            move || walk::walk(&options, |_| {})
+        })
+        .await?;
+        let unsure = skipped.iter().any(|skipped| skipped.reason == Skip::Unreadable);
+        for skipped in skipped
+            .iter()
+            .filter(|skipped| matches!(skipped.reason, Skip::Unreadable | Skip::NoText | Skip::BadName))
+        {
+            let detail = skipped.detail.as_deref().unwrap_or_default();
+            progress.fault(&format!("{}: {} ({detail})", skipped.source, skipped.reason.describe()));
+        }
         let known: BTreeMap<&str, &IndexedDocument> =
             documents.iter().map(|document| (document.source.as_str(), document)).collect();
         let present: HashSet<String> = files.iter().map(|file| file.source.clone()).collect();
@@ -188,7 +196,8 @@ impl Sources {
         // Shuffled, in the same way every time: the first ones are a fair sample of their lengths, which the
         // collection is weighed with.
         changed.sort_by(|a, b| a.hash.cmp(&b.hash));
-        progress.begin(changed.len());
+        progress.begin(present.len());
+        progress.unchanged(present.len() - changed.len());
         let mut rest = changed.as_slice();
         while !rest.is_empty() {
             let mut bytes = 0;
@@ -232,42 +241,60 @@ impl Sources {
                     .await?;
             }
         }
-        // An empty folder is more likely a mistake than a wish to delete everything.
-        if unsure || (present.is_empty() && prefix.is_empty()) {
+        if unsure {
             return Ok(());
         }
-        self.forget(indexer, collection, &name, &prefix, &present).await
+        let gone = vanished(&documents, &prefix, &present);
+        // As `atlas index` has it: an empty folder is more likely a mistake than a wish to delete everything.
+        if present.is_empty() && (prefix.is_empty() || gone.is_empty()) {
+            let what = if prefix.is_empty() { shown } else { format!("{prefix:?} of {shown}") };
+            let stay = match gone.len() {
+                0 => "is something there, and does no ignore file name it?".to_owned(),
+                number => format!(
+                    "{number} documents of it are indexed, and stay so; `atlas index --allow-empty` deletes them"
+                ),
+            };
+            return Err(GatewayError::Invalid(format!("there is nothing to index in {what}: {stay}")));
+        }
+        forget(indexer, collection, &name, gone).await
     }
+}
 
-    /// Deletes what is indexed below `prefix` and not there any more.
-    async fn forget(
-        &self,
-        indexer: &Indexer,
-        collection: &str,
-        repo: &str,
-        prefix: &str,
-        present: &HashSet<String>,
-    ) -> Result<(), GatewayError> {
-        let list = match indexer.list(collection, Some(repo), None).await {
-            Ok(list) => list,
-            Err(GatewayError::UnknownCollection(_)) => return Ok(()),
-            Err(error) => return Err(error),
-        };
-        let sources: Vec<String> = list
-            .documents
-            .into_iter()
-            .map(|document| document.source)
-            .filter(|source| {
-                let rest = source.strip_prefix(prefix);
-                prefix.is_empty() || rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-            })
-            .filter(|source| !present.contains(source))
-            .collect();
-        if sources.is_empty() {
-            return Ok(());
-        }
-        let request = DeleteDocuments { repo: Some(repo.to_owned()), sources, ..DeleteDocuments::default() };
-        indexer.delete(collection, &request).await.map(drop)
+/// What is indexed below a prefix and not there any more.
+fn vanished(documents: &[IndexedDocument], prefix: &str, present: &HashSet<String>) -> Vec<String> {
+    let below = |source: &str| {
+        let rest = source.strip_prefix(prefix);
+        prefix.is_empty() || rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    };
+    let sources = documents.iter().map(|document| &document.source);
+    sources.filter(|source| below(source) && !present.contains(*source)).cloned().collect()
+}
+
+async fn forget(
+    indexer: &Indexer,
+    collection: &str,
+    repo: &str,
+    sources: Vec<String>,
+) -> Result<(), GatewayError> {
+    if sources.is_empty() {
+        return Ok(());
+    }
+    let request = DeleteDocuments { repo: Some(repo.to_owned()), sources, ..DeleteDocuments::default() };
+    indexer.delete(collection, &request).await.map(drop)
+}
+
+/// What sources below this path begin with.
+fn sources_below(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+/// Where a path of a repository really is, relative to its root: links below the root are followed, so that one
+/// file has one name. `None`: it is not there, or outside. Blocking.
+fn behind_links(root: &Path, path: &Path) -> impl FnOnce() -> Option<PathBuf> + Send + use<> {
+    let (root, place) = (root.to_owned(), root.join(path));
+    move || {
+        let (root, place) = (root.canonicalize().ok()?, place.canonicalize().ok()?);
+        Some(place.strip_prefix(root).ok()?.to_owned())
     }
 }
 
@@ -286,14 +313,6 @@ fn below(path: &str) -> Result<PathBuf, GatewayError> {
         }
     }
     Ok(clean)
-}
-
-/// True when the place exists and no link leads out of the root.
-fn inside(root: &Path, place: &Path) -> bool {
-    match (root.canonicalize(), place.canonicalize()) {
-        (Ok(root), Ok(place)) => place.starts_with(root),
-        _ => false,
-    }
 }
 
 /// `https://host/team/` allows everything below it, `https://host/team/repo.git` only itself.

@@ -600,9 +600,16 @@ async fn a_repository_below_an_allowed_root_is_indexed_and_followed() {
     // A part by the folder's path, then all by its name.
     index(json!({"repo": shop, "path": "docs"})).await;
     assert_eq!(listed().await, ["docs/door.md"]);
-    assert_eq!(index(json!({"repo": "shop"})).await["documents"], 1, "only what is new");
+    let counted = |status: &Value| {
+        (status["documents"].clone(), status["documents_done"].clone(), status["chunks"].clone())
+    };
+    assert_eq!(counted(&index(json!({"repo": "shop"})).await), (json!(2), json!(2), json!(1)), "one is new");
     assert_eq!(listed().await, ["README.md", "docs/door.md"]);
-    assert_eq!(index(json!({"repo": "shop"})).await["documents"], 0, "nothing changed");
+    assert_eq!(
+        counted(&index(json!({"repo": "shop"})).await),
+        (json!(2), json!(2), json!(0)),
+        "nothing changed"
+    );
 
     std::fs::remove_file(shop.join("docs/door.md")).unwrap();
     index(json!({"repo": "shop", "path": "docs/door.md"})).await;
@@ -612,6 +619,57 @@ async fn a_repository_below_an_allowed_root_is_indexed_and_followed() {
         let detail = stand.post("/v1/index", json!({"repo": repo})).await.problem(422, "source_not_allowed");
         assert!(detail.contains("INDEX_ALLOWED"), "{detail}");
     }
+    stand.post("/v1/index", json!({"repo": ""})).await.problem(422, "invalid_request");
     stand.post("/v1/index", json!({"repo": "shop", "path": "../x"})).await.problem(422, "invalid_request");
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_job_that_finds_nothing_where_it_was_sent_says_so() {
+    let repos = tempfile::tempdir().unwrap();
+    let shop = repos.path().join("shop");
+    std::fs::create_dir_all(shop.join("docs")).unwrap();
+    std::fs::create_dir_all(shop.join("empty")).unwrap();
+    std::fs::write(shop.join("docs/door.md"), "# Door\n\nHow the door is locked.\n").unwrap();
+    std::os::unix::fs::symlink("docs", shop.join("link")).unwrap();
+    let root = repos.path().display().to_string();
+    let stand = Stand::start(&[("INDEX_ALLOWED_ROOTS", root.as_str())]).await;
+    let index = async |body: Value| {
+        let id = stand.post("/v1/index", body).await.ok()["job_id"].as_str().unwrap().to_owned();
+        ended(&stand, &id).await
+    };
+    let failed = async |body: Value| {
+        let status = index(body).await;
+        assert_eq!(status["state"], "failed", "{status}");
+        status["errors"][0].as_str().unwrap().to_owned()
+    };
+    let listed = async || -> Vec<String> {
+        let list = stand.get("/v1/documents?repo=shop").await.ok();
+        let documents = list["documents"].as_array().unwrap();
+        documents.iter().map(|document| document["source"].as_str().unwrap().to_owned()).collect()
+    };
+    let said = failed(json!({"repo": "shop", "path": "dosc"})).await;
+    assert!(said.contains("\"dosc\" is not in \"shop\""), "{said}");
+    let said = failed(json!({"repo": "shop", "path": "empty"})).await;
+    assert!(said.contains("nothing to index in \"empty\" of \"shop\""), "{said}");
+
+    // One file has one name, whichever way it was reached.
+    assert_eq!(index(json!({"repo": "shop", "path": "link"})).await["documents"], 1);
+    assert_eq!(listed().await, ["docs/door.md"]);
+    assert_eq!(index(json!({"repo": "shop"})).await["documents_done"], 1);
+    assert_eq!(listed().await, ["docs/door.md"]);
+    // So too where it was indexed by the other name before.
+    let doubled = json!([{"source": "link/door.md", "text": "# Door\n", "repo": "shop"}]);
+    stand.put(doubled).await.ok();
+    assert_eq!(index(json!({"repo": "shop", "path": "link"})).await["state"], "done");
+    assert_eq!(listed().await, ["docs/door.md"]);
+
+    std::fs::remove_file(shop.join("docs/door.md")).unwrap();
+    let said = failed(json!({"repo": "shop"})).await;
+    assert!(said.contains("1 documents of it are indexed, and stay so"), "{said}");
+    assert_eq!(listed().await, ["docs/door.md"], "an empty repository is taken for a mistake");
+    std::fs::remove_dir(shop.join("docs")).unwrap();
+    assert_eq!(index(json!({"repo": "shop", "path": "docs"})).await["state"], "done");
+    assert_eq!(listed().await, [""; 0], "a part of it may go");
     stand.gateway.shutdown().await;
 }

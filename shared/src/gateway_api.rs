@@ -429,7 +429,8 @@ pub struct UseGeneration {
 pub struct IndexRepository {
     /// A git URL (with `#branch`), or a folder on the gateway's machine.
     pub repo: String,
-    /// Only this file or folder of it.
+    /// Only this file or folder of it. Of one that was deleted the documents go; one that is not there, and of which
+    /// nothing is indexed, fails the job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
     /// Which collection; the gateway's default when missing.

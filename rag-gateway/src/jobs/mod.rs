@@ -103,6 +103,11 @@ impl Progress<'_> {
         status.documents_done = 0;
     }
 
+    /// Documents that are indexed as they are.
+    pub(crate) fn unchanged(self, documents: usize) {
+        lock(self.0).documents_done += documents;
+    }
+
     /// Some more are done.
     pub(crate) fn advance(self, results: &[DocumentResult], tokens: u64) {
         let mut status = lock(self.0);
