@@ -98,6 +98,25 @@ fn a_spec_goes_into_a_file_and_can_be_refined() {
 }
 
 #[test]
+fn dev_indexes_what_docs_added_names() {
+    let sandbox = project();
+    let root = sandbox.path().display().to_string();
+    let sandbox =
+        sandbox.with_env("INDEX_ON_DOCS_ADDED", "true").with_env("INDEX_ALLOWED_ROOTS", root.clone());
+    let dev = sandbox.start("dev", &["dev", "--port", "0", "--worker-port", "0"]);
+    dev.wait_for("Ctrl-C stops it.");
+    assert!(dev.log().contains("docs_added is read"), "{}", dev.log());
+    let published = sandbox.atlas(&["publish", "--docs-added", &root, "--path", "docs"]).ok();
+    assert!(published.stderr.contains("INDEX_ON_DOCS_ADDED"), "{}", published.stderr);
+    wait("what the message names to be found", || {
+        let found = sandbox.atlas(&["search", "how often is a call retried", "--json"]).ok().json();
+        (found[0]["source"] == "docs/retries.md").then_some(())
+    });
+    dev.signal("TERM");
+    assert_eq!(dev.exit_code(), 0, "{}", dev.log());
+}
+
+#[test]
 fn dev_serves_the_other_commands_and_drains() {
     let sandbox = project();
     // Published before anything runs: it waits.

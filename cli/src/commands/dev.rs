@@ -102,6 +102,16 @@ fn announce(context: &Context, stack: &Stack) {
     ] {
         ui.out(format_args!("  {} {text}", paint(BOLD, format_args!("{name:<8}"))));
     }
+    if stack.config.worker.index_on_docs_added {
+        let gateway = &stack.config.gateway;
+        let folders = gateway.index_allowed_roots.iter().map(|root| root.display().to_string());
+        let places: Vec<_> = folders.chain(gateway.index_allowed_urls.iter().cloned()).collect();
+        let text = match places.as_slice() {
+            [] => "docs_added is read, but nothing may be indexed by it: set INDEX_ALLOWED_ROOTS or INDEX_ALLOWED_URLS".to_owned(),
+            places => format!("docs_added is read (atlas publish --docs-added REPO), below {}", places.join(", ")),
+        };
+        ui.out(format_args!("  {} {text}", paint(BOLD, format_args!("{:<8}", "docs"))));
+    }
     // Commands elsewhere need the folder only if it is not the usual one.
     let folder = if context.data_dir() == std::path::Path::new(".atlas") {
         String::new()

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use atlas_shared::{
     Config,
     config::QueueConfig,
+    gateway_api::IndexRepository,
     message::{self, Inbound},
 };
+use atlas_worker::queue::{self, Topics};
 use serde_json::{Map, Value, json};
 
 use crate::{
@@ -23,14 +25,16 @@ use crate::{
   atlas publish --file request.md --metadata collection=shop --metadata tenant=acme
   cat request.md | atlas publish - --metadata priority:=5
   atlas publish --raw '{\"role\":\"architect\",\"msg_type\":\"control\",\"content\":{\"command\":\"heartbeat\"}}'
+  atlas publish --docs-added https://git.example/team/shop.git --path docs
 
 Prints the task id: `atlas runs show ID` gives the answer once there is one. A --raw message that
-names no task gets a task_id at its end.
+names no task gets a task_id at its end. --docs-added is for workers with INDEX_ON_DOCS_ADDED=true: they
+have the gateway index that place, if it may read it (INDEX_ALLOWED_ROOTS, INDEX_ALLOWED_URLS).
 With PUBSUB_PROJECT_ID it goes to Pub/Sub, else into the embedded queue of the data folder, where it
 waits for `atlas dev`.")]
 pub(crate) struct Publish {
     /// The request in words; - reads standard input
-    #[arg(required_unless_present = "file", conflicts_with = "file")]
+    #[arg(required_unless_present_any = ["file", "docs_added"], conflicts_with = "file")]
     text: Option<String>,
 
     /// Read the request from FILE
@@ -49,6 +53,18 @@ pub(crate) struct Publish {
     #[arg(long, requires = "raw")]
     unchecked: bool,
 
+    /// Publish instead that REPO (a git URL, or a folder as the gateway sees it) has something to index
+    #[arg(long, value_name = "REPO", conflicts_with_all = ["text", "file", "metadata", "raw", "unchecked"])]
+    docs_added: Option<String>,
+
+    /// With --docs-added: only this file or folder of it
+    #[arg(long, value_name = "PATH", requires = "docs_added")]
+    path: Option<String>,
+
+    /// With --docs-added: which collection
+    #[arg(long, value_name = "NAME", requires = "docs_added")]
+    collection: Option<String>,
+
     /// Print the task id as JSON
     #[arg(long)]
     json: bool,
@@ -57,6 +73,11 @@ pub(crate) struct Publish {
 impl Publish {
     pub(crate) async fn run(self, context: &Context) -> Result<()> {
         let config = queue_config(context)?;
+        if let Some(repo) = self.docs_added {
+            let (path, collection) = (self.path, self.collection);
+            return docs_added(context, &config, &IndexRepository { repo, path, collection }, self.json)
+                .await;
+        }
         let text = read_text(self.text.as_deref(), self.file.as_deref(), config.worker.max_message_bytes)?;
         let request =
             if self.raw { Request::raw(text) } else { Request::chat(&text, Map::from_iter(self.metadata)) };
@@ -76,6 +97,21 @@ impl Publish {
         }
         Ok(())
     }
+}
+
+async fn docs_added(context: &Context, config: &Config, what: &IndexRepository, json: bool) -> Result<()> {
+    let data = serde_json::to_vec(what)
+        .map_err(|error| CliError::usage("this cannot be put into a message").because(error))?;
+    let topic = Topics::of(config).documents;
+    queue::open_publisher(config).await?.publish(&topic, data.into(), Vec::new()).await?;
+    if json {
+        context.ui.json(&json!({ "topic": topic }))?;
+    }
+    context.ui.note(format_args!("Published to {topic}, which workers with INDEX_ON_DOCS_ADDED=true read."));
+    if matches!(config.queue, QueueConfig::Embedded(_)) && running_dev(context).await.is_none() {
+        context.ui.note("An embedded queue keeps it only where `atlas dev` has read that topic before.");
+    }
+    Ok(())
 }
 
 /// The settings for publishing: Pub/Sub where it is named, the embedded queue otherwise.
