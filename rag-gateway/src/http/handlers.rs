@@ -19,13 +19,9 @@ use super::{
     App, Problem,
     auth::Caller,
     body::{Json, JsonArray, Query, Segment},
+    visible,
 };
-use crate::{
-    error::GatewayError,
-    index::{CollectionMeta, Selection},
-    jobs::store::Work,
-    search::check_collection_name,
-};
+use crate::{error::GatewayError, index::CollectionMeta, jobs::store::Work, search::check_collection_name};
 
 /// The content type of errors.
 pub(super) const PROBLEM: &str = "application/problem+json";
@@ -67,6 +63,12 @@ pub(super) async fn query_chat(
     let mut filter = request.filter.take().unwrap_or_default();
     filter.tenant = caller.tenant(filter.tenant)?;
     request.filter = Some(filter);
+    for name in request.collection.iter().chain(request.collections.iter().flatten()) {
+        // The default one may be missing.
+        if *name != app.default_collection {
+            visible::check(&app, &caller, name).await?;
+        }
+    }
     let answer = app.searcher.query(request).await?;
     let mut response = ([(header::CONTENT_TYPE, "application/json")], answer.body).into_response();
     if !answer.degraded.is_empty() {
@@ -99,6 +101,7 @@ pub(super) async fn embed_batch(
     JsonArray(items): JsonArray<EmbedItem>,
 ) -> Result<(StatusCode, Answer<JobCreated>), Problem> {
     let collection = collection(&app, scope.collection)?;
+    writable(&app, &caller, &collection).await?;
     let documents: Vec<Document> = items.into_iter().map(named).collect();
     let documents = owned(&caller, documents)?;
     check_count(documents.len())?;
@@ -152,6 +155,7 @@ pub(super) async fn put_documents(
     Json(request): Json<PutDocuments>,
 ) -> Result<Answer<PutDocumentsResult>, Problem> {
     let collection = collection(&app, request.collection)?;
+    writable(&app, &caller, &collection).await?;
     check_count(request.documents.len())?;
     let documents = owned(&caller, request.documents)?;
     let indexer = Arc::clone(&app.indexer);
@@ -177,6 +181,7 @@ pub(super) async fn delete_documents(
 ) -> Result<Answer<DeleteDocumentsResult>, Problem> {
     request.tenant = caller.tenant(request.tenant)?;
     let collection = collection(&app, request.collection.clone())?;
+    visible::check(&app, &caller, &collection).await?;
     check_count(request.sources.len())?;
     let indexer = Arc::clone(&app.indexer);
     let delete = async move { indexer.delete(&collection, &request).await };
@@ -202,6 +207,10 @@ pub(super) async fn list_documents(
 ) -> Result<Answer<DocumentList>, Problem> {
     let collection = collection(&app, scope.collection)?;
     let tenant = caller.tenant(scope.tenant)?;
+    match visible::check(&app, &caller, &collection).await {
+        Err(GatewayError::UnknownCollection(_)) => return Ok(Answer(DocumentList::default())),
+        checked => checked?,
+    }
     Ok(Answer(app.indexer.list(&collection, scope.repo.as_deref(), tenant.as_deref()).await?))
 }
 
@@ -223,9 +232,8 @@ pub(super) async fn collections(
     for (name, state) in all {
         let mut chunks = state.chunks;
         if let Some(tenant) = &caller.tenant {
-            let tenants = vec![String::new(), tenant.to_string()];
-            let visible = Selection { tenants: Some(tenants), ..Selection::default() };
-            chunks = app.index.count(&name, &visible).await.map_err(GatewayError::from)?;
+            let readable = visible::readable(tenant);
+            chunks = app.index.count(&name, &readable).await.map_err(GatewayError::from)?;
             if chunks == 0 {
                 continue;
             }
@@ -287,6 +295,11 @@ pub(super) fn collection(app: &App, name: Option<String>) -> Result<String, Prob
     let name = name.unwrap_or_else(|| app.default_collection.clone());
     check_collection_name(&name)?;
     Ok(name)
+}
+
+/// A write makes the collection where there is none, but no generation: that would tell which there are.
+async fn writable(app: &App, caller: &Caller, collection: &str) -> Result<(), GatewayError> {
+    if collection.contains('@') { visible::check(app, caller, collection).await } else { Ok(()) }
 }
 
 fn check_count(count: usize) -> Result<(), Problem> {

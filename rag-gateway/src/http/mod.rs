@@ -29,10 +29,12 @@ mod handlers;
 mod layers;
 mod openapi;
 mod problem;
+mod visible;
 
 use auth::Keys;
 use layers::RateLimit;
 use problem::Problem;
+use visible::Visible;
 
 /// What handlers and layers share.
 pub(crate) struct App {
@@ -44,6 +46,7 @@ pub(crate) struct App {
     pub(crate) metrics: Metrics,
     pub(crate) default_collection: String,
     keys: Keys,
+    visible: Visible,
     rate_limit: RateLimit,
     slots: Semaphore,
     /// Writes that clients wait for; like jobs, at most `MAX_INDEX_JOBS`.
@@ -74,6 +77,7 @@ impl App {
             metrics,
             default_collection,
             keys: Keys::new(&config.api_keys),
+            visible: Visible::new(),
             rate_limit: RateLimit::new(config.rate_limit_requests, config.rate_limit_window),
             slots: Semaphore::new(config.max_concurrency),
             write_slots: Arc::new(Semaphore::new(config.max_index_jobs)),

@@ -274,3 +274,63 @@ async fn keys_in_a_file_are_hashed() {
     assert_eq!(headers["www-authenticate"], "Bearer");
     stand.gateway.shutdown().await;
 }
+
+#[tokio::test]
+async fn a_bound_key_cannot_tell_anothers_collection_from_none() {
+    let stand = stand().await;
+    let secret = json!([{"source": "plan.md", "text": "The merger of zorg.\n"}]);
+    let put = json!({"collection": "zorg-merger", "documents": secret});
+    ask(&stand, ZORG, Method::PUT, "/v1/documents", put).await.ok();
+
+    let write = json!([{"source": "x.md", "text": "x\n"}]);
+    let ways = |name: &str| -> Vec<(Method, String, Value)> {
+        let first = |name: &str| json!({"query": "merger", "collection": name});
+        vec![
+            (Method::POST, "/v1/query_chat".to_owned(), first(name)),
+            (Method::POST, "/v1/query_chat".to_owned(), first(&format!("{name}@1"))),
+            (
+                Method::POST,
+                "/v1/query_chat".to_owned(),
+                json!({"query": "merger", "collections": ["atlas", name]}),
+            ),
+            (Method::GET, format!("/v1/documents?collection={name}"), Value::Null),
+            (Method::GET, format!("/v1/documents?collection={name}@1"), Value::Null),
+            (Method::DELETE, "/v1/documents".to_owned(), json!({"collection": name, "sources": ["plan.md"]})),
+            (
+                Method::PUT,
+                "/v1/documents".to_owned(),
+                json!({"collection": format!("{name}@1"), "documents": write}),
+            ),
+            (Method::POST, format!("/v1/embed_batch?collection={name}@1"), write.clone()),
+            (Method::DELETE, format!("/v1/collections/{name}"), Value::Null),
+            (Method::POST, format!("/v1/collections/{name}/rebuild"), Value::Null),
+            (
+                Method::PUT,
+                format!("/v1/collections/{name}/generation"),
+                json!({"generation": format!("{name}@1")}),
+            ),
+        ]
+    };
+    let told = async |key: &str, name: &str| {
+        let mut told = Vec::new();
+        for (method, path, body) in ways(name) {
+            let reply = ask(&stand, key, method.clone(), &path, body).await;
+            let degraded = reply.header("x-atlas-degraded").map(str::to_owned);
+            told.push((reply.status.as_u16(), degraded, reply.text.replace(name, "NAME")));
+        }
+        told
+    };
+    assert_eq!(told(ACME, "zorg-merger").await, told(ACME, "nope").await);
+    // Nothing of that made one, or touched the other's, and who may see it does.
+    let found = json!({"query": "merger", "collection": "zorg-merger"});
+    assert_eq!(
+        ask(&stand, ZORG, Method::POST, "/v1/query_chat", found.clone()).await.ok()[0]["source"],
+        "plan.md"
+    );
+    let empty = ask(&stand, ROOT, Method::POST, "/v1/query_chat", found).await.ok();
+    assert_eq!(empty, json!([]), "a key of nobody's knows that it is there");
+    // The default collection is no secret, empty or not.
+    let missing = json!({"query": "merger", "collection": "atlas"});
+    ask(&stand, ACME, Method::POST, "/v1/query_chat", missing).await.ok();
+    stand.gateway.shutdown().await;
+}
