@@ -102,6 +102,11 @@ fn by_place(a: &(usize, Hit), b: &(usize, Hit)) -> Ordering {
     place(a.0, &a.1).cmp(&place(b.0, &b.1))
 }
 
+/// The order of a list of one collection, whatever order its ties came in.
+pub(crate) fn best_first(a: &Hit, b: &Hit) -> Ordering {
+    b.score.total_cmp(&a.score).then_with(|| place(0, a).cmp(&place(0, b)))
+}
+
 /// Where a chunk stands: no two are at the same place.
 fn place(collection: usize, hit: &Hit) -> (&str, &str, u32, u32, usize, Uuid) {
     let record = &hit.record;

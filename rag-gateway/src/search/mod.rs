@@ -28,6 +28,7 @@ use crate::{
     rerank::QueryReranker,
 };
 
+mod candidates;
 mod diversity;
 mod kinds;
 mod passages;
@@ -418,9 +419,16 @@ impl Inner {
         } else {
             Vec::new()
         };
-        let limit = (query.top_k * CANDIDATES_PER_PASSAGE).max(MIN_CANDIDATES);
-        let search = Search { dense, lexical, selection, limit };
-        Ok(self.guarded(self.index.search(&target.generation, search)).await?)
+        let needed = (query.top_k * CANDIDATES_PER_PASSAGE).max(MIN_CANDIDATES);
+        let [first, then] = candidates::lengths(needed);
+        let mut search = Search { dense, lexical, selection, limit: first };
+        let mut lists = self.guarded(self.index.search(&target.generation, search.clone())).await?;
+        if !candidates::cut(&mut lists, first, needed, None) {
+            search.limit = then;
+            lists = self.guarded(self.index.search(&target.generation, search)).await?;
+            candidates::cut(&mut lists, then, needed, Some(query.top_k));
+        }
+        Ok(lists)
     }
 
     /// Which chunks may be found; `None`: none at all.

@@ -22,7 +22,7 @@ const MAX_PASSAGE_TOKENS: usize = 100_000;
 
 /// Raised when the same query over the same index gives another answer than before: cached answers of
 /// an older release are then void.
-const PIPELINE: u32 = 3;
+const PIPELINE: u32 = 4;
 
 /// A valid query.
 #[derive(Clone, Debug, PartialEq, Serialize)]
