@@ -41,6 +41,8 @@ use crate::{
 };
 
 mod rebuild;
+#[cfg(test)]
+mod tests;
 
 /// Bytes of documents that are chunked together, and written together where nothing is embedded.
 const GROUP_BYTES: usize = 512 * 1024;
@@ -391,7 +393,7 @@ impl Indexer {
             tenants: Some(vec![tenant.unwrap_or_default().to_owned()]),
             ..Selection::default()
         };
-        let documents = self.index.documents(collection, &selection).await?;
+        let documents = self.documents(collection, &selection).await?;
         let meta = self.index.meta(collection).await?;
         let model = self.embedder.as_ref().map(|embedder| embedder.model());
         Ok(document_list(collection, documents, meta.as_ref(), self.chunker, model))
@@ -602,8 +604,65 @@ impl Indexer {
         docs: &[String],
     ) -> Result<HashMap<String, StoredDocument>, GatewayError> {
         let selection = Selection { docs: Some(docs.to_vec()), ..Selection::default() };
-        let stored = self.index.documents(collection, &selection).await?.into_iter();
+        let stored = self.documents(collection, &selection).await?.into_iter();
         Ok(stored.map(|document| (document.doc.clone(), document)).collect())
+    }
+
+    /// What is stored. Of a document that has lost chunks the hash is empty, so that nobody takes it for unchanged.
+    async fn documents(
+        &self,
+        collection: &str,
+        selection: &Selection,
+    ) -> Result<Vec<StoredDocument>, GatewayError> {
+        let mut documents = self.index.documents(collection, selection).await?;
+        let incomplete = self.incomplete(collection, selection, &documents).await?;
+        for document in documents.iter_mut().filter(|document| incomplete.contains(&document.doc)) {
+            tracing::warn!(
+                collection,
+                repo = document.repo,
+                source = document.source,
+                "this document has lost chunks; it is indexed again when it is sent again"
+            );
+            document.hash.clear();
+        }
+        Ok(documents)
+    }
+
+    /// The keys of those documents that have fewer chunks than their first one says. Each chunk is only looked at where
+    /// their number is not what it should be, so for sound ones it costs a count.
+    ///
+    /// Nothing that writes now leaves such documents, but gateways of an earlier release did that wrote the same
+    /// documents to one server at once. A document that somebody is writing may be among them.
+    async fn incomplete(
+        &self,
+        collection: &str,
+        selection: &Selection,
+        documents: &[StoredDocument],
+    ) -> Result<HashSet<String>, GatewayError> {
+        let told: u64 = documents.iter().map(|document| u64::from(document.chunks)).sum();
+        if told == 0 || self.index.count(collection, selection).await? == told {
+            return Ok(HashSet::new());
+        }
+        let mut left: HashMap<&str, (i64, u32)> = documents
+            .iter()
+            .map(|document| (document.doc.as_str(), (document.rev, document.chunks)))
+            .collect();
+        let mut from = None;
+        loop {
+            let page = self.index.scroll(collection, selection, from, PAGE, false).await?;
+            for (_, record) in page.records {
+                if let Some((_, left)) =
+                    left.get_mut(record.doc.as_str()).filter(|(rev, _)| *rev == record.rev)
+                {
+                    *left = left.saturating_sub(1);
+                }
+            }
+            from = page.next;
+            if from.is_none() {
+                break;
+            }
+        }
+        Ok(left.into_iter().filter(|(_, (_, left))| *left > 0).map(|(doc, _)| doc.to_owned()).collect())
     }
 
     fn lock_of(&self, collection: &str) -> Arc<tokio::sync::Mutex<()>> {

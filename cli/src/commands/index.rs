@@ -483,6 +483,9 @@ impl Job {
             started.generation,
             thousands(status.tokens)
         ));
+        for fault in &status.errors {
+            ui.warn(format_args!("{fault}"));
+        }
         match (&started.old, drop_old) {
             (old, true) => {
                 access.client.drop_collection(old).await?;

@@ -5,6 +5,9 @@
 //! The copy is a comparison that is repeated until nothing differs, so it can be stopped at any moment
 //! and goes on where it was; what is written to the old generation meanwhile is seen by the next round.
 //! For the last round writers wait (those of this gateway). Readers wait for nothing.
+//!
+//! A document that has lost chunks is not copied: it would look sound. Whoever indexes its repository next finds that
+//! it is not there.
 
 use std::collections::{HashMap, HashSet};
 
@@ -33,6 +36,8 @@ struct Difference {
     total: usize,
     /// Their chunks.
     chunks: usize,
+    /// Documents of the old generation that have lost chunks, as they are told of. They are left out.
+    incomplete: Vec<String>,
 }
 
 /// What was done of it.
@@ -92,6 +97,14 @@ impl Indexer {
         let last = self.difference(collection, generation).await?;
         self.copy(collection, generation, &last, &old.meta, progress).await?;
         self.check(collection, generation).await?;
+        if !last.incomplete.is_empty() {
+            tracing::warn!(
+                collection,
+                documents = last.incomplete.len(),
+                "documents with lost chunks are left out"
+            );
+            progress.fault(&left_out(last.incomplete));
+        }
         self.switch(collection, generation).await?;
         tracing::info!(collection, generation, "a rebuilt collection is in use");
         Ok(())
@@ -151,7 +164,12 @@ impl Indexer {
             let read = read_documents(&*self.index, generation, &Selection::default()).await?;
             Ok(read.into_iter().map(|document| (document.doc.clone(), document)).collect())
         };
-        let (before, after) = (all(old).await?, all(new).await?);
+        let (mut before, after) = (all(old).await?, all(new).await?);
+        let stored: Vec<StoredDocument> = before.values().cloned().collect();
+        let incomplete = self.incomplete(old, &Selection::default(), &stored).await?;
+        before.retain(|doc, _| !incomplete.contains(doc));
+        let incomplete =
+            stored.into_iter().filter(|stored| incomplete.contains(&stored.doc)).map(told).collect();
         let same = |a: &StoredDocument, b: &StoredDocument| a.rev == b.rev && a.has(&b.hash, &b.cut);
         let missing = before
             .iter()
@@ -160,7 +178,7 @@ impl Indexer {
             .collect();
         let gone = after.keys().filter(|doc| !before.contains_key(*doc)).cloned().collect();
         let chunks = before.values().map(|stored| stored.chunks as usize).sum();
-        Ok(Difference { missing, gone, total: before.len(), chunks })
+        Ok(Difference { missing, gone, total: before.len(), chunks, incomplete })
     }
 
     async fn copy(
@@ -346,4 +364,22 @@ impl Indexer {
             ),
         )))
     }
+}
+
+fn told(document: StoredDocument) -> String {
+    match document.repo.as_str() {
+        "" => document.source,
+        repo => format!("{repo}/{}", document.source),
+    }
+}
+
+fn left_out(mut documents: Vec<String>) -> String {
+    const NAMED: usize = 3;
+    documents.sort_unstable();
+    let more = documents.len().saturating_sub(NAMED);
+    let named = documents[..documents.len().min(NAMED)].join(", ");
+    let more = if more == 0 { String::new() } else { format!(" and {more} more") };
+    format!(
+        "left out, because chunks of them are lost: {named}{more}; run `atlas index` on their repositories"
+    )
 }

@@ -95,6 +95,13 @@ pub(crate) struct Runner {
 #[derive(Clone, Copy)]
 pub(crate) struct Progress<'a>(&'a Mutex<JobStatus>);
 
+#[cfg(test)]
+impl<'a> Progress<'a> {
+    pub(crate) fn of(status: &'a Mutex<JobStatus>) -> Self {
+        Self(status)
+    }
+}
+
 impl Progress<'_> {
     /// The work begins, from the start or again: `documents` are to be done.
     pub(crate) fn begin(self, documents: usize) {
