@@ -16,7 +16,7 @@ pub(super) fn meta(size: Option<usize>) -> CollectionMeta {
         embedding_model: size.map(|_| "test-model".to_owned()),
         embedding_size: size,
         avg_len: 12.0,
-        weighing: Weighing { k1: 2.0, b: 0.75, heading: 2, pairs: true },
+        weighing: Weighing { k1: 2.0, b: 0.75, heading: 2, pairs: true, folds: true },
     }
 }
 
@@ -120,9 +120,19 @@ async fn words_identifiers_and_their_parts_are_found(index: &dyn VectorIndex) {
             chunk("index.rs", "struct VectorIndexAdapter; const RAG_GATEWAY_TIMEOUT_MS: u64 = 5;"),
             chunk("queue.md", "Messages are pulled, acked and nacked. Nothing is dropped."),
             chunk("jp.md", "請求書の番号は連番です。"),
+            chunk("fr.md", "Les résumés sont envoyés à l’équipe."),
+            chunk(
+                "de.md",
+                "Die Lo\u{308}schung der Rechnungen (Loeschung) ist ausgeschlossen; ask for a resume.",
+            ),
         ],
     )
     .await;
+    for words in ["equipe", "ÉQUIPE", "équipe"] {
+        assert_eq!(sources(index, &name, lexical(words)).await, ["fr.md"], "{words}");
+    }
+    assert_eq!(sources(index, &name, lexical("résumé")).await.len(), 2, "both ways");
+    assert_eq!(sources(index, &name, lexical("Löschung")).await, ["de.md"]);
     assert_eq!(sources(index, &name, lexical("which reservation enforces budgets?")).await, ["budget.md"]);
     assert_eq!(sources(index, &name, lexical("VectorIndexAdapter")).await, ["index.rs"]);
     assert_eq!(sources(index, &name, lexical("vector adapter")).await, ["index.rs"]);

@@ -1667,13 +1667,14 @@ mod tests {
     proptest! {
         #[test]
         fn chunks_are_weighed_as_the_engine_weighs_them(
-            texts in prop::collection::vec("([A-Za-z]{1,12}[ _.]|the |[0-9]{1,3} |\\PC{0,6}|running |HTTPServer |請求書の|번호){0,40}", 1..6),
+            texts in prop::collection::vec("([A-Za-z]{1,12}[ _.]|the |[0-9]{1,3} |\\PC{0,6}|running |HTTPServer |請求書の|번호|résumés |thé |e\u{301}){0,40}", 1..6),
             heading in prop::option::of("[A-Za-z ]{0,20}"),
             weight in 0_u32..4,
             pairs in any::<bool>(),
+            folds in any::<bool>(),
             avg_len in 1.0..300.0_f64,
         ) {
-            let weighing = Weighing { heading: weight, pairs, ..Weighing::unrecorded() };
+            let weighing = Weighing { heading: weight, pairs, folds, ..Weighing::unrecorded() };
             let engine = EdgeBm25::new(EdgeBm25Config {
                 k: NotNan::new(weighing.k1).unwrap(),
                 b: NotNan::new(weighing.b).unwrap(),

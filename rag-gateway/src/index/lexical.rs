@@ -9,15 +9,21 @@
 //! character alone stays one. Lucene's [`CJKAnalyzer`] does the same for Han, kana and Hangul; Thai, Lao, Myanmar and
 //! Khmer are served by the same rule. Nothing changes for texts without such characters.
 //!
+//! Accents are taken off Latin and Greek letters, on both sides, as Lucene's [`ASCIIFoldingFilter`] does: who asks for
+//! `resume` finds `résumé`. Other scripts keep their marks: there they tell words apart.
+//!
+//! [`ASCIIFoldingFilter`]: https://lucene.apache.org/core/9_12_0/analysis/common/org/apache/lucene/analysis/miscellaneous/ASCIIFoldingFilter.html
 //! [`CJKAnalyzer`]: https://lucene.apache.org/core/9_12_0/analysis/common/org/apache/lucene/analysis/cjk/package-summary.html
 
 use std::{
+    borrow::Cow,
     collections::{HashMap, HashSet},
     sync::LazyLock,
 };
 
 use atlas_shared::config::Bm25Config;
 use serde::{Deserialize, Serialize};
+use unicode_normalization::UnicodeNormalization as _;
 
 use super::ChunkRecord;
 
@@ -33,12 +39,15 @@ pub(crate) struct Weighing {
     /// done: their chunks and the words of a query would not find each other. A rebuild does it.
     #[serde(default)]
     pub(crate) pairs: bool,
+    /// Accents are taken off. Recorded as `pairs` is, for the same reason.
+    #[serde(default)]
+    pub(crate) folds: bool,
 }
 
 impl Weighing {
     /// That of collections without a record of it: the engines' defaults.
     pub(crate) fn unrecorded() -> Self {
-        Self { k1: 1.2, b: 0.75, heading: 1, pairs: false }
+        Self { k1: 1.2, b: 0.75, heading: 1, pairs: false, folds: false }
     }
 
     /// What BM25 sees of a chunk: where it stands, its heading as often as it counts, its text.
@@ -56,6 +65,8 @@ impl Weighing {
 
     /// What BM25 sees of a text or a query: its words, and at the end the parts of its compound identifiers.
     pub(crate) fn lexical_text(self, text: &str) -> String {
+        let folded = self.folded(text);
+        let text = &*folded;
         let mut out = if self.pairs && !text.is_ascii() && text.chars().any(is_unspaced) {
             text.split_inclusive(|character: char| !character.is_alphanumeric()).fold(
                 String::with_capacity(3 * text.len()),
@@ -116,7 +127,29 @@ impl Weighing {
         texts
     }
 
-    /// The words of a text.
+    /// A text with letters as they are weighed and sought.
+    fn folded(self, text: &str) -> Cow<'_, str> {
+        if !self.folds || text.is_ascii() || !text.chars().any(may_fold) {
+            return Cow::Borrowed(text);
+        }
+        // Marks that stand behind their letter, as in file names of macOS, go to it or go.
+        let composed: String = text.nfc().filter(|character| !is_accent(*character)).collect();
+        let mut out = String::with_capacity(composed.len());
+        for part in composed.split_inclusive(|character: char| !character.is_alphanumeric()) {
+            let word = part.trim_end_matches(|character: char| !character.is_alphanumeric());
+            let start = out.len();
+            word.chars().for_each(|character| fold(character, &mut out));
+            // Tea is no article: `thé` stays what it is.
+            if is_stop_word(&out[start..]) && !is_stop_word(word) {
+                out.truncate(start);
+                out.push_str(word);
+            }
+            out.push_str(&part[word.len()..]);
+        }
+        Cow::Owned(out)
+    }
+
+    /// The words of a folded text.
     fn split(self, text: &str) -> impl Iterator<Item = &str> {
         let mut words = words(text);
         let mut pairs = Pairs("");
@@ -135,11 +168,12 @@ impl Weighing {
     /// The words of [`Self::text`], in any order, without making it.
     pub(crate) fn words(self, record: &ChunkRecord, mut each: impl FnMut(&str)) {
         let heading = record.heading.as_deref().unwrap_or_default();
+        let [source, heading, text] = [&record.source, heading, &record.text].map(|part| self.folded(part));
         let mut seen = HashSet::new();
         for _ in 1..self.heading {
-            self.split(heading).for_each(&mut each);
+            self.split(&heading).for_each(&mut each);
         }
-        for part in [record.source.as_str(), heading, &record.text] {
+        for part in [&*source, &*heading, &*text] {
             for word in self.split(part) {
                 each(word);
                 if let Some(humps) = compound(word)
@@ -161,12 +195,68 @@ impl Weighing {
 
 impl From<Bm25Config> for Weighing {
     fn from(Bm25Config { k1, b, heading_weight }: Bm25Config) -> Self {
-        Self { k1, b, heading: heading_weight, pairs: true }
+        Self { k1, b, heading: heading_weight, pairs: true, folds: true }
     }
 }
 
 fn words(text: &str) -> impl Iterator<Item = &str> {
     text.split(|character: char| !character.is_alphanumeric()).filter(|word| !word.is_empty())
+}
+
+/// A mark for letters of any script, behind its letter.
+fn is_accent(character: char) -> bool {
+    matches!(character, '\u{300}'..='\u{36f}')
+}
+
+/// Texts with such characters may be other ones when they are folded: Latin and Greek letters beyond ASCII, and what
+/// is composed with the one before it.
+fn may_fold(character: char) -> bool {
+    matches!(character,
+        '\u{aa}'..='\u{24f}' | '\u{1e00}'..='\u{1fff}' | '\u{370}'..='\u{3ff}' // Latin, Greek
+        | '\u{fb00}'..='\u{fb06}' | '\u{ff10}'..='\u{ff5a}' // ligatures, full width
+        | '\u{300}'..='\u{36f}' | '\u{3099}' | '\u{309a}' | '\u{1100}'..='\u{11ff}' // accents, Jamo
+    ) && (character.is_alphanumeric() || !matches!(character, '\u{aa}'..='\u{24f}'))
+}
+
+/// A letter or digit without its accents; as it is where it is none of Latin or Greek.
+fn fold(character: char, out: &mut String) {
+    if character.is_ascii() || !may_fold(character) {
+        out.push(character);
+        return;
+    }
+    // Letters with a stroke and the like are letters of their own to Unicode.
+    let letters = match character {
+        'ß' => "ss",
+        'ẞ' => "SS",
+        'æ' => "ae",
+        'Æ' => "Ae",
+        'œ' => "oe",
+        'Œ' => "Oe",
+        'ø' => "o",
+        'Ø' => "O",
+        'đ' | 'ð' => "d",
+        'Đ' | 'Ð' => "D",
+        'ł' => "l",
+        'Ł' => "L",
+        'ħ' => "h",
+        'Ħ' => "H",
+        'ŧ' => "t",
+        'Ŧ' => "T",
+        'þ' => "th",
+        'Þ' => "Th",
+        'ı' => "i",
+        _ => {
+            let start = out.len();
+            out.extend(std::iter::once(character).nfkd().filter(|part| !is_accent(*part)));
+            // `½` would be two words.
+            if out.len() == start || !out[start..].chars().all(char::is_alphanumeric) {
+                out.truncate(start);
+                out.push(character);
+            }
+            return;
+        }
+    };
+    out.push_str(letters);
 }
 
 /// What is left of a word, to be taken apart: runs of characters without spaces as overlapping pairs, what is between
@@ -450,7 +540,7 @@ mod tests {
     use super::*;
 
     fn today() -> Weighing {
-        Weighing { pairs: true, ..Weighing::unrecorded() }
+        Weighing { pairs: true, folds: true, ..Weighing::unrecorded() }
     }
 
     fn split(text: &str) -> Vec<&str> {
@@ -469,6 +559,37 @@ mod tests {
         assert_eq!(split("APIキーをv2に"), ["API", "キー", "ーを", "v2", "に"]);
         assert_eq!(today().lexical_text("API請求書v2、x"), "API 請求 求書 v2、x");
         assert_eq!(today().lexical_text("請求書"), "請求 求書");
+    }
+
+    #[test]
+    fn accents_are_taken_off_latin_and_greek_letters() {
+        for (text, folded) in [
+            ("résumé Übergröße", "resume Ubergrosse"),
+            ("re\u{301}sume\u{301}", "resume"),
+            ("Łódź, Ærø; naïve façade", "Lodz, Aero; naive facade"),
+            ("İstanbul ılık", "Istanbul ilik"),
+            ("Αθήνα ΐ", "Αθηνα ι"),
+            ("ﬁle ＡＰＩ ｖ２", "file API v2"),
+            ("m² ½ 1ª", "m2 ½ 1a"),
+            ("Qdrant™ § 5 → «x»", "Qdrant™ § 5 → «x»"),
+            ("йод ёлка за́мок", "йод ёлка замок"),
+            ("и\u{306}од", "йод"),
+            ("가격", "가격"),
+            ("\u{1100}\u{1161}격", "가격"),
+            ("é が ガ ｶ\u{ff9e} กำหนดชำระ हिन्दी", "e が ガ ｶ\u{ff9e} กำหนดชำระ हिन्दी"),
+        ] {
+            assert_eq!(today().folded(text), folded, "{text}");
+        }
+        assert_eq!(today().query("thé à la menthe"), ["thé à la menthe"], "no word becomes a stop word");
+        assert_eq!(Weighing::unrecorded().lexical_text("résumé"), "résumé", "as it was made");
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_folded_stays_so(text in "([à-ʯ]|[Ͱ-῿]|\\PC|[\u{300}-\u{303}]|[a-z ]){0,40}") {
+            let folded = today().folded(&text);
+            prop_assert_eq!(&today().folded(&folded), &folded);
+        }
     }
 
     #[test]
@@ -495,7 +616,8 @@ mod tests {
     proptest! {
         #[test]
         fn other_texts_are_weighed_as_ever(text in "(\\PC|[a-zA-Z ]){0,60}") {
-            let other: String = text.chars().filter(|character| !is_unspaced(*character)).collect();
+            let other: String =
+                text.chars().filter(|character| !is_unspaced(*character) && !may_fold(*character)).collect();
             prop_assert_eq!(today().lexical_text(&other), Weighing::unrecorded().lexical_text(&other));
             prop_assert!(today().split(&other).eq(words(&other)));
         }
@@ -503,7 +625,8 @@ mod tests {
         #[test]
         fn the_engines_split_a_lexical_text_into_its_words(text in "([一-三の]|\\PC|[a-z ]){0,60}") {
             let lexical = today().lexical_text(&text);
-            let expected: Vec<&str> = today().split(&text).collect();
+            let folded = today().folded(&text);
+            let expected: Vec<&str> = today().split(&folded).collect();
             let found: Vec<&str> = words(&lexical).take(expected.len()).collect();
             prop_assert_eq!(found, expected);
             prop_assert!(words(&lexical).eq(today().split(&lexical)), "what is taken apart stays so");
@@ -515,7 +638,7 @@ mod tests {
         assert_eq!(today().lexical_text("VectorIndex, VectorIndex"), "VectorIndex, VectorIndex Vector Index");
         assert_eq!(today().lexical_text("HTTPServer"), "HTTPServer HTTP Server");
         assert_eq!(today().lexical_text("max_in_flight and Plain words"), "max_in_flight and Plain words");
-        assert_eq!(today().lexical_text("élanVital ÀB"), "élanVital ÀB élan Vital");
+        assert_eq!(today().lexical_text("élanVital ÀB"), "elanVital AB elan Vital");
     }
 
     #[test]
@@ -574,15 +697,15 @@ mod tests {
 
     #[test]
     fn the_words_of_a_chunk_are_those_of_its_text() {
-        for (heading, weight, pairs) in [
-            (Some("impl HttpServer › fn Serve"), 3, true),
-            (Some("請求書 › Guide"), 2, true),
-            (Some("請求書 › Guide"), 2, false),
-            (Some("Guide"), 1, false),
-            (None, 2, true),
-            (None, 0, true),
+        for (heading, weight, pairs, folds) in [
+            (Some("impl HttpServer › fn Serve"), 3, true, true),
+            (Some("Grüße › 請求書 › Guide"), 2, true, true),
+            (Some("請求書 › Guide"), 2, false, false),
+            (Some("Gu\u{301}ide"), 1, false, true),
+            (None, 2, true, false),
+            (None, 0, true, true),
         ] {
-            let weighing = Weighing { heading: weight, pairs, ..Weighing::unrecorded() };
+            let weighing = Weighing { heading: weight, pairs, folds, ..Weighing::unrecorded() };
             let record = ChunkRecord {
                 source: "src/HttpServer_v2/mod.rs".to_owned(),
                 heading: heading.map(str::to_owned),
