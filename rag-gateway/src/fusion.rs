@@ -23,16 +23,26 @@ pub(crate) struct Fused {
     pub(crate) cosine: Option<f32>,
 }
 
-/// Weights of the two lists.
+/// What was found in one collection.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Found {
+    pub(crate) lists: Lists,
+    /// In files that the question names.
+    pub(crate) named: Vec<Hit>,
+}
+
+/// Weights of the lists.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Weights {
     pub(crate) dense: f64,
     pub(crate) lexical: f64,
+    /// More than the others together at least: then the first ones of this list come before all that is not in it.
+    pub(crate) named: f64,
 }
 
 impl Default for Weights {
     fn default() -> Self {
-        Self { dense: 1.0, lexical: 1.0 }
+        Self { dense: 1.0, lexical: 1.0, named: 3.0 }
     }
 }
 
@@ -41,17 +51,23 @@ impl Default for Weights {
 ///
 /// Cosines of one model mean the same everywhere, so the dense lists are ranked as one. BM25 depends
 /// on a collection's own words and lengths, so each lexical list is ranked by itself.
-pub(crate) fn fuse(found: Vec<Lists>, weights: Weights) -> Vec<Fused> {
+pub(crate) fn fuse(found: Vec<Found>, weights: Weights) -> Vec<Fused> {
     let mut dense: Vec<(usize, Hit)> = Vec::new();
     let mut lexical: Vec<Vec<(usize, Hit)>> = Vec::with_capacity(found.len());
+    let mut named: Vec<Vec<(usize, Hit)>> = Vec::new();
     let mut cosines: Vec<HashMap<Uuid, f32>> = Vec::with_capacity(found.len());
-    for (collection, mut lists) in found.into_iter().enumerate() {
-        cosines.push(mem::take(&mut lists.cosines));
-        for old in old_revisions(&lists) {
+    for (collection, mut found) in found.into_iter().enumerate() {
+        let old = old_revisions(&found);
+        let Found { lists, named: first } = &mut found;
+        for old in old {
             let is_current = |hit: &Hit| !Arc::ptr_eq(&hit.record, &old);
             lists.dense.retain(is_current);
             lists.lexical.retain(is_current);
+            first.retain(is_current);
         }
+        let Found { mut lists, named: first } = found;
+        cosines.push(mem::take(&mut lists.cosines));
+        named.push(first.into_iter().map(|hit| (collection, hit)).collect());
         dense.extend(lists.dense.into_iter().map(|hit| (collection, hit)));
         lexical.push(lists.lexical.into_iter().map(|hit| (collection, hit)).collect());
     }
@@ -74,6 +90,9 @@ pub(crate) fn fuse(found: Vec<Lists>, weights: Weights) -> Vec<Fused> {
     for list in lexical {
         add(list, weights.lexical, false);
     }
+    for list in named {
+        add(list, weights.named, false);
+    }
     let mut fused: Vec<Fused> = fused.into_values().collect();
     for fused in fused.iter_mut().filter(|fused| fused.cosine.is_none()) {
         fused.cosine = cosines[fused.collection].get(&fused.hit.id).map(|cosine| cosine.clamp(0.0, 1.0));
@@ -87,8 +106,8 @@ pub(crate) fn fuse(found: Vec<Lists>, weights: Weights) -> Vec<Fused> {
 }
 
 /// Records of documents of which a newer revision was found too.
-fn old_revisions(lists: &Lists) -> Vec<Arc<ChunkRecord>> {
-    let hits = || lists.dense.iter().chain(&lists.lexical);
+fn old_revisions(Found { lists, named }: &Found) -> Vec<Arc<ChunkRecord>> {
+    let hits = || lists.dense.iter().chain(&lists.lexical).chain(named);
     let mut newest: HashMap<&str, i64> = HashMap::new();
     for hit in hits() {
         let rev = newest.entry(&hit.record.doc).or_insert(hit.record.rev);
@@ -129,12 +148,12 @@ mod tests {
         Hit { id: Uuid::new_v5(&Uuid::NAMESPACE_URL, source.as_bytes()), score, record: Arc::new(record) }
     }
 
-    fn lists(dense: Vec<Hit>, lexical: Vec<Hit>) -> Lists {
-        Lists { dense, lexical, cosines: HashMap::new() }
+    fn lists(dense: Vec<Hit>, lexical: Vec<Hit>) -> Found {
+        Found { lists: Lists { dense, lexical, cosines: HashMap::new() }, named: Vec::new() }
     }
 
-    fn order(lists: Lists) -> Vec<String> {
-        fuse(vec![lists], Weights::default())
+    fn order(found: Found) -> Vec<String> {
+        fuse(vec![found], Weights::default())
             .into_iter()
             .map(|fused| fused.hit.record.source.clone())
             .collect()
@@ -147,11 +166,21 @@ mod tests {
     }
 
     #[test]
+    fn what_is_in_a_named_file_comes_before_everything_else() {
+        let both = || (0..40).map(|at| hit(&format!("{at:02}"), 40.0 - at as f32)).collect::<Vec<_>>();
+        let named = vec![hit("20", 0.0), hit("elsewhere", 5.0), hit("new", 0.0)];
+        let order = order(Found { named, ..lists(both(), both()) });
+        assert_eq!(order[..4], ["20", "elsewhere", "new", "00"]);
+        assert_eq!(order.len(), 42, "nothing twice");
+    }
+
+    #[test]
     fn the_cosine_survives_and_stays_within_bounds() {
         let lexical = vec![hit("c", 5.0), hit("d", 4.0), hit("e", 3.0)];
         let cosines = [(lexical[1].id, 0.4), (lexical[2].id, 1.2)].into();
-        let lists = Lists { cosines, ..lists(vec![hit("a", 1.000_1), hit("b", -0.2)], lexical) };
-        let cosines: HashMap<String, Option<f32>> = fuse(vec![lists], Weights::default())
+        let mut found = lists(vec![hit("a", 1.000_1), hit("b", -0.2)], lexical);
+        found.lists.cosines = cosines;
+        let cosines: HashMap<String, Option<f32>> = fuse(vec![found], Weights::default())
             .into_iter()
             .map(|fused| (fused.hit.record.source.clone(), fused.cosine))
             .collect();

@@ -64,6 +64,21 @@ async fn questions_about_this_repository_find_their_files() {
         stand.put(json!(documents)).await.ok();
     }
 
+    // A path, or enough of it, is the question for that file.
+    for (path, expected) in [
+        ("worker/src/outbox.rs", "worker/src/outbox.rs"),
+        ("shared/src/resilience.rs", "shared/src/resilience.rs"),
+        ("resilience.rs", "shared/src/resilience.rs"),
+        ("docs/MODELS.md", "docs/MODELS.md"),
+        ("intake.rs", "worker/src/intake.rs"),
+        ("guess/tuned.tsv", "worker/src/agent/guess/tuned.tsv"),
+        ("what does `cli/src/sync.rs` send again?", "cli/src/sync.rs"),
+    ] {
+        let request = json!({"query": path, "mode": "lexical"});
+        let found = stand.post("/v1/query_chat", request).await.ok();
+        assert_eq!(sources(&found)[0], expected, "{path}");
+    }
+
     let questions = questions();
     assert_eq!(questions.len(), 30);
     let (mut hits, mut misses) = (0, String::new());

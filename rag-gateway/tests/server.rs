@@ -20,7 +20,9 @@ const BOUND: Duration = Duration::from_secs(60);
 const SMALL_CHUNKS: [(&str, &str); 3] =
     [("CHUNK_TOKENS", "64"), ("CHUNK_OVERLAP_TOKENS", "0"), ("CACHE_TTL", "0")];
 
-const QUERIES: [&str; 13] = [
+const QUERIES: [&str; 15] = [
+    "docs/MODELS.md",
+    "what does OPERATIONS.md say about a rebuild",
     "how is the daily token budget enforced?",
     "what happens when the vector index is down",
     "RUN_TIMEOUT_SECONDS",

@@ -1,5 +1,5 @@
 //! The search pipeline (DESIGN section 7): cache → embed the query → one search of each collection for
-//! both lists → weigh kinds of files → fuse → threshold → rerank → diversify → collapse by file → join neighbours → answer.
+//! both lists, and in files that the question names → weigh kinds of files → fuse → threshold → rerank → diversify → collapse by file → join neighbours → answer.
 
 use std::{
     collections::HashSet,
@@ -21,8 +21,8 @@ use crate::{
     cache::{AnswerCache, Degraded, Entry},
     embed::QueryEmbedder,
     error::GatewayError,
-    fusion::{Fused, Weights, fuse},
-    index::{CollectionMeta, Lists, Resolved, Search, Selection, VectorIndex, Version},
+    fusion::{Found as Candidates, Fused, Weights, fuse},
+    index::{CollectionMeta, Hit, Resolved, Search, Selection, VectorIndex, Version},
     indexing::mismatch,
     metrics::Metrics,
     rerank::QueryReranker,
@@ -31,6 +31,7 @@ use crate::{
 mod candidates;
 mod diversity;
 mod kinds;
+mod named;
 mod passages;
 mod query;
 mod thresholds;
@@ -290,14 +291,14 @@ impl Inner {
         let searching = Instant::now();
         let searches: Vec<_> =
             targets.iter().map(|target| self.lists(query, target, vector.as_deref())).collect();
-        let mut lists = try_join_all(searches).await?;
+        let mut found = try_join_all(searches).await?;
         self.observe("search", searching);
 
         let ranking = Instant::now();
-        for list in &mut lists {
-            kinds::weigh(&query.text, query.secondary_weight, &mut list.lexical);
+        for Candidates { lists, .. } in &mut found {
+            kinds::weigh(&query.text, query.secondary_weight, &mut lists.lexical);
         }
-        let mut fused = fuse(lists, Weights::default());
+        let mut fused = fuse(found, Weights::default());
         if let Some(vector) = &vector {
             self.fill_cosines(&targets, vector, &mut fused).await?;
             let model = self.embedder.as_ref().map(QueryEmbedder::model).unwrap_or_default();
@@ -409,10 +410,11 @@ impl Inner {
         query: &Query,
         target: &Target<'_>,
         vector: Option<&Vec<f32>>,
-    ) -> Result<Lists, GatewayError> {
+    ) -> Result<Candidates, GatewayError> {
         let Some(selection) = self.selection(query, &target.generation).await? else {
-            return Ok(Lists::default());
+            return Ok(Candidates::default());
         };
+        let named = self.named(query, target, &selection).await?;
         let dense = vector.filter(|_| target.is_comparable).cloned();
         let lexical = if query.mode != SearchMode::Dense || dense.is_none() {
             target.meta.weighing.query(&query.text)
@@ -428,7 +430,37 @@ impl Inner {
             lists = self.guarded(self.index.search(&target.generation, search)).await?;
             candidates::cut(&mut lists, then, needed, Some(query.top_k));
         }
-        Ok(lists)
+        Ok(Candidates { lists, named })
+    }
+
+    /// What goes first because it is in a file that the question names.
+    async fn named(
+        &self,
+        query: &Query,
+        target: &Target<'_>,
+        selection: &Selection,
+    ) -> Result<Vec<Hit>, GatewayError> {
+        // Who wants vectors alone gets them.
+        let Some(names) = named::Names::of(&query.text).filter(|_| query.mode != SearchMode::Dense) else {
+            return Ok(Vec::new());
+        };
+        let search = async |text: &str, selection: Selection, limit: usize| {
+            let lexical = target.meta.weighing.query(text);
+            if lexical.is_empty() {
+                return Ok(Vec::new());
+            }
+            let search = Search { dense: None, lexical, selection, limit };
+            let lists = self.guarded(self.index.search(&target.generation, search)).await?;
+            Ok::<_, GatewayError>(lists.lexical)
+        };
+        let first_chunks = Selection { first_chunks: true, ..selection.clone() };
+        let files = names.files(search(&names.text(), first_chunks, named::LOOKED_AT).await?);
+        if files.is_empty() {
+            return Ok(files);
+        }
+        let within = named::within(&files, selection.clone());
+        let found = search(&names.rest, within, named::length(&files)).await?;
+        Ok(named::best(files, found))
     }
 
     /// Which chunks may be found; `None`: none at all.
