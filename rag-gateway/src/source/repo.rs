@@ -20,8 +20,9 @@ pub struct Repository {
     pub origin: String,
     /// The commit that is checked out.
     commit: Option<String>,
-    /// Paths below the root that are not as the commit has them; those of folders end in `/`.
-    uncommitted: BTreeSet<String>,
+    /// Paths below the root that are not as the commit has them; those of folders end in `/`. As bytes: names need not
+    /// be UTF-8, and one that is not must not hide the others.
+    uncommitted: BTreeSet<Vec<u8>>,
 }
 
 impl Repository {
@@ -31,27 +32,25 @@ impl Repository {
         let Some(root) = folder.ancestors().find(|folder| folder.join(".git").exists()) else {
             return Self::without_git(folder);
         };
-        let commit = git(root, &["rev-parse", "--verify", "HEAD"])
-            .map(|hash| hash.trim().to_owned())
-            .filter(|hash| hash.len() >= 40 && hash.bytes().all(|byte| byte.is_ascii_hexdigit()));
-        let mut uncommitted: BTreeSet<String> =
-            git(root, &["status", "--porcelain=v1", "-z", "--untracked-files=all", "--no-renames"])
-                .map(|status| {
-                    status.split('\0').filter_map(|entry| entry.get(3..)).map(str::to_owned).collect()
-                })
-                .unwrap_or_default();
+        // Without a list of what changed, nothing is known to be as committed.
+        let status = git(
+            root,
+            &["status", "--porcelain=v2", "--branch", "-z", "--untracked-files=all", "--no-renames"],
+        );
+        let (commit, mut uncommitted) = status.as_deref().map(what_changed).unwrap_or_default();
         if root.join(".gitmodules").exists() {
             let folders = git(root, &["config", "-z", "--file", ".gitmodules", "--get-regexp", r"\.path$"]);
             let folders = folders.unwrap_or_default();
             // Their files are in commits of their own.
             uncommitted.extend(
-                folders
+                String::from_utf8_lossy(&folders)
                     .split('\0')
                     .filter_map(|entry| entry.split_once('\n'))
-                    .map(|(_, folder)| format!("{folder}/")),
+                    .map(|(_, folder)| format!("{folder}/").into_bytes()),
             );
         }
         let remote = git(root, &["config", "--get", "remote.origin.url"]).unwrap_or_default();
+        let remote = String::from_utf8_lossy(&remote);
         let origin = origin(remote.trim_end_matches(['\n', '\r']), root);
         Self { root: root.to_owned(), origin, commit, uncommitted }
     }
@@ -69,7 +68,7 @@ impl Repository {
     /// The commit that has this source as it is now.
     pub fn commit_of(&self, source: &str) -> Option<&str> {
         let folders = source.match_indices('/').map(|(at, _)| &source[..=at]);
-        let changed = folders.chain([source]).any(|path| self.uncommitted.contains(path));
+        let changed = folders.chain([source]).any(|path| self.uncommitted.contains(path.as_bytes()));
         self.commit.as_deref().filter(|_| !changed)
     }
 
@@ -100,6 +99,34 @@ fn origin(remote: &str, root: &Path) -> String {
     folder.strip_suffix(".git").map(|folder| folder.trim_end_matches('/').to_owned()).unwrap_or(folder)
 }
 
+/// The commit that is checked out, and what is not as it has it, as `git status --porcelain=v2 --branch -z` tells them.
+/// They come from one call: between two of them somebody may commit.
+fn what_changed(status: &[u8]) -> (Option<String>, BTreeSet<Vec<u8>>) {
+    let mut commit = None;
+    let mut changed = BTreeSet::new();
+    for line in status.split(|byte| *byte == 0) {
+        // The path is the last field, and may hold spaces.
+        let fields = match line.first() {
+            Some(b'#') => {
+                let hash = line.strip_prefix(b"# branch.oid ").and_then(|hash| str::from_utf8(hash).ok());
+                commit = commit.or(hash.filter(|hash| is_hash(hash)).map(str::to_owned));
+                continue;
+            }
+            Some(b'1') => 9,
+            Some(b'u') => 11,
+            Some(_) => 2,
+            None => continue,
+        };
+        changed.extend(line.splitn(fields, |byte| *byte == b' ').nth(fields - 1).map(<[u8]>::to_vec));
+    }
+    (commit, changed)
+}
+
+/// `(initial)` is none.
+fn is_hash(text: &str) -> bool {
+    text.len() >= 40 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
 /// Is this folder a repository without a work tree? What it holds are git's own files.
 pub fn is_bare(folder: &Path) -> bool {
     folder.join("HEAD").is_file() && folder.join("objects").is_dir() && folder.join("refs").is_dir()
@@ -107,7 +134,7 @@ pub fn is_bare(folder: &Path) -> bool {
 
 /// Runs git; `None` when it is missing or fails. Read-only, and without the programs that a
 /// stranger's repository may name in its configuration.
-fn git(root: &Path, args: &[&str]) -> Option<String> {
+fn git(root: &Path, args: &[&str]) -> Option<Vec<u8>> {
     let output = Command::new("git")
         .args(["--no-optional-locks", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "-C"])
         .arg(root)
@@ -116,7 +143,7 @@ fn git(root: &Path, args: &[&str]) -> Option<String> {
         .stderr(Stdio::null())
         .output()
         .ok()?;
-    if output.status.success() { String::from_utf8(output.stdout).ok() } else { None }
+    output.status.success().then_some(output.stdout)
 }
 
 #[cfg(test)]
@@ -166,6 +193,46 @@ mod tests {
         for source in ["docs/b.md", "new file.md", "inner/c.md", "lib/d.md"] {
             assert_eq!(repository.commit_of(source), None, "{source}");
         }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_name_that_is_not_utf8_makes_no_change_a_commit() {
+        use std::os::unix::ffi::OsStrExt as _;
+
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        for name in ["a.md", "b.md"] {
+            fs::write(root.join(name), "as committed").unwrap();
+        }
+        let odd = root.join(std::ffi::OsStr::from_bytes(b"caf\xe9.txt"));
+        // Some file systems refuse such names.
+        if fs::write(&odd, "odd").is_err() {
+            return;
+        }
+        git(root, &["init", "--quiet"]);
+        git(root, &["add", "."]);
+        git(root, &["commit", "--quiet", "-m", "first"]);
+        fs::write(odd, "changed").unwrap();
+        fs::write(root.join("b.md"), "changed").unwrap();
+        fs::write(root.join("new.md"), "new").unwrap();
+
+        let repository = Repository::around(root);
+        assert!(repository.commit_of("a.md").is_some());
+        assert_eq!(repository.commit_of("b.md"), None);
+        assert_eq!(repository.commit_of("new.md"), None);
+    }
+
+    #[test]
+    fn where_git_cannot_tell_what_changed_there_is_no_commit() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        fs::write(root.join("a.md"), "a").unwrap();
+        git(root, &["init", "--quiet"]);
+        git(root, &["add", "."]);
+        git(root, &["commit", "--quiet", "-m", "first"]);
+        fs::write(root.join(".git/index"), "broken").unwrap();
+        assert_eq!(Repository::around(root).commit_of("a.md"), None);
     }
 
     #[test]
