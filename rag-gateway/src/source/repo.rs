@@ -1,7 +1,7 @@
 //! What git says about a folder. Git is asked, never required: without it nothing is recorded.
 
 use std::{
-    collections::BTreeSet,
+    collections::HashSet,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -20,9 +20,9 @@ pub struct Repository {
     pub origin: String,
     /// The commit that is checked out.
     commit: Option<String>,
-    /// Paths below the root that are not as the commit has them; those of folders end in `/`. As bytes: names need not
-    /// be UTF-8, and one that is not must not hide the others.
-    uncommitted: BTreeSet<Vec<u8>>,
+    /// Paths below the root that are as the commit has them. As bytes: names need not be UTF-8, and one that is not
+    /// must not hide the others.
+    committed: HashSet<Vec<u8>>,
 }
 
 impl Repository {
@@ -32,27 +32,29 @@ impl Repository {
         let Some(root) = folder.ancestors().find(|folder| folder.join(".git").exists()) else {
             return Self::without_git(folder);
         };
-        // Without a list of what changed, nothing is known to be as committed.
+        // Without both lists nothing is known to be as committed.
         let status = git(
             root,
-            &["status", "--porcelain=v2", "--branch", "-z", "--untracked-files=all", "--no-renames"],
+            &[
+                "status",
+                "--porcelain=v2",
+                "--branch",
+                "-z",
+                "--untracked-files=no",
+                "--no-renames",
+                // Their files are in commits of their own.
+                "--ignore-submodules=all",
+            ],
         );
-        let (commit, mut uncommitted) = status.as_deref().map(what_changed).unwrap_or_default();
-        if root.join(".gitmodules").exists() {
-            let folders = git(root, &["config", "-z", "--file", ".gitmodules", "--get-regexp", r"\.path$"]);
-            let folders = folders.unwrap_or_default();
-            // Their files are in commits of their own.
-            uncommitted.extend(
-                String::from_utf8_lossy(&folders)
-                    .split('\0')
-                    .filter_map(|entry| entry.split_once('\n'))
-                    .map(|(_, folder)| format!("{folder}/").into_bytes()),
-            );
-        }
+        let tracked = git(root, &["ls-files", "-v", "-z"]);
+        let (commit, committed) = match (status, tracked) {
+            (Some(status), Some(tracked)) => as_committed(&status, &tracked),
+            _ => Default::default(),
+        };
         let remote = git(root, &["config", "--get", "remote.origin.url"]).unwrap_or_default();
         let remote = String::from_utf8_lossy(&remote);
         let origin = origin(remote.trim_end_matches(['\n', '\r']), root);
-        Self { root: root.to_owned(), origin, commit, uncommitted }
+        Self { root: root.to_owned(), origin, commit, committed }
     }
 
     /// A folder of which git knows nothing.
@@ -67,9 +69,7 @@ impl Repository {
 
     /// The commit that has this source as it is now.
     pub fn commit_of(&self, source: &str) -> Option<&str> {
-        let folders = source.match_indices('/').map(|(at, _)| &source[..=at]);
-        let changed = folders.chain([source]).any(|path| self.uncommitted.contains(path.as_bytes()));
-        self.commit.as_deref().filter(|_| !changed)
+        self.commit.as_deref().filter(|_| self.committed.contains(source.as_bytes()))
     }
 
     /// Where else documents of this repository's name come from: their origin, and how many they are.
@@ -99,15 +99,20 @@ fn origin(remote: &str, root: &Path) -> String {
     folder.strip_suffix(".git").map(|folder| folder.trim_end_matches('/').to_owned()).unwrap_or(folder)
 }
 
-/// The commit that is checked out, and what is not as it has it, as `git status --porcelain=v2 --branch -z` tells them.
-/// They come from one call: between two of them somebody may commit.
-fn what_changed(status: &[u8]) -> (Option<String>, BTreeSet<Vec<u8>>) {
+/// The commit that is checked out and the files that are as it has them: those that git keeps (`git ls-files -v -z`)
+/// and that have not changed (`git status --porcelain=v2 --branch -z`). What git ignores, or knows nothing of, is in
+/// neither list.
+fn as_committed(status: &[u8], tracked: &[u8]) -> (Option<String>, HashSet<Vec<u8>>) {
+    let lines = |list| <[u8]>::split(list, |byte| *byte == 0);
+    // `H`: kept, and looked at. Changes of others (`h`: assume-unchanged, `S`: skip-worktree) are not told.
+    let mut committed: HashSet<Vec<u8>> =
+        lines(tracked).filter_map(|line| line.strip_prefix(b"H ")).map(<[u8]>::to_vec).collect();
     let mut commit = None;
-    let mut changed = BTreeSet::new();
-    for line in status.split(|byte| *byte == 0) {
+    for line in lines(status) {
         // The path is the last field, and may hold spaces.
         let fields = match line.first() {
             Some(b'#') => {
+                // From the same call as the changes: between two of them somebody may commit.
                 let hash = line.strip_prefix(b"# branch.oid ").and_then(|hash| str::from_utf8(hash).ok());
                 commit = commit.or(hash.filter(|hash| is_hash(hash)).map(str::to_owned));
                 continue;
@@ -117,9 +122,11 @@ fn what_changed(status: &[u8]) -> (Option<String>, BTreeSet<Vec<u8>>) {
             Some(_) => 2,
             None => continue,
         };
-        changed.extend(line.splitn(fields, |byte| *byte == b' ').nth(fields - 1).map(<[u8]>::to_vec));
+        if let Some(path) = line.splitn(fields, |byte| *byte == b' ').nth(fields - 1) {
+            committed.remove(path);
+        }
     }
-    (commit, changed)
+    (commit, committed)
 }
 
 /// `(initial)` is none.
@@ -233,6 +240,35 @@ mod tests {
         git(root, &["commit", "--quiet", "-m", "first"]);
         fs::write(root.join(".git/index"), "broken").unwrap();
         assert_eq!(Repository::around(root).commit_of("a.md"), None);
+    }
+
+    #[test]
+    fn a_file_that_git_does_not_keep_has_no_commit() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        fs::create_dir(root.join("gen")).unwrap();
+        for (name, text) in
+            [("a.md", "a"), ("gen/x.md", "x"), (".gitignore", "gen/"), (".atlasignore", "!gen/")]
+        {
+            fs::write(root.join(name), text).unwrap();
+        }
+        for name in ["assumed.md", "skipped.md"] {
+            fs::write(root.join(name), "committed").unwrap();
+        }
+        git(root, &["init", "--quiet"]);
+        git(root, &["add", "."]);
+        git(root, &["commit", "--quiet", "-m", "first"]);
+        git(root, &["update-index", "--assume-unchanged", "assumed.md"]);
+        git(root, &["update-index", "--skip-worktree", "skipped.md"]);
+        for name in ["assumed.md", "skipped.md"] {
+            fs::write(root.join(name), "changed").unwrap();
+        }
+
+        let repository = Repository::around(root);
+        assert!(repository.commit_of("a.md").is_some());
+        for source in ["gen/x.md", "assumed.md", "skipped.md"] {
+            assert_eq!(repository.commit_of(source), None, "{source}");
+        }
     }
 
     #[test]
