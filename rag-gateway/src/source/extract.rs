@@ -214,17 +214,21 @@ fn paragraphs(xml: &str, styles: &HashMap<String, usize>) -> Result<String, Stri
     let mut reader = Reader::from_str(xml);
     let mut text = String::new();
     let mut paragraph = Paragraph::default();
-    // Rows around the current place: a row is one line, whatever is in its cells.
-    let mut rows = 0_usize;
+    // Rows around the current place, and whether each has a cell yet: a row is one line, whatever is in its cells.
+    let mut rows: Vec<bool> = Vec::new();
     let mut in_text = false;
     loop {
         match reader.read_event().map_err(damaged)? {
             Event::Start(tag) => match tag.local_name().as_ref() {
                 "t" => in_text = true,
-                "tr" => rows += 1,
+                "tr" => rows.push(false),
+                "tc" => begin_cell(&mut rows, &mut paragraph),
                 _ => note(&tag, styles, &mut paragraph),
             },
-            Event::Empty(tag) => note(&tag, styles, &mut paragraph),
+            Event::Empty(tag) => match tag.local_name().as_ref() {
+                "tc" => begin_cell(&mut rows, &mut paragraph),
+                _ => note(&tag, styles, &mut paragraph),
+            },
             Event::Text(piece) if in_text => paragraph.text.push_str(&piece.xml10_content()),
             Event::CData(piece) if in_text => paragraph.text.push_str(&piece.xml10_content()),
             Event::GeneralRef(entity) if in_text => {
@@ -240,12 +244,11 @@ fn paragraphs(xml: &str, styles: &HashMap<String, usize>) -> Result<String, Stri
             }
             Event::End(tag) => match tag.local_name().as_ref() {
                 "t" => in_text = false,
-                "tc" => paragraph.text.push_str(" | "),
-                "p" if rows > 0 => paragraph.text.push(' '),
+                "p" if !rows.is_empty() => paragraph.text.push(' '),
                 "p" => emit(&mut text, &std::mem::take(&mut paragraph)),
                 "tr" => {
-                    rows = rows.saturating_sub(1);
-                    if rows == 0 {
+                    rows.pop();
+                    if rows.is_empty() {
                         emit(&mut text, &std::mem::take(&mut paragraph));
                     }
                 }
@@ -260,6 +263,17 @@ fn paragraphs(xml: &str, styles: &HashMap<String, usize>) -> Result<String, Stri
         if text.len() + paragraph.text.len() > MAX_TEXT_BYTES {
             return Err(format!("it holds more than {MAX_TEXT_BYTES} bytes of text"));
         }
+    }
+}
+
+/// An empty cell is one too: what comes after it stands in its own column.
+fn begin_cell(rows: &mut [bool], paragraph: &mut Paragraph) {
+    let nested = rows.len() > 1;
+    if let Some(has_cell) = rows.last_mut() {
+        if *has_cell || nested {
+            paragraph.text.push_str(" | ");
+        }
+        *has_cell = true;
     }
 }
 
@@ -289,15 +303,14 @@ fn emit(text: &mut String, paragraph: &Paragraph) {
         .filter(|word| !word.is_empty())
         .collect();
     let line = words.join(" ");
-    let line = line.trim_end_matches([' ', '|']);
-    if line.is_empty() {
+    if line.chars().all(|character| matches!(character, ' ' | '|')) {
         return;
     }
     if let Some(depth) = paragraph.depth {
         text.extend(std::iter::repeat_n('#', depth));
         text.push(' ');
     }
-    text.push_str(line);
+    text.push_str(&line);
     text.push('\n');
 }
 
@@ -400,6 +413,26 @@ pub(crate) mod tests {
                     <w:p><w:del><w:r><w:delText>gone</w:delText></w:r></w:del></w:p>";
         let text = text(Format::Docx, docx_of(body)).unwrap();
         assert_eq!(text, "# Guide\nTom & Jerry run ✓\n## Install\na | b\n");
+    }
+
+    #[test]
+    fn empty_cells_of_a_docx_keep_their_columns() {
+        let cell = |text: &str| format!("<w:tc><w:p><w:r><w:t>{text}</w:t></w:r></w:p></w:tc>");
+        let row = |cells: &[&str]| format!("<w:tr>{}</w:tr>", cells.concat());
+        let (a, b) = (cell("first"), cell("last"));
+        let body = [
+            "<w:tbl>".to_owned(),
+            row(&[&a, "<w:tc><w:tcPr/><w:p/></w:tc>", &b]),
+            row(&[&a, "<w:tc/>", &b]),
+            row(&[&a, "<w:tc><w:p></w:p></w:tc>"]),
+            row(&["<w:tc><w:p><w:r><w:t/></w:r></w:p></w:tc>", &b]),
+            row(&["<w:tc><w:p/></w:tc>", "<w:tc><w:p/></w:tc>"]),
+            row(&[&a, &format!("<w:tc><w:tbl>{}</w:tbl><w:p/></w:tc>", row(&[&a, &b]))]),
+            "</w:tbl>".to_owned(),
+        ]
+        .concat();
+        let text = text(Format::Docx, docx_of(&body)).unwrap();
+        assert_eq!(text, "first | | last\nfirst | | last\nfirst |\n| last\nfirst | | first | last\n");
     }
 
     #[test]
