@@ -744,13 +744,16 @@ pub(crate) fn document_list(
     chunker: Chunker,
     model: Option<&str>,
 ) -> DocumentList {
-    let cut = chunker.fingerprint();
     let mut documents: Vec<IndexedDocument> = documents
         .into_iter()
         .map(|document| IndexedDocument {
-            source: document.source,
             // Cut in another way than today's: the sender shall send it again.
-            content_hash: if document.cut == cut { document.hash } else { String::new() },
+            content_hash: if document.cut == chunker.fingerprint(&document.source) {
+                document.hash
+            } else {
+                String::new()
+            },
+            source: document.source,
             chunks: document.chunks as usize,
             commit: document.commit,
             origin: document.origin,
@@ -854,7 +857,6 @@ fn prepare_blocking(
     let mut results = Vec::with_capacity(part.len());
     let mut prepared = Vec::new();
     let mut restated: HashMap<Provenance, Vec<String>> = HashMap::new();
-    let cut = chunker.fingerprint();
     for (position, ((document, fault), doc)) in (first..).zip(part) {
         let mut result = DocumentResult {
             source: document.source.clone(),
@@ -868,6 +870,7 @@ fn prepare_blocking(
             continue;
         }
         let hash = content_hash(&document.text);
+        let cut = chunker.fingerprint(&document.source);
         let known = stored.get(&doc);
         if let Some(known) = known.filter(|known| known.has(&hash, &cut)) {
             result.outcome = DocumentOutcome::Unchanged;

@@ -41,6 +41,7 @@ pub(crate) fn language_of(source: &str) -> Option<&'static str> {
         "tf" | "tfvars" | "hcl" => "terraform",
         "proto" => "protobuf",
         "graphql" | "gql" => "graphql",
+        "ipynb" => super::NOTEBOOK,
         "json" | "jsonc" | "json5" => "json",
         "yaml" | "yml" => "yaml",
         "toml" => "toml",

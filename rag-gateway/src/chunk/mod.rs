@@ -12,6 +12,7 @@ mod code;
 mod lang;
 mod lines;
 mod markdown;
+mod notebook;
 mod pack;
 mod pages;
 mod plain;
@@ -20,6 +21,10 @@ mod tokens;
 
 pub(crate) use lang::language_of;
 use lines::Lines;
+pub(crate) use notebook::said as said_in_notebook;
+
+/// The language of Jupyter notebooks.
+pub(crate) const NOTEBOOK: &str = "jupyter";
 
 /// Raised when the same text gives other chunks than before: indexed documents are then stale.
 const VERSION: u32 = 2;
@@ -55,12 +60,15 @@ impl Chunker {
         Self { max_tokens: max_tokens.max(1), overlap_tokens: overlap_tokens.min(max_tokens / 2) }
     }
 
-    /// Names everything that decides where chunks end. Recorded with every chunk.
-    pub(crate) fn fingerprint(self) -> String {
-        format!("{VERSION}.{}.{}", self.max_tokens, self.overlap_tokens)
+    /// Names everything that decides where the chunks of a document end. Recorded with every chunk.
+    pub(crate) fn fingerprint(self, source: &str) -> String {
+        // Notebooks are cut in another way than before, and they alone need to be sent again.
+        let kind = if language_of(source) == Some(NOTEBOOK) { "n" } else { "" };
+        format!("{VERSION}{kind}.{}.{}", self.max_tokens, self.overlap_tokens)
     }
 
-    /// The chunks of a document, in order. Every line that is not blank is in at least one of them.
+    /// The chunks of a document, in order. Every line that is not blank is in at least one of them; of a notebook, those
+    /// of its cells' sources.
     pub(crate) fn chunk<'t>(self, lang: Option<&str>, text: &'t str) -> Vec<Chunk<'t>> {
         let lines = Lines::new(text);
         let structure = match lang {
@@ -70,6 +78,7 @@ impl Chunker {
             Some("rst") => plain::structure(&lines, plain::Titles::Underlined),
             Some("asciidoc") => plain::structure(&lines, plain::Titles::Prefixed),
             Some("text") | None => plain::structure(&lines, plain::Titles::Both),
+            Some(NOTEBOOK) => notebook::structure(&lines).unwrap_or_else(|| code::structure(&lines, "json")),
             Some(lang) => syntax::structure(&lines, lang).unwrap_or_else(|| code::structure(&lines, lang)),
         };
         pack::pack(&lines, &structure, self.max_tokens, self.overlap_tokens)
@@ -95,6 +104,8 @@ struct Structure {
     headings: Vec<String>,
     /// Definitions (line, indentation, name), for code: named in the heading of the chunk that holds them.
     definitions: Vec<Definition>,
+    /// The lines that are cut into chunks; `None`: all.
+    regions: Option<Vec<(usize, usize)>>,
 }
 
 /// A definition in source code.
@@ -111,6 +122,7 @@ impl Structure {
             heading_of: vec![None; lines],
             headings: Vec::new(),
             definitions: Vec::new(),
+            regions: None,
         }
     }
 

@@ -47,6 +47,11 @@ struct Packer<'a, 't> {
 impl<'t> Packer<'_, 't> {
     /// Sections begin at headings; a tiny one joins what follows it at the same depth or deeper.
     fn sections(&self) -> Vec<(usize, usize)> {
+        if let Some(regions) = &self.structure.regions {
+            let parts =
+                |(start, end): &(usize, usize)| self.parts(*start, *end, |level| level < FIRST_BLOCK_LEVEL);
+            return regions.iter().flat_map(parts).collect();
+        }
         let mut sections: Vec<(usize, usize)> = Vec::new();
         for (start, end) in self.parts(0, self.lines.len(), |level| level < FIRST_BLOCK_LEVEL) {
             if let Some(last) = sections.last_mut()

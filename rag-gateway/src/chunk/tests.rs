@@ -105,6 +105,7 @@ const LANGUAGES: &[&str] = &[
     "makefile",
     "swift",
     "lua",
+    "jupyter",
     "unheard-of",
 ];
 
@@ -518,4 +519,134 @@ fn pages_of_a_pdf_are_named() {
     let chunks = Chunker::new(64, 0).chunk(Some("pdf"), &pages);
     assert_eq!((chunks[2].start_line, chunks[2].end_line), (3, 3));
     assert_eq!(chunks[2].heading.as_deref(), Some("page 3"));
+}
+
+/// A notebook as Jupyter writes it.
+fn notebook(cells: &[(&str, Vec<String>)]) -> String {
+    let cells: Vec<serde_json::Value> = cells
+        .iter()
+        .map(|(kind, source)| {
+            serde_json::json!({
+                "cell_type": kind,
+                "metadata": {"note": "beside source"},
+                "outputs": [{"data": {"image/png": "iVBORw0KGgo".repeat(40)}, "text": ["printed by source\n"]}],
+                "source": source,
+            })
+        })
+        .collect();
+    let notebook = serde_json::json!({"cells": cells, "metadata": {"name": "source"}, "nbformat": 4});
+    serde_json::to_string_pretty(&notebook).unwrap() + "\n"
+}
+
+#[test]
+fn a_notebook_is_its_cells_and_not_what_running_it_left() {
+    let own = |lines: &[&str]| lines.iter().map(|line| format!("{line}\n")).collect::<Vec<_>>();
+    let text = notebook(&[
+        ("markdown", own(&["# Sales", "", "Where the \"orders\" come from."])),
+        ("code", own(&["import pandas as pd"])),
+        ("code", own(&[" ", ""])),
+        ("markdown", own(&["## Café"])),
+        ("code", own(&["def load(path):", "    # read it", "    return pd.read_csv(path)"])),
+    ]);
+    assert_promises_of_a_notebook(&text, 64);
+    let chunks = Chunker::new(64, 16).chunk(Some("jupyter"), &text);
+    let said: Vec<(String, String)> = chunks
+        .iter()
+        .map(|chunk| (chunk.heading.clone().unwrap_or_default(), said_in_notebook(chunk.text)))
+        .collect();
+    let expected = [
+        ("Sales", "# Sales\n\nWhere the \"orders\" come from.\n"),
+        ("Sales", "import pandas as pd\n"),
+        ("Sales › Café", "## Café\n"),
+        ("Sales › Café › def load", "def load(path):\n    # read it\n    return pd.read_csv(path)\n"),
+    ];
+    assert_eq!(said, expected.map(|(heading, text)| (heading.to_owned(), text.to_owned())));
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(chunks[1].text, lines[chunks[1].start_line as usize - 1], "a quote is a line of the file");
+}
+
+#[test]
+fn what_is_no_notebook_or_on_one_line_is_cut_as_json() {
+    let whole = notebook(&[("code", vec!["a = 1\n".to_owned()])]);
+    let value: serde_json::Value = serde_json::from_str(&whole).unwrap();
+    for text in [value.to_string(), whole.replace("cells", "sheets"), whole[..whole.len() / 2].to_owned()] {
+        assert_promises(&text, Some("jupyter"), 64, 8);
+        assert_eq!(
+            Chunker::new(64, 8).chunk(Some("jupyter"), &text),
+            Chunker::new(64, 8).chunk(Some("json"), &text)
+        );
+    }
+}
+
+#[test]
+fn only_notebooks_are_cut_in_another_way_than_before() {
+    let chunker = Chunker::new(320, 32);
+    assert_eq!(chunker.fingerprint("src/a.rs"), "2.320.32");
+    assert_eq!(chunker.fingerprint("a/b.ipynb"), "2n.320.32");
+}
+
+/// Chunks are lines of the cells' sources, all of them, and of one cell each.
+fn assert_promises_of_a_notebook(text: &str, max_tokens: usize) {
+    let chunks = Chunker::new(max_tokens, 0).chunk(Some("jupyter"), text);
+    let lines: Vec<&str> = text.lines().collect();
+    let mut quoted = vec![false; lines.len()];
+    for chunk in &chunks {
+        let (start, end) = (chunk.start_line as usize, chunk.end_line as usize);
+        let exact = lines[start - 1..end].join("\n");
+        assert!(chunk.text == exact || (start == end && exact.contains(chunk.text)), "{}", chunk.text);
+        assert!(cl100k_base_singleton().encode_ordinary(chunk.text).len() <= max_tokens);
+        quoted[start - 1..end].fill(true);
+    }
+    let mut in_source = false;
+    for (line, quoted) in lines.iter().zip(quoted) {
+        if line.trim() == "]" || line.trim() == "]," {
+            in_source = false;
+        }
+        let says = serde_json::from_str::<String>(line.trim().trim_end_matches(','));
+        match says {
+            Ok(says) if in_source => assert!(quoted || says.trim().is_empty(), "{line} is in no chunk"),
+            _ => assert!(!quoted, "{line} is quoted"),
+        }
+        in_source |= line.trim() == "\"source\": [";
+    }
+}
+
+proptest! {
+    #[test]
+    fn quotes_from_notebooks_are_lines_of_cells(
+        cells in prop::collection::vec(
+            (
+                prop::sample::select(vec!["code", "markdown", "raw"]),
+                prop::collection::vec("(#{1,3} )?(\\PC|[a-z\"\\\\ ]){0,60}", 0..12),
+            ),
+            1..8,
+        ),
+        max in 16_usize..128,
+    ) {
+        let cells: Vec<(&str, Vec<String>)> = cells
+            .into_iter()
+            .map(|(kind, lines)| (kind, lines.into_iter().map(|line| line + "\n").collect()))
+            .collect();
+        let text = notebook(&cells);
+        if cells.iter().any(|(_, lines)| !lines.is_empty()) {
+            assert_promises_of_a_notebook(&text, max);
+        }
+    }
+
+    #[test]
+    fn whatever_says_it_is_a_notebook_is_cut(
+        parts in prop::collection::vec(
+            prop::sample::select(vec![
+                "{", "}", "[", "]", ",", ":", "\n", "\"cells\"", "\"source\"", "\"cell_type\"", "\"code\"", "\"a\\n\"",
+                "\"", "\\", "1", "é",
+            ]),
+            0..60,
+        ),
+    ) {
+        let text = parts.concat();
+        for chunk in Chunker::new(32, 4).chunk(Some("jupyter"), &text) {
+            prop_assert!(text.contains(chunk.text));
+            said_in_notebook(chunk.text);
+        }
+    }
 }

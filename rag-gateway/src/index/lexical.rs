@@ -168,7 +168,8 @@ impl Weighing {
     /// The words of [`Self::text`], in any order, without making it.
     pub(crate) fn words(self, record: &ChunkRecord, mut each: impl FnMut(&str)) {
         let heading = record.heading.as_deref().unwrap_or_default();
-        let [source, heading, text] = [&record.source, heading, &record.text].map(|part| self.folded(part));
+        let said = record.said();
+        let [source, heading, text] = [&record.source, heading, &*said].map(|part| self.folded(part));
         let mut seen = HashSet::new();
         for _ in 1..self.heading {
             self.split(&heading).for_each(&mut each);

@@ -5,7 +5,7 @@
 //! are fused above this port, so adapters only have to agree on what they return, not on how they
 //! order ties. Nothing outside this folder names an adapter; [`open`] picks one by configuration.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{borrow::Cow, collections::HashMap, sync::Arc};
 
 use async_trait::async_trait;
 use atlas_shared::{
@@ -14,6 +14,8 @@ use atlas_shared::{
 };
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+
+use crate::chunk::{NOTEBOOK, said_in_notebook};
 
 #[cfg(test)]
 mod contract;
@@ -133,9 +135,18 @@ pub(crate) struct ChunkRecord {
 impl ChunkRecord {
     /// What is embedded: where it stands, then the text. Only the text is ever quoted.
     pub(crate) fn contextual_text(&self) -> String {
+        let text = self.said();
         match &self.heading {
-            Some(heading) => format!("{} › {heading}\n{}", self.source, self.text),
-            None => format!("{}\n{}", self.source, self.text),
+            Some(heading) => format!("{} › {heading}\n{text}", self.source),
+            None => format!("{}\n{text}", self.source),
+        }
+    }
+
+    /// What its lines say: the text, but for notebooks, whose lines are JSON.
+    pub(crate) fn said(&self) -> Cow<'_, str> {
+        match self.lang.as_deref() {
+            Some(NOTEBOOK) => Cow::Owned(said_in_notebook(&self.text)),
+            _ => Cow::Borrowed(&self.text),
         }
     }
 }
