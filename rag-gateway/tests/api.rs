@@ -517,7 +517,8 @@ async fn a_collection_is_rebuilt_while_it_is_searched_and_its_old_generation_is_
     stand.send(delete()).await.problem(409, "generation_in_use");
     assert_eq!(stand.send(uses("atlas@2")).await.status.as_u16(), 204);
     stand.send(uses("atlas@7")).await.problem(404, "unknown_collection");
-    stand.send(uses("other@1")).await.problem(422, "invalid_request");
+    stand.send(uses("other@1")).await.problem(404, "unknown_collection");
+    stand.send(uses("atlas")).await.problem(422, "invalid_request");
     let dropped = stand.send(delete()).await;
     assert_eq!(dropped.status.as_u16(), 204, "{}", dropped.text);
     assert_eq!(sources(&stand.query("lease").await.ok()), sources(&before));

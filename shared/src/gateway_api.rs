@@ -14,15 +14,15 @@ pub struct QueryChatRequest {
     /// What to look for, in words.
     #[schema(min_length = 1, max_length = 32768, pattern = r"\S")]
     pub query: String,
-    /// How many passages at most, 1 to `MAX_TOP_K`; the gateway's default when missing.
-    #[schema(minimum = 1)]
+    /// How many passages at most, 1 to `MAX_TOP_K` (100 unless set otherwise); the gateway's default when missing.
+    #[schema(minimum = 1, maximum = 1000)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top_k: Option<usize>,
     /// Which collection; the gateway's default when missing.
     #[schema(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(@[1-9][0-9]{0,17})?$")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collection: Option<String>,
-    /// Several collections, up to 16, searched as one. Not together with `collection`.
+    /// Several collections, up to 16, searched as one, and with `collection` where that is given too.
     #[schema(min_items = 1, max_items = 16)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collections: Option<Vec<String>>,
@@ -145,8 +145,7 @@ impl Passage {
 /// A document to index. A bare string in `/v1/embed_batch` is a document named by its hash.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Document {
-    /// Path of the file inside its repository, or any stable name.
-    #[schema(min_length = 1, pattern = r"\S")]
+    /// Path of the file inside its repository, or any stable name. A document without one fails, the others do not.
     pub source: String,
     /// The whole text, UTF-8.
     pub text: String,
@@ -282,9 +281,11 @@ pub struct DeleteDocuments {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collection: Option<String>,
     /// Repository the sources belong to, when they were indexed with one.
+    #[schema(pattern = r"^[^\x00-\x1f\x7f-\x9f]*$")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub repo: Option<String>,
     /// Tenant the sources belong to, when they were indexed with one.
+    #[schema(pattern = r"^[^\x00-\x1f\x7f-\x9f]*$")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tenant: Option<String>,
     /// Sources to delete.
@@ -419,6 +420,7 @@ pub struct RebuildStarted {
 #[serde(deny_unknown_fields)]
 pub struct UseGeneration {
     /// The generation that the name shall stand for.
+    #[schema(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*@[1-9][0-9]{0,17}$")]
     pub generation: String,
 }
 
@@ -428,6 +430,7 @@ pub struct UseGeneration {
 #[serde(deny_unknown_fields)]
 pub struct IndexRepository {
     /// A git URL (with `#branch`), or a folder on the gateway's machine.
+    #[schema(min_length = 1, pattern = r"\S")]
     pub repo: String,
     /// Only this file or folder of it. Of one that was deleted the documents go; one that is not there, and of which
     /// nothing is indexed, fails the job.

@@ -50,7 +50,7 @@ pub(super) async fn index_repository(
     post,
     path = "/v1/collections/{name}/rebuild",
     tag = "index",
-    params(("name" = String, Path, pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(@[1-9][0-9]{0,17})?$", description = "Which collection.")),
+    params(("name" = String, Path, pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", description = "Which collection, without a generation.")),
     responses(
         (status = 202, description = "Queued.", body = RebuildStarted),
         (status = 403, description = "`forbidden`: the key belongs to a tenant.", body = gateway_api::Problem, content_type = PROBLEM),
@@ -76,7 +76,7 @@ pub(super) async fn rebuild(
     put,
     path = "/v1/collections/{name}/generation",
     tag = "index",
-    params(("name" = String, Path, pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(@[1-9][0-9]{0,17})?$", description = "Which collection.")),
+    params(("name" = String, Path, pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", description = "Which collection, without a generation.")),
     request_body = UseGeneration,
     responses(
         (status = 204, description = "It is in use."),

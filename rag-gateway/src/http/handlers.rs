@@ -27,7 +27,7 @@ use crate::{error::GatewayError, index::CollectionMeta, jobs::store::Work, searc
 pub(super) const PROBLEM: &str = "application/problem+json";
 
 /// Documents in one request.
-const MAX_DOCUMENTS: usize = 10_000;
+pub(super) const MAX_DOCUMENTS: usize = 10_000;
 
 /// The query string of routes that have no body, or an array as a body.
 #[derive(Debug, Deserialize)]
@@ -91,6 +91,7 @@ pub(super) async fn query_chat(
     request_body = Vec<EmbedItem>,
     responses(
         (status = 202, description = "Queued.", body = JobCreated),
+        (status = 404, description = "`unknown_collection`: a generation that is not there; a collection is made.", body = gateway_api::Problem, content_type = PROBLEM),
         (status = 429, description = "`too_many_jobs`; see `Retry-After`.", body = gateway_api::Problem, content_type = PROBLEM),
     )
 )]
@@ -143,6 +144,7 @@ pub(super) async fn job(
     request_body = PutDocuments,
     responses(
         (status = 200, description = "One result a document, in order. What is `indexed` is searchable now.", body = PutDocumentsResult),
+        (status = 404, description = "`unknown_collection`: a generation that is not there; a collection is made.", body = gateway_api::Problem, content_type = PROBLEM),
         (status = 409, description = "`embedding_mismatch`", body = gateway_api::Problem, content_type = PROBLEM),
         (status = 429, description = "`budget_exhausted`: the day's tokens are spent; or `too_many_jobs`. See `Retry-After`. What was indexed so far stays, and `done` says what it is; what was paid for is not paid again.", body = gateway_api::Problem, content_type = PROBLEM),
         (status = 503, description = "`upstream_unavailable`; see `Retry-After`.", body = gateway_api::Problem, content_type = PROBLEM),

@@ -5,6 +5,7 @@
 use std::sync::LazyLock;
 
 use axum::{http::header, response::IntoResponse};
+use serde_json::Value;
 use utoipa::{
     Modify, OpenApi,
     openapi::{
@@ -15,7 +16,7 @@ use utoipa::{
 
 use super::{
     collections,
-    handlers::{self, PROBLEM},
+    handlers::{self, MAX_DOCUMENTS, PROBLEM},
 };
 
 #[derive(OpenApi)]
@@ -103,9 +104,36 @@ impl Modify for CommonErrors {
     }
 }
 
+/// A collection, or a generation of one.
+const COLLECTION: &str = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(@[1-9][0-9]{0,17})?$";
+
+/// No control characters.
+const PRINTABLE: &str = r"^[^\x00-\x1f\x7f-\x9f]*$";
+
+/// What holds of the items of a list and of a body that is one: attributes have no word for it.
+fn bounds() -> [(&'static str, &'static str, Value); 6] {
+    let batch = "/paths/~1v1~1embed_batch/post/requestBody/content/application~1json/schema";
+    let documents = "/components/schemas/PutDocuments/properties/documents";
+    let sources = "/components/schemas/DeleteDocuments/properties/sources";
+    [
+        ("/components/schemas/QueryChatRequest/properties/collections/items", "pattern", COLLECTION.into()),
+        ("/components/schemas/DeleteDocuments/properties/sources/items", "pattern", PRINTABLE.into()),
+        (sources, "maxItems", MAX_DOCUMENTS.into()),
+        (documents, "maxItems", MAX_DOCUMENTS.into()),
+        (batch, "minItems", 1.into()),
+        (batch, "maxItems", MAX_DOCUMENTS.into()),
+    ]
+}
+
 static DOCUMENT: LazyLock<String> = LazyLock::new(|| {
     // Generated from types that serialise: it cannot fail, and a test reads it.
-    let mut text = Api::openapi().to_pretty_json().unwrap_or_default();
+    let mut document = serde_json::to_value(Api::openapi()).unwrap_or_default();
+    for (place, keyword, value) in bounds() {
+        if let Some(Value::Object(schema)) = document.pointer_mut(place) {
+            schema.insert(keyword.to_owned(), value);
+        }
+    }
+    let mut text = serde_json::to_string_pretty(&document).unwrap_or_default();
     text.push('\n');
     text
 });
@@ -122,7 +150,7 @@ mod tests {
     use regex::Regex;
 
     use super::*;
-    use crate::search::check_collection_name;
+    use crate::{index::names, search::check_collection_name};
 
     #[test]
     fn the_committed_document_is_the_generated_one() {
@@ -137,7 +165,7 @@ mod tests {
         );
     }
 
-    /// The pattern stands in four attributes, which take nothing but a literal.
+    /// The pattern stands in many attributes, which take nothing but a literal.
     #[test]
     fn the_pattern_of_a_collection_is_what_is_accepted() {
         let document: serde_json::Value = serde_json::from_str(&DOCUMENT).unwrap_or_default();
@@ -150,17 +178,47 @@ mod tests {
                 .collect();
             names.extend(longer);
         }
-        for request in ["QueryChatRequest", "PutDocuments", "DeleteDocuments", "IndexRepository"] {
-            let property = &document["components"]["schemas"][request]["properties"]["collection"];
-            let pattern = property["pattern"].as_str().and_then(|text| Regex::new(text).ok());
-            let pattern = pattern.unwrap_or_else(|| unreachable!("{request}: {property}"));
+        let agrees = |place: &str, schema: &Value, accepts: &dyn Fn(&str) -> bool| {
+            let pattern = schema["pattern"].as_str().and_then(|text| Regex::new(text).ok());
+            let pattern = pattern.unwrap_or_else(|| unreachable!("{place}: {schema}"));
             for name in &names {
-                assert_eq!(
-                    pattern.is_match(name),
-                    check_collection_name(name).is_ok(),
-                    "{request}: {name:?}"
-                );
+                assert_eq!(pattern.is_match(name), accepts(name), "{place}: {name:?}");
             }
+        };
+        let accepted = |name: &str| check_collection_name(name).is_ok();
+        let schemas = &document["components"]["schemas"];
+        for request in ["QueryChatRequest", "PutDocuments", "DeleteDocuments", "IndexRepository"] {
+            agrees(request, &schemas[request]["properties"]["collection"], &accepted);
+        }
+        let several = &schemas["QueryChatRequest"]["properties"]["collections"]["items"];
+        agrees("collections", several, &accepted);
+        let generation = &schemas["UseGeneration"]["properties"]["generation"];
+        agrees("generation", generation, &|name| accepted(name) && names::parse(name).is_some());
+        for (path, method, accepts) in [
+            ("/v1/collections/{name}", "delete", &accepted as &dyn Fn(&str) -> bool),
+            ("/v1/collections/{name}/rebuild", "post", &|name| accepted(name) && !name.contains('@')),
+            ("/v1/collections/{name}/generation", "put", &|name| accepted(name) && !name.contains('@')),
+            ("/v1/embed_batch", "post", &accepted),
+            ("/v1/documents", "get", &accepted),
+        ] {
+            agrees(path, &document["paths"][path][method]["parameters"][0]["schema"], accepts);
+        }
+    }
+
+    #[test]
+    fn bounds_that_no_attribute_states_are_stated() {
+        let document: Value = serde_json::from_str(&DOCUMENT).unwrap_or_default();
+        for (place, keyword, value) in bounds() {
+            let stated = document.pointer(place).map(|schema| &schema[keyword]);
+            assert_eq!(stated, Some(&value), "{place}");
+        }
+    }
+
+    #[test]
+    fn the_pattern_of_printable_names_is_what_is_accepted() {
+        let pattern = Regex::new(PRINTABLE).unwrap_or_else(|error| unreachable!("{error}"));
+        for letter in (0..0x300).filter_map(char::from_u32) {
+            assert_eq!(pattern.is_match(&letter.to_string()), !letter.is_control(), "{letter:?}");
         }
     }
 

@@ -116,12 +116,13 @@ impl Indexer {
         collection: &str,
         generation: &str,
     ) -> Result<(), GatewayError> {
-        if names::parse(generation).is_none_or(|(of, _)| of != collection) {
+        let Some((of, _)) = names::parse(generation) else {
             return Err(GatewayError::Invalid(format!(
-                "{generation:?} is not a generation of {collection:?}; `GET /v1/collections` lists them"
+                "{generation:?} is not a generation; `GET /v1/collections` lists them"
             )));
-        }
-        if self.index.meta(generation).await?.is_none() {
+        };
+        // Another's is none of this collection's.
+        if of != collection || self.index.meta(generation).await?.is_none() {
             return Err(GatewayError::UnknownCollection(generation.to_owned()));
         }
         let lock = self.lock_of(collection);

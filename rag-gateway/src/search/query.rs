@@ -161,14 +161,12 @@ fn collections_of(
     several: Option<Vec<String>>,
     config: &SearchConfig,
 ) -> Result<Vec<String>, GatewayError> {
-    let mut names = match (one, several) {
-        (Some(_), Some(_)) => return Err(invalid("give `collection` or `collections`, not both")),
-        (Some(one), None) => vec![one],
-        (None, None) => vec![config.default_collection.clone()],
-        (None, Some(several)) => several,
-    };
-    if !(1..=MAX_COLLECTIONS).contains(&names.len()) {
+    if several.as_ref().is_some_and(|several| !(1..=MAX_COLLECTIONS).contains(&several.len())) {
         return Err(invalid(format!("`collections` must name 1 to {MAX_COLLECTIONS} of them")));
+    }
+    let mut names: Vec<String> = one.into_iter().chain(several.unwrap_or_default()).collect();
+    if names.is_empty() {
+        names.push(config.default_collection.clone());
     }
     for name in &names {
         check_collection_name(name)?;
@@ -292,7 +290,7 @@ mod tests {
             collections: Some(vec!["b".to_owned()]),
             ..request("x")
         };
-        assert!(Query::new(both, &config()).is_err());
+        assert_eq!(Query::new(both, &config()).unwrap().collections, ["a", "b"]);
     }
 
     proptest! {
