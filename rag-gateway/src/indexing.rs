@@ -34,8 +34,8 @@ use crate::{
     embed::{BookedEmbedder, Complete, Embedding, Paid, Texts},
     error::GatewayError,
     index::{
-        ChangeId, ChunkRecord, CollectionMeta, NewChunk, Provenance, Selection, StoredDocument, VectorIndex,
-        Weighing, names,
+        ChangeId, ChunkRecord, CollectionMeta, NewChunk, Provenance, Resolved, Selection, StoredDocument,
+        VectorIndex, Weighing, names,
     },
     metrics::Metrics,
 };
@@ -436,8 +436,8 @@ impl Indexer {
         results: &mut [DocumentResult],
         written: &mut Written,
     ) -> Result<(), GatewayError> {
-        let mut meta = self.index.meta(collection).await?;
-        let embedder = self.embedder_for(collection, meta.as_ref())?;
+        let mut target = self.index.resolve(collection).await?;
+        let embedder = self.embedder_for(collection, target.as_ref().map(|target| &target.meta))?;
         let texts = prepared.iter().map(|document| Texts {
             tenant: document.tenant.clone(),
             texts: match embedder {
@@ -458,7 +458,7 @@ impl Indexer {
             let lines: Vec<(usize, usize)> =
                 documents.iter().map(|(document, _)| (document.position, document.records.len())).collect();
             let model = embedder.as_deref();
-            match self.write_complete(collection, &mut meta, model, mean, documents, rev).await {
+            match self.write_complete(collection, &mut target, model, mean, documents, rev).await {
                 Ok(()) => {
                     embedding.written(taken).await;
                     for (position, chunks) in lines {
@@ -475,10 +475,14 @@ impl Indexer {
     }
 
     /// Writes documents with their vectors, and deletes their older revisions.
+    ///
+    /// They go to the generation that the vectors were made for, whatever the collection stands for by now: embedding
+    /// takes its time, and another gateway may rebuild the collection meanwhile, with another model. One that did is
+    /// told of, so that the documents are sent again; one that does after this returns copies what was written here.
     async fn write_complete(
         &self,
         collection: &str,
-        meta: &mut Option<CollectionMeta>,
+        target: &mut Option<Resolved>,
         embedder: Option<&BookedEmbedder>,
         mean: f64,
         documents: Vec<(Prepared, Complete)>,
@@ -486,10 +490,9 @@ impl Indexer {
     ) -> Result<(), GatewayError> {
         if documents.iter().any(|(document, _)| !document.records.is_empty()) {
             let size = documents.iter().find_map(|(_, (_, vectors))| vectors.first().map(Vec::len));
-            self.ensure(collection, meta, embedder, size, mean).await?;
-        } else if meta.is_none() {
-            return Ok(());
+            self.ensure(collection, target, embedder, size, mean).await?;
         }
+        let Some(Resolved { generation, .. }) = target else { return Ok(()) };
         let docs = documents.iter().map(|(document, _)| document.doc.clone()).collect();
         let obsolete = Selection { docs: Some(docs), rev_below: Some(rev), ..Selection::default() };
         let mut chunks = Vec::new();
@@ -503,7 +506,16 @@ impl Indexer {
             }
         }
         self.metrics.index_chunks.inc_by(chunks.len() as u64);
-        Ok(self.index.upsert(collection, chunks, Some(obsolete)).await?)
+        self.index.upsert(generation, chunks, Some(obsolete)).await?;
+        let current = self.index.generation(collection).await?;
+        if current == *generation {
+            return Ok(());
+        }
+        let message = format!(
+            "{collection} was rebuilt while documents were written: it stands for {current} now, and they are in \
+             {generation}; send them again"
+        );
+        Err(UpstreamError::transient(Dependency::VectorIndex, message).into())
     }
 
     /// The embedder that a collection needs: none for a lexical one, its own for another.
@@ -529,13 +541,13 @@ impl Indexer {
     async fn ensure(
         &self,
         collection: &str,
-        meta: &mut Option<CollectionMeta>,
+        target: &mut Option<Resolved>,
         embedder: Option<&BookedEmbedder>,
         size: Option<usize>,
         mean: f64,
     ) -> Result<(), GatewayError> {
-        let meta = match meta {
-            Some(meta) => meta,
+        let Resolved { meta, .. } = match target {
+            Some(target) => target,
             None => {
                 let new = CollectionMeta {
                     embedding_model: embedder.map(|embedder| embedder.model().to_owned()),
@@ -543,7 +555,8 @@ impl Indexer {
                     avg_len: mean,
                     weighing: self.weighing,
                 };
-                meta.insert(self.index.ensure(collection, &new).await?)
+                let meta = self.index.ensure(collection, &new).await?;
+                target.insert(Resolved { generation: self.index.generation(collection).await?, meta })
             }
         };
         if meta.embedding_size == size {

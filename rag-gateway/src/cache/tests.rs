@@ -62,6 +62,9 @@ impl VectorIndex for Watched {
         self.up()?;
         self.inner.resolve(name).await
     }
+    async fn generation(&self, name: &str) -> Result<String, UpstreamError> {
+        self.inner.generation(name).await
+    }
     async fn info(&self, name: &str) -> Result<Option<CollectionState>, UpstreamError> {
         self.inner.info(name).await
     }

@@ -384,6 +384,8 @@ async fn another_generation_takes_the_place_of_the_first_at_once(index: &dyn Vec
     let switch = async {
         for generation in [&second, &first, &second] {
             index.use_generation(&name, generation).await.unwrap();
+            assert_eq!(index.generation(&name).await.unwrap(), *generation);
+            assert_eq!(index.resolve(&name).await.unwrap().unwrap().generation, *generation);
         }
     };
     tokio::join!(search, switch);
@@ -392,6 +394,8 @@ async fn another_generation_takes_the_place_of_the_first_at_once(index: &dyn Vec
     assert_eq!(index.info(&name).await.unwrap().unwrap().generation, Some(second.clone()));
     assert_eq!(index.info(&first).await.unwrap().unwrap().chunks, 2, "the old one is kept");
     assert!(index.use_generation(&name, &names::generation(&name, 9)).await.is_err());
+
+    assert_eq!(index.generation(&first).await.unwrap(), first, "a generation stands for itself");
 
     assert!(index.drop_collection(&first).await.unwrap());
     assert_eq!(sources(index, &name, lexical("apple")).await, ["a.md"]);

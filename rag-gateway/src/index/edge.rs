@@ -311,6 +311,10 @@ impl VectorIndex for EdgeIndex {
         Ok(self.get(&generation).map(|collection| Resolved { generation, meta: collection.meta() }))
     }
 
+    async fn generation(&self, name: &str) -> Result<String, UpstreamError> {
+        Ok(self.generation_of(name).unwrap_or_else(|| name.to_owned()))
+    }
+
     async fn info(&self, name: &str) -> Result<Option<CollectionState>, UpstreamError> {
         let Some(collection) = self.get(name) else { return Ok(None) };
         let state = blocking(move || collection.state()).await?;

@@ -271,6 +271,10 @@ pub(crate) trait VectorIndex: Send + Sync {
     /// whatever happens meanwhile.
     async fn resolve(&self, collection: &str) -> Result<Option<Resolved>, UpstreamError>;
 
+    /// The generation that a name stands for now, and never some seconds ago; the name itself where it stands for
+    /// none. Who has written to a generation asks, because another process may have switched the collection over.
+    async fn generation(&self, collection: &str) -> Result<String, UpstreamError>;
+
     /// What the collection was made with, as [`VectorIndex::resolve`] says it.
     async fn meta(&self, collection: &str) -> Result<Option<CollectionMeta>, UpstreamError> {
         Ok(self.resolve(collection).await?.map(|resolved| resolved.meta))

@@ -296,6 +296,14 @@ impl VectorIndex for QdrantIndex {
         Ok(resolved)
     }
 
+    async fn generation(&self, name: &str) -> Result<String, UpstreamError> {
+        let generation = self.generation_of(name).await?.unwrap_or_else(|| name.to_owned());
+        if self.resolved.get(name).await.is_some_and(|known| known.generation != generation) {
+            self.resolved.invalidate(name).await;
+        }
+        Ok(generation)
+    }
+
     async fn info(&self, name: &str) -> Result<Option<CollectionState>, UpstreamError> {
         let Some(state) = self.state(name).await? else { return Ok(None) };
         // The count in the collection's info is an estimate.

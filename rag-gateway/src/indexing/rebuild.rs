@@ -6,6 +6,10 @@
 //! and goes on where it was; what is written to the old generation meanwhile is seen by the next round.
 //! For the last round writers wait (those of this gateway). Readers wait for nothing.
 //!
+//! Writers of other gateways wait for nobody. They look at what the collection stands for *after* they have written
+//! (`Indexer::write_complete`), and the old generation is compared once more *after* the switch: whoever still found
+//! the old one had written before that comparison, and whoever did not sends its documents again.
+//!
 //! A document that has lost chunks is not copied: it would look sound. Whoever indexes its repository next finds that
 //! it is not there.
 
@@ -27,7 +31,7 @@ const BATCH: usize = 32;
 const MAX_ROUNDS: usize = 10;
 
 /// What has to be done.
-struct Difference {
+pub(super) struct Difference {
     /// In the old generation, not or differently in the new one.
     missing: Vec<String>,
     /// In the new generation only.
@@ -36,8 +40,21 @@ struct Difference {
     total: usize,
     /// Their chunks.
     chunks: usize,
+    /// Revisions of the documents in the old generation that have lost no chunks.
+    pub(super) before: HashMap<String, i64>,
+    /// Revisions of the documents in the new generation.
+    after: HashMap<String, i64>,
+    /// Keys of those in the old generation that have lost chunks, or are being written.
+    partial: HashSet<String>,
     /// Documents of the old generation that have lost chunks, as they are told of. They are left out.
     incomplete: Vec<String>,
+}
+
+/// Whether a generation is searched, and written to by others, while it is copied to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Readers {
+    None,
+    Some,
 }
 
 /// What was done of it.
@@ -74,7 +91,9 @@ impl Indexer {
         let Some(old) = self.index.info(collection).await? else {
             return Err(GatewayError::UnknownCollection(collection.to_owned()));
         };
-        if old.generation.as_deref() == Some(generation) {
+        // Never the name: it may stand for another generation by the time it is read.
+        let used = old.generation.clone().unwrap_or_else(|| collection.to_owned());
+        if used == generation {
             // An earlier attempt got this far.
             return Ok(());
         }
@@ -84,19 +103,19 @@ impl Indexer {
             )));
         }
         for _ in 0..MAX_ROUNDS {
-            let difference = self.difference(collection, generation).await?;
+            let difference = self.difference(&used, generation).await?;
             if difference.missing.is_empty() && difference.gone.is_empty() {
                 break;
             }
             progress.begin(difference.total);
             progress.copied(difference.total - difference.missing.len(), 0, 0);
-            self.copy(collection, generation, &difference, &old.meta, progress).await?;
+            self.copy(&used, generation, &difference, &old.meta, progress).await?;
         }
         let lock = self.lock_of(collection);
         let _writing = lock.lock().await;
-        let last = self.difference(collection, generation).await?;
-        self.copy(collection, generation, &last, &old.meta, progress).await?;
-        self.check(collection, generation).await?;
+        let last = self.difference(&used, generation).await?;
+        self.copy(&used, generation, &last, &old.meta, progress).await?;
+        self.check(&used, generation).await?;
         if !last.incomplete.is_empty() {
             tracing::warn!(
                 collection,
@@ -107,6 +126,74 @@ impl Indexer {
         }
         self.switch(collection, generation).await?;
         tracing::info!(collection, generation, "a rebuilt collection is in use");
+        if let Err(error) = self.catch_up(collection, &used, generation, &last.before, &old.meta).await {
+            tracing::warn!(collection, generation, error = %error, "late writes were not brought over");
+            progress.fault(&format!(
+                "{generation} is in use, but what other gateways wrote to {used} at the moment of the switch could \
+                 not be brought over ({error}); run `atlas index` on what they indexed"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Brings over what other gateways did to the old generation between the last comparison, which saw `known`, and
+    /// the switch. By now the new one has writers of its own, and theirs is newer.
+    pub(super) async fn catch_up(
+        &self,
+        collection: &str,
+        old: &str,
+        new: &str,
+        known: &HashMap<String, i64>,
+        meta: &CollectionMeta,
+    ) -> Result<(), GatewayError> {
+        let late = self.difference(old, new).await?;
+        let is_late = |doc: &String| {
+            let written = late.before.get(doc);
+            written != known.get(doc) && written > late.after.get(doc)
+        };
+        let written: Vec<String> = late.missing.iter().filter(|doc| is_late(doc)).cloned().collect();
+        let deleted: Vec<(&String, i64)> = known
+            .iter()
+            .filter(|(doc, _)| !late.before.contains_key(*doc) && !late.partial.contains(*doc))
+            .map(|(doc, rev)| (doc, *rev))
+            .collect();
+        if written.is_empty() && deleted.is_empty() {
+            return Ok(());
+        }
+        tracing::info!(
+            collection,
+            written = written.len(),
+            deleted = deleted.len(),
+            "bringing late writes over"
+        );
+        let mut change = Change::of(&self.index, collection).await?;
+        change.begin().await?;
+        let result = self.bring_over(old, new, &written, &deleted, meta).await;
+        let ended = change.end().await;
+        result.and(ended)
+    }
+
+    async fn bring_over(
+        &self,
+        old: &str,
+        new: &str,
+        written: &[String],
+        deleted: &[(&String, i64)],
+        meta: &CollectionMeta,
+    ) -> Result<(), GatewayError> {
+        for (doc, rev) in deleted {
+            let selection = Selection {
+                docs: Some(vec![(*doc).clone()]),
+                rev_below: Some(rev + 1),
+                ..Selection::default()
+            };
+            self.index.delete(new, selection).await?;
+        }
+        for docs in written.chunks(BATCH) {
+            let documents = self.newest(old, docs).await?;
+            let _under_way = self.under_way.read().await;
+            self.write_copy(new, documents, meta, Readers::Some, &mut Copied::default()).await?;
+        }
         Ok(())
     }
 
@@ -159,7 +246,7 @@ impl Indexer {
         if dropped { Ok(()) } else { Err(GatewayError::UnknownCollection(name.to_owned())) }
     }
 
-    async fn difference(&self, old: &str, new: &str) -> Result<Difference, GatewayError> {
+    pub(super) async fn difference(&self, old: &str, new: &str) -> Result<Difference, GatewayError> {
         // Both are read, whatever the index remembers: this is also the check of what was copied.
         let all = async |generation: &str| -> Result<HashMap<String, StoredDocument>, GatewayError> {
             let read = read_documents(&*self.index, generation, &Selection::default()).await?;
@@ -167,10 +254,10 @@ impl Indexer {
         };
         let (mut before, after) = (all(old).await?, all(new).await?);
         let stored: Vec<StoredDocument> = before.values().cloned().collect();
-        let incomplete = self.incomplete(old, &Selection::default(), &stored).await?;
-        before.retain(|doc, _| !incomplete.contains(doc));
+        let partial = self.incomplete(old, &Selection::default(), &stored).await?;
+        before.retain(|doc, _| !partial.contains(doc));
         let incomplete =
-            stored.into_iter().filter(|stored| incomplete.contains(&stored.doc)).map(told).collect();
+            stored.into_iter().filter(|stored| partial.contains(&stored.doc)).map(told).collect();
         let same = |a: &StoredDocument, b: &StoredDocument| a.rev == b.rev && a.has(&b.hash, &b.cut);
         let missing = before
             .iter()
@@ -179,7 +266,12 @@ impl Indexer {
             .collect();
         let gone = after.keys().filter(|doc| !before.contains_key(*doc)).cloned().collect();
         let chunks = before.values().map(|stored| stored.chunks as usize).sum();
-        Ok(Difference { missing, gone, total: before.len(), chunks, incomplete })
+        let total = before.len();
+        let revisions = |documents: HashMap<String, StoredDocument>| {
+            documents.into_iter().map(|(doc, stored)| (doc, stored.rev)).collect()
+        };
+        let (before, after) = (revisions(before), revisions(after));
+        Ok(Difference { missing, gone, total, chunks, before, after, partial, incomplete })
     }
 
     async fn copy(
@@ -200,7 +292,7 @@ impl Indexer {
             let result = {
                 let _under_way = self.under_way.read().await;
                 self.index.has_room().await?;
-                self.write_copy(new, documents, meta, &mut copied).await
+                self.write_copy(new, documents, meta, Readers::None, &mut copied).await
             };
             let Copied { documents, chunks, tokens } = copied;
             progress.copied(if result.is_ok() { docs.len() } else { documents }, chunks, tokens);
@@ -242,6 +334,7 @@ impl Indexer {
         generation: &str,
         documents: HashMap<String, Vec<ChunkRecord>>,
         meta: &CollectionMeta,
+        readers: Readers,
         copied: &mut Copied,
     ) -> Result<(), GatewayError> {
         let mut documents: Vec<Vec<ChunkRecord>> = documents
@@ -270,7 +363,7 @@ impl Indexer {
                 .map(|(at, vectors)| (std::mem::take(&mut documents[at]), vectors))
                 .collect();
             let chunks = part.iter().map(|(records, _)| records.len()).sum::<usize>();
-            match self.write_complete_copy(generation, part, mean).await {
+            match self.write_complete_copy(generation, part, readers, mean).await {
                 Ok(()) => {
                     copied.documents += taken.len();
                     copied.chunks += chunks;
@@ -288,6 +381,7 @@ impl Indexer {
         &self,
         generation: &str,
         documents: Vec<(Vec<ChunkRecord>, Vec<Vec<f32>>)>,
+        readers: Readers,
         mean: f64,
     ) -> Result<(), GatewayError> {
         let size = documents.iter().find_map(|(_, vectors)| vectors.first().map(Vec::len));
@@ -309,13 +403,29 @@ impl Indexer {
         let mut docs = HashSet::new();
         let mut chunks = Vec::new();
         for (records, vectors) in documents {
-            docs.extend(records.first().map(|record| record.doc.clone()));
+            let Some((doc, rev)) = records.first().map(|record| (record.doc.clone(), record.rev)) else {
+                continue;
+            };
             let mut vectors = vectors.into_iter();
-            chunks.extend(records.into_iter().map(|record| NewChunk {
+            let new = records.into_iter().map(|record| NewChunk {
                 id: super::chunk_id(&record),
                 record,
                 dense: vectors.next(),
-            }));
+            });
+            match readers {
+                Readers::None => {
+                    docs.insert(doc);
+                    chunks.extend(new);
+                }
+                Readers::Some => {
+                    let obsolete =
+                        Selection { docs: Some(vec![doc]), rev_below: Some(rev), ..Selection::default() };
+                    self.index.upsert(generation, new.collect(), Some(obsolete)).await?;
+                }
+            }
+        }
+        if readers == Readers::Some {
+            return Ok(());
         }
         let ids: HashSet<_> = chunks.iter().map(|chunk| chunk.id).collect();
         self.metrics.index_chunks.inc_by(chunks.len() as u64);
