@@ -136,7 +136,7 @@ impl Gateway {
             config.gateway.max_index_jobs,
             Arc::clone(&indexer),
             Arc::clone(&sources),
-            RetryPolicy::new(&config.resilience),
+            (RetryPolicy::new(&config.resilience), config.gateway.index_job_patience),
             stop.clone(),
         );
         // Of gateways that were killed over a clone; nothing waits for it.

@@ -428,7 +428,12 @@ async fn a_reader_never_sees_two_revisions_of_a_file_and_never_none() {
 
 #[tokio::test]
 async fn without_its_engine_the_gateway_starts_and_says_what_is_missing() {
-    let stand = Stand::start(&[("QDRANT_URL", "http://127.0.0.1:9"), ("RETRY_MAX_ATTEMPTS", "1")]).await;
+    let settings = [
+        ("QDRANT_URL", "http://127.0.0.1:9"),
+        ("RETRY_MAX_ATTEMPTS", "1"),
+        ("INDEX_JOB_PATIENCE_SECONDS", "0"),
+    ];
+    let stand = Stand::start(&settings).await;
     let ready = stand.get("/health/ready").await;
     assert_eq!(ready.status.as_u16(), 503);
     assert!(ready.body["checks"]["vector_index"]["message"].as_str().unwrap().contains("QDRANT_URL"));

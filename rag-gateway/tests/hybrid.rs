@@ -609,6 +609,24 @@ async fn an_index_job_goes_on_from_where_the_budget_ended() {
 }
 
 #[tokio::test]
+async fn an_index_job_outlasts_an_outage_and_pays_for_nothing_twice() {
+    let documents = many_documents();
+    let cost = cost_of(&documents).await;
+    let (sim, url) = sim().await;
+    let settings = [("CIRCUIT_FAILURES", "100"), ("RETRY_MAX_DELAY_SECONDS", "1")];
+    let stand = stand(&url, &settings).await;
+    // Many times as often as one call, and one job, was tried before.
+    sim.script(json!([{"kind": "embedding", "fault": "500", "times": 40}])).unwrap();
+    let id = stand.post("/v1/embed_batch", documents).await.ok()["job_id"].as_str().unwrap().to_owned();
+    stand.job_until(&id, LONG, |job| job["note"].is_string()).await;
+    let ended = stand.job_until(&id, LONG, |job| job["state"] != "running").await;
+    assert_eq!((&ended["state"], &ended["note"]), (&json!("done"), &Value::Null), "{ended}");
+    assert_eq!((&ended["documents_done"], ended["tokens"].as_u64()), (&json!(40), Some(cost)));
+    assert_eq!((sim.meter().total_tokens(), booked(&stand).await), (cost, (cost, 0)));
+    stand.gateway.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_gateway_that_stops_writes_what_its_jobs_have_paid_for() {
     // More calls than are made at once.
     let documents: Value = (0..60).map(|number| long_document(number, 1500)).collect();

@@ -352,6 +352,8 @@ pub struct GatewayConfig {
     pub connections: ConnectionBounds,
     /// `MAX_INDEX_JOBS`: jobs waiting or running; more get 429.
     pub max_index_jobs: usize,
+    /// `INDEX_JOB_PATIENCE_SECONDS`: how long a job goes on trying with nothing done.
+    pub index_job_patience: Duration,
     /// `INDEX_ALLOWED_ROOTS`: folders below which the gateway may read by itself; empty: none.
     pub index_allowed_roots: Vec<PathBuf>,
     /// `INDEX_ALLOWED_URLS`: beginnings of git URLs that it may clone; empty: none.
@@ -781,6 +783,7 @@ impl Reader<'_> {
                 idle: self.seconds("GATEWAY_IDLE_TIMEOUT_SECONDS", 1..=86_400),
             },
             max_index_jobs: self.size("MAX_INDEX_JOBS", 1..=100_000),
+            index_job_patience: self.seconds("INDEX_JOB_PATIENCE_SECONDS", 0..=604_800),
             index_allowed_roots: self.allowed_roots(),
             index_allowed_urls: self.allowed_urls(),
             index_min_free_bytes: self.number("INDEX_MIN_FREE_BYTES", 16_777_216..=u64::MAX),

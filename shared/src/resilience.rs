@@ -54,8 +54,9 @@ impl RetryPolicy {
         Some(self.backoff(attempt).max(floor).min(self.max_delay))
     }
 
-    /// The jittered exponential delay after `attempt` attempts, within the cap.
-    fn backoff(&self, attempt: u32) -> Duration {
+    /// The jittered exponential delay after `attempt` attempts (counted from 1), within the cap: for work that is
+    /// bounded by something else than a number of attempts.
+    pub fn backoff(&self, attempt: u32) -> Duration {
         let doubled =
             self.base_delay.saturating_mul(1_u32.checked_shl(attempt.saturating_sub(1)).unwrap_or(u32::MAX));
         ExponentialBackoffBuilder::new()

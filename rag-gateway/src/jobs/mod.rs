@@ -18,7 +18,7 @@ use atlas_shared::{
 };
 use tokio::{
     sync::Notify,
-    time::{MissedTickBehavior, interval},
+    time::{Instant, MissedTickBehavior, interval},
 };
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -88,6 +88,8 @@ pub(crate) struct Runner {
     indexer: Arc<Indexer>,
     sources: Arc<Sources>,
     policy: RetryPolicy,
+    /// How long a job goes on trying with nothing done.
+    patience: Duration,
     stop: CancellationToken,
 }
 
@@ -157,12 +159,19 @@ impl Jobs {
         max_active: usize,
         indexer: Arc<Indexer>,
         sources: Arc<Sources>,
-        policy: RetryPolicy,
+        (policy, patience): (RetryPolicy, Duration),
         stop: CancellationToken,
     ) -> (Self, Runner) {
         let shared = Arc::<Shared>::default();
-        let runner =
-            Runner { store: Arc::clone(&store), shared: Arc::clone(&shared), indexer, sources, policy, stop };
+        let runner = Runner {
+            store: Arc::clone(&store),
+            shared: Arc::clone(&shared),
+            indexer,
+            sources,
+            policy,
+            patience,
+            stop,
+        };
         (Self { store, max_active, shared }, runner)
     }
 
@@ -335,6 +344,8 @@ impl Runner {
     /// Does the work, again and again where waiting helps.
     async fn attempt(&self, work: &Work, live: &Mutex<JobStatus>) -> Result<(), GatewayError> {
         let mut attempt = 0;
+        let mut fails_since = Instant::now();
+        let mut reached = None;
         loop {
             let Err(error) = self.once(work, Progress(live)).await else { return Ok(()) };
             let wait = match &error {
@@ -346,12 +357,22 @@ impl Runner {
                     tracing::warn!(reason = %error, "an index job waits for room on the disk");
                     BUDGET_POLL
                 }
-                GatewayError::Upstream(upstream) => {
-                    attempt += 1;
-                    match self.policy.next_delay(attempt, upstream) {
-                        Some(delay) => delay,
-                        None => return Err(error),
+                // An outage ends, and whoever sent the job is gone: what was done would be paid for again.
+                GatewayError::Upstream(UpstreamError::Transient { retry_after, .. }) => {
+                    let now = {
+                        let status = lock(live);
+                        (status.chunks, status.tokens)
+                    };
+                    if reached.replace(now) != Some(now) {
+                        (attempt, fails_since) = (0, Instant::now());
                     }
+                    attempt += 1;
+                    let delay = self.policy.backoff(attempt).max(retry_after.unwrap_or_default());
+                    if fails_since.elapsed() + delay > self.patience {
+                        return Err(error);
+                    }
+                    tracing::warn!(reason = %error, "an index job tries again");
+                    delay
                 }
                 _ => return Err(error),
             };

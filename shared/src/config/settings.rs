@@ -436,6 +436,12 @@ pub static SETTINGS: &[Setting] = &[
     ),
     setting("MAX_INDEX_JOBS", Some("64"), Group::Gateway, "Index jobs waiting or running; more get 429."),
     setting(
+        "INDEX_JOB_PATIENCE_SECONDS",
+        Some("3600"),
+        Group::Gateway,
+        "How long an index job or a rebuild goes on trying where Qdrant or the embeddings API is away and nothing gets done; then it fails. 0: at the first failure that calls do not survive by themselves.",
+    ),
+    setting(
         "INDEX_ALLOWED_ROOTS",
         None,
         Group::Gateway,
