@@ -6,7 +6,7 @@
 use std::{fmt, io::Write as _, time::Duration};
 
 use anstyle::{AnsiColor, Style};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use serde::Serialize;
 
 use crate::error::{CliError, Result};
@@ -98,7 +98,8 @@ impl Ui {
         let _ = writeln!(anstream::stderr().lock(), "{}", paint(YELLOW, line));
     }
 
-    /// A progress bar on standard error; draws nothing where that is no terminal.
+    /// A progress bar on standard error; draws nothing where that is no terminal. `{rate}` is what is done in a
+    /// second, `{left}` the time until the end; both say nothing before there is something to reckon with.
     pub(crate) fn bar(self, length: u64, template: &str) -> ProgressBar {
         let bar = ProgressBar::with_draw_target(
             Some(length),
@@ -106,11 +107,30 @@ impl Ui {
         );
         // The templates are literals of this crate; a broken one costs the looks only.
         if let Ok(style) = ProgressStyle::with_template(template) {
+            let style = style
+                .with_key("rate", |state: &ProgressState, out: &mut dyn fmt::Write| {
+                    let _ = out.write_str(&rate(state.pos(), state.per_sec()));
+                })
+                .with_key("left", |state: &ProgressState, out: &mut dyn fmt::Write| {
+                    let _ = out.write_str(&left(state.pos(), state.eta()));
+                });
             bar.set_style(style.progress_chars("█▉▊▋▌▍▎▏ "));
         }
         bar.enable_steady_tick(Duration::from_millis(200));
         bar
     }
+}
+
+fn rate(done: u64, per_second: f64) -> String {
+    if done == 0 || !per_second.is_finite() {
+        return String::new();
+    }
+    // A decimal only where it says something.
+    if per_second < 10.0 { format!("{per_second:.1}/s") } else { format!("{per_second:.0}/s") }
+}
+
+fn left(done: u64, eta: Duration) -> String {
+    if done == 0 { String::new() } else { format!("{:#} left", HumanDuration(eta)) }
 }
 
 /// Prints an error the way every command does.
@@ -184,6 +204,13 @@ pub(crate) fn bytes(number: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_rate_and_the_time_left_are_told_once_something_is_done() {
+        assert_eq!((rate(0, 0.0).as_str(), left(0, Duration::ZERO).as_str()), ("", ""));
+        assert_eq!(left(3, Duration::from_secs(30)), "30s left");
+        assert_eq!([4.2738, 173.2].map(|rate_| rate(7, rate_)), ["4.3/s", "173/s"].map(str::to_owned));
+    }
 
     #[test]
     fn numbers_are_grouped() {

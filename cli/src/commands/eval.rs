@@ -40,7 +40,7 @@ const RANKED: usize = 100;
 /// How often a call is tried again, and the pause where the gateway names none.
 const RETRIES: usize = 30;
 const PAUSE: Duration = Duration::from_secs(1);
-const BAR: &str = "{msg:10} {bar:40} {pos}/{len} {eta} left";
+const BAR: &str = "{msg:10} {bar:40} {pos}/{len} {left}";
 
 /// Measure the search on a test collection (BEIR layout)
 #[derive(Debug, clap::Args)]

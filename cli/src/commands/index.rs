@@ -352,7 +352,12 @@ impl Job {
     /// Refuses to take an empty folder for a wish to delete all that is indexed of it: a mistake is more likely, or
     /// somebody who is switching branches. A part of a repository may become empty.
     fn check_emptiness(&self, plan: &Plan) -> Result<()> {
-        let nothing = format!("there is nothing to index in {}", self.options.start.display());
+        // A clone's folder says nothing to anybody.
+        let place = match self.checkout {
+            Some(_) => self.repo.clone(),
+            None => self.options.start.display().to_string(),
+        };
+        let nothing = format!("there is nothing to index in {place}");
         let check = "check the path, .gitignore, .atlasignore and --include; -v lists what was skipped";
         if plan.changed.is_empty() && plan.unchanged == 0 {
             if plan.vanished.is_empty() {
@@ -451,7 +456,7 @@ impl Job {
             Err(error) => return Err(error.into()),
         };
         ui.note(format_args!("Rebuilding {collection} as {}.", started.generation));
-        let bar = ui.bar(0, "{bar:28} {pos}/{len} files  {msg}  {elapsed} gone, {eta} left");
+        let bar = ui.bar(0, "{bar:28} {pos}/{len} files  {msg}  {elapsed} gone  {left}");
         let follow = async {
             loop {
                 let status = access.client.job(&started.job_id).await?;
@@ -709,8 +714,7 @@ struct Reporter {
 
 impl Reporter {
     fn new(ui: Ui, total: usize) -> Self {
-        let bar =
-            ui.bar(total as u64, "{bar:28} {pos}/{len} files  {msg}  {per_sec}  {elapsed} gone, {eta} left");
+        let bar = ui.bar(total as u64, "{bar:28} {pos}/{len} files  {msg}  {rate}  {elapsed} gone  {left}");
         Self { ui, bar, total, started: Instant::now(), last: Mutex::new(Instant::now()) }
     }
 
