@@ -420,3 +420,46 @@ async fn a_gateway_of_the_old_model_goes_on_by_words_after_another_one_has_rebui
     old.gateway.shutdown().await;
     new.gateway.shutdown().await;
 }
+
+#[tokio::test]
+async fn what_a_gateway_of_the_old_model_embeds_during_a_rebuild_never_gets_into_it() {
+    const TEST: &str = "what_a_gateway_of_the_old_model_embeds_during_a_rebuild_never_gets_into_it";
+    let Some(server) = server(TEST, &[]).await else { return };
+    let sim = Sim::start(SimOptions::default()).await.unwrap();
+    let base = sim.base_url();
+    let start = async |model: &str| {
+        on(&server, &[("OPENAI_BASE_URL", &base), ("OPENAI_EMBEDDING_MODEL", model)]).await
+    };
+    // Vectors of one length, so that the server could not tell them apart.
+    let (old, new) = (start("text-embedding-3-small").await, start("text-embedding-ada-002").await);
+    let document = |source: &str| json!({"source": source, "text": format!("What {source} says.\n")});
+    old.put(json!([document("a.md")])).await.ok();
+
+    let billed = sim.meter().total_tokens();
+    sim.script(json!([{"kind": "embedding", "delay_ms": 10_000, "times": 1}])).unwrap();
+    let rebuild = async {
+        // The meter counts when a call comes in.
+        eventually("the call for b.md", async || (sim.meter().total_tokens() > billed).then_some(())).await;
+        let started = new.post("/v1/collections/atlas/rebuild", json!({})).await.ok();
+        let id = started["job_id"].as_str().unwrap();
+        let ended = new.job_until(id, Duration::from_secs(60), |job| job["state"] != "running").await;
+        assert_eq!(ended["state"], "done", "{ended}");
+    };
+    let (late, ()) = tokio::join!(old.put(json!([document("b.md")])), rebuild);
+    let detail = late.problem(503, "upstream_unavailable");
+    assert!(detail.contains("atlas@2") && late.header("retry-after").is_some(), "{detail}");
+    old.put(json!([document("b.md")])).await.problem(409, "embedding_mismatch");
+    let listed = new.get("/v1/documents").await.ok();
+    assert_eq!(listed["documents"].as_array().unwrap().len(), 1, "{listed}");
+
+    let put = new.put(json!([document("a.md"), document("b.md")])).await.ok();
+    assert_eq!(
+        (&put["results"][0]["outcome"], &put["results"][1]["outcome"]),
+        (&json!("unchanged"), &json!("indexed"))
+    );
+    let found = new.query("what b.md says").await;
+    assert_eq!(found.header("x-atlas-degraded"), None);
+    assert_eq!(sources(&found.ok())[0], "b.md");
+    old.gateway.shutdown().await;
+    new.gateway.shutdown().await;
+}
