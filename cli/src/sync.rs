@@ -80,9 +80,8 @@ impl Plan {
             manifest.iter().map(|document| (document.source.as_str(), document)).collect();
         let mut plan = Self::default();
         for file in files {
-            let commit = repository.commit_of(&file.source);
             match indexed.remove(file.source.as_str()) {
-                Some(known) if known.holds(&file.hash, commit, &repository.origin) => plan.unchanged += 1,
+                Some(known) if repository.is_indexed(&file, known) => plan.unchanged += 1,
                 _ => plan.changed.push(file),
             }
         }

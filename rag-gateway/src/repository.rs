@@ -118,7 +118,7 @@ impl Sources {
         progress: Progress<'_>,
     ) -> Result<(), GatewayError> {
         let path = path.map(below).transpose()?;
-        let (root, shown, name, _checkout) = match self.place(repo)? {
+        let (root, shown, name, checkout) = match self.place(repo)? {
             Place::Folder(root) if is_bare(&root) => {
                 return Err(GatewayError::Invalid(format!(
                     "`repo` is a repository without a work tree; name it as file://{}",
@@ -138,9 +138,9 @@ impl Sources {
         let start = root.join(real.as_deref().unwrap_or(Path::new("")));
         let options = WalkOptions { start, data_dir: self.data_dir.clone(), ..WalkOptions::of(&root) };
         let repository = blocking({
-            let root = root.clone();
+            let (root, is_clone) = (root.clone(), checkout.is_some());
             move || {
-                let around = Repository::around(&root);
+                let around = if is_clone { Repository::cloned(&root) } else { Repository::around(&root) };
                 // Nothing is read, and nothing named, above the folder that was allowed.
                 if around.root == root { around } else { Repository::without_git(&root) }
             }
@@ -152,7 +152,12 @@ impl Sources {
             Err(GatewayError::UnknownCollection(_)) => Vec::new(),
             Err(error) => return Err(error),
         };
-        if let Some((origin, number)) = repository.rival(&documents) {
+        if let Some(trouble) = &repository.trouble {
+            progress.fault(trouble);
+        }
+        if let Some((origin, number)) = repository.rival(&documents)
+            && !has_moved(&repository, &documents, &options).await?
+        {
             return Err(GatewayError::Invalid(format!(
                 "the name {name:?} stands for the repository at {origin} in collection {collection:?} ({number} \
                  documents), and this one is at {}; index it under another name with `atlas index --repo NAME`, or into \
@@ -189,8 +194,7 @@ impl Sources {
             documents.iter().map(|document| (document.source.as_str(), document)).collect();
         let present: HashSet<String> = files.iter().map(|file| file.source.clone()).collect();
         let as_indexed = |file: &Candidate| {
-            let (commit, origin) = (repository.commit_of(&file.source), &repository.origin);
-            known.get(file.source.as_str()).is_some_and(|it| it.holds(&file.hash, commit, origin))
+            known.get(file.source.as_str()).is_some_and(|it| repository.is_indexed(file, it))
         };
         let mut changed: Vec<_> = files.into_iter().filter(|file| !as_indexed(file)).collect();
         // Shuffled, in the same way every time: the first ones are a fair sample of their lengths, which the
@@ -268,6 +272,17 @@ fn vanished(documents: &[IndexedDocument], prefix: &str, present: &HashSet<Strin
     };
     let sources = documents.iter().map(|document| &document.source);
     sources.filter(|source| below(source) && !present.contains(*source)).cloned().collect()
+}
+
+/// Is it the repository whose name it has, with another remote? All of it is read for that, but seldom.
+async fn has_moved(
+    repository: &Repository,
+    documents: &[IndexedDocument],
+    options: &WalkOptions,
+) -> Result<bool, GatewayError> {
+    let (repository, documents) = (repository.clone(), documents.to_vec());
+    let options = WalkOptions { start: options.root.clone(), ..options.clone() };
+    blocking(move || repository.has_moved(&documents, &walk::walk(&options, |_| {}).files, |_| true)).await
 }
 
 async fn forget(

@@ -158,8 +158,8 @@ pub struct Document {
     /// Commit it was read at. One that was indexed without a commit gets it, though its text is the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub commit: Option<String>,
-    /// Where its repository lies: the address of its remote without credentials, or its folder. Senders compare it,
-    /// so that two repositories of one name do not replace each other.
+    /// Where its repository lies: the address of its remote without credentials, its folder, or `ADDRESS in FOLDER`.
+    /// Senders compare it, so that two repositories of one name do not replace each other.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<String>,
     /// Tenant it belongs to.
@@ -330,15 +330,6 @@ pub struct IndexedDocument {
     /// Where its repository lies, as its sender said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<String>,
-}
-
-impl IndexedDocument {
-    /// Need it not be sent again, because this content is indexed, and all that is known of where it comes from?
-    pub fn holds(&self, content_hash: &str, commit: Option<&str>, origin: &str) -> bool {
-        self.content_hash == content_hash
-            && (self.commit.is_some() || commit.is_none())
-            && self.origin.as_deref().is_none_or(|known| known == origin)
-    }
 }
 
 /// Longest `source` (and `origin`) of a document, in bytes.

@@ -215,7 +215,8 @@ impl Index {
                 .because(error)
                 .fix("name a folder or a file that exists, or a git URL")
         })?;
-        let repository = Repository::around(&start);
+        let repository =
+            if called.is_some() { Repository::cloned(&start) } else { Repository::around(&start) };
         let is_named = self.repo.is_some();
         let repo = match self.repo {
             Some(repo) if is_name(&repo) => repo,
@@ -306,7 +307,7 @@ impl Job {
         let Plan { changed, unchanged, vanished } = self.plan(walked.clone(), &manifest.documents);
         // What is wrong is told where the index is opened.
         if manifest.mismatch.is_some()
-            || self.check_origin(&manifest, collection).is_err()
+            || self.check_origin(&manifest, walked, collection).is_err()
             || !changed.is_empty()
             || !vanished.is_empty()
             || unchanged == 0
@@ -325,6 +326,9 @@ impl Job {
     fn introduce(&self, ui: Ui, collection: &str, place: &str, Walked { files, skipped }: &Walked) {
         let number = count(files.len(), "file");
         ui.note(format_args!("{number} of {} into collection {collection} of {place}", self.repo));
+        if let Some(trouble) = &self.repository.trouble {
+            ui.warn(format_args!("Warning: {trouble}."));
+        }
         summarise_skips(ui, skipped);
         for file in files {
             if let Some(encoding) = file.encoding {
@@ -374,13 +378,18 @@ impl Job {
     }
 
     /// Refuses to replace another repository that only has the same name.
-    fn check_origin(&self, manifest: &DocumentList, collection: &str) -> Result<()> {
+    fn check_origin(&self, manifest: &DocumentList, walked: &Walked, collection: &str) -> Result<()> {
         let Some((origin, number)) = self.repository.rival(&manifest.documents).filter(|_| !self.is_named)
         else {
             return Ok(());
         };
+        let prefix = self.prefix();
+        let in_scope = |source: &str| below(&prefix, source) && self.options.selects(source);
+        if self.repository.has_moved(&manifest.documents, &walked.files, in_scope) {
+            return Ok(());
+        }
         let (repo, mine) = (&self.repo, &self.repository.origin);
-        let parts: Vec<&str> = mine.rsplit('/').take(2).collect();
+        let parts: Vec<&str> = self.repository.address().rsplit('/').take(2).collect();
         let other = name_of(&parts.into_iter().rev().collect::<Vec<_>>().join("-"));
         let other = other.as_deref().unwrap_or("NAME");
         Err(CliError::failure(format!("the name {repo} stands for another repository in collection {collection}"))
@@ -541,7 +550,7 @@ impl Job {
         if let Some(mismatch) = manifest.mismatch {
             return Err(UpstreamError::permanent(Dependency::Gateway, "embedding_mismatch", mismatch).into());
         }
-        self.check_origin(&manifest, &collection)?;
+        self.check_origin(&manifest, &walked, &collection)?;
         if let Some(why) = manifest.words_only.as_deref().filter(|_| mode != Mode::Watch) {
             warn_of_words_only(ui, why);
         }

@@ -99,20 +99,6 @@ impl RepoUrl {
         }
     }
 
-    /// Where the repository lies, whichever way it is reached: host and path without scheme, user and `.git`.
-    pub fn place(&self) -> String {
-        let (authority, path) = match self.address.split_once("://") {
-            Some((_, rest)) => rest.split_at(rest.find('/').unwrap_or(rest.len())),
-            None => self.address.split_once(':').unwrap_or((&self.address, "")),
-        };
-        let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host).to_lowercase();
-        let path = path.trim_end_matches('/');
-        let path = path.strip_suffix(".git").unwrap_or(path).trim_end_matches('/');
-        // `host:path` means what `ssh://host/path` does.
-        let slash = if host.is_empty() || path.starts_with('/') { "" } else { "/" };
-        format!("{host}{slash}{path}")
-    }
-
     /// True when the address names a user or a password.
     pub(crate) fn has_credentials(&self) -> bool {
         !self.secrets.is_empty()

@@ -17,6 +17,7 @@ pub(crate) mod clones;
 pub mod decode;
 pub(crate) mod extract;
 pub mod git;
+pub(crate) mod place;
 pub mod repo;
 pub mod seen;
 pub mod walk;

@@ -8,7 +8,7 @@ use std::{
 
 use atlas_shared::gateway_api::IndexedDocument;
 
-use super::git::RepoUrl;
+use super::{place, walk::Candidate};
 
 /// The repository that a folder is in.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -16,8 +16,10 @@ pub struct Repository {
     /// Sources are named relative to this folder.
     pub root: PathBuf,
     /// Where it lies, by which it is told from others of its name: the address of its remote `origin` without
-    /// credentials, so that all clones of it are one; without a remote its folder.
+    /// credentials, so that all clones of it are one, and its folder.
     pub origin: String,
+    /// Why git says less of it than it could, and what to do.
+    pub trouble: Option<String>,
     /// The commit that is checked out.
     commit: Option<String>,
     /// Paths below the root that are as the commit has them. As bytes: names need not be UTF-8, and one that is not
@@ -28,6 +30,16 @@ pub struct Repository {
 impl Repository {
     /// The repository around `path`, or `path` itself (its folder, if it is a file).
     pub fn around(path: &Path) -> Self {
+        Self::read(path, true)
+    }
+
+    /// The repository in a folder that it was cloned to for now.
+    pub fn cloned(path: &Path) -> Self {
+        Self::read(path, false)
+    }
+
+    /// `is_here`: it will be in this folder the next time, too.
+    fn read(path: &Path, is_here: bool) -> Self {
         let folder = if path.is_dir() { path } else { path.parent().unwrap_or(path) };
         let Some(root) = folder.ancestors().find(|folder| folder.join(".git").exists()) else {
             return Self::without_git(folder);
@@ -47,14 +59,20 @@ impl Repository {
             ],
         );
         let tracked = git(root, &["ls-files", "-v", "-z"]);
+        let trouble = status.as_ref().err().or(tracked.as_ref().err()).map(|trouble| trouble.told(root));
         let (commit, committed) = match (status, tracked) {
-            (Some(status), Some(tracked)) => as_committed(&status, &tracked),
+            (Ok(status), Ok(tracked)) => as_committed(&status, &tracked),
             _ => Default::default(),
         };
-        let remote = git(root, &["config", "--get", "remote.origin.url"]).unwrap_or_default();
+        // As git resolves it (`insteadOf`). It runs nothing that a configuration names, so the address may be had of
+        // another user's repository, too.
+        let remote =
+            git(root, &["-c", "safe.directory=*", "remote", "get-url", "origin"]).unwrap_or_default();
         let remote = String::from_utf8_lossy(&remote);
-        let origin = origin(remote.trim_end_matches(['\n', '\r']), root);
-        Self { root: root.to_owned(), origin, commit, committed }
+        // A remote without an address is called by its name.
+        let remote = Some(remote.trim_end_matches(['\n', '\r'])).filter(|remote| *remote != "origin");
+        let origin = place::origin(remote.unwrap_or_default(), root, is_here);
+        Self { root: root.to_owned(), origin, trouble, commit, committed }
     }
 
     /// A folder of which git knows nothing.
@@ -72,12 +90,58 @@ impl Repository {
         self.commit.as_deref().filter(|_| self.committed.contains(source.as_bytes()))
     }
 
+    /// Its address; its folder where it has none.
+    pub fn address(&self) -> &str {
+        place::address(&self.origin)
+    }
+
+    /// Need this file not be sent again, because its content is indexed, and all that is known of where it comes from?
+    pub fn is_indexed(&self, file: &Candidate, known: &IndexedDocument) -> bool {
+        known.content_hash == file.hash
+            && (known.commit.is_some() || self.commit_of(&file.source).is_none())
+            && known.origin.as_deref().is_none_or(|origin| self.is_at(origin))
+    }
+
     /// Where else documents of this repository's name come from: their origin, and how many they are.
     pub fn rival<'d>(&self, documents: &'d [IndexedDocument]) -> Option<(&'d str, usize)> {
         let others = documents.iter().filter_map(|document| document.origin.as_deref());
-        let mut others = others.filter(|origin| *origin != self.origin).peekable();
+        let mut others = others.filter(|origin| !self.is_at(origin)).peekable();
         let first = *others.peek()?;
         Some((first, others.filter(|origin| *origin == first).count()))
+    }
+
+    /// Is it the repository of [`Self::rival`] all the same, with another remote by now? It is where documents of it
+    /// were indexed from this folder and at least half of all its documents are here as they are indexed. Its folder
+    /// alone says little: in containers many are mounted at one place. `in_scope`: sources that were looked for.
+    pub fn has_moved(
+        &self,
+        documents: &[IndexedDocument],
+        files: &[Candidate],
+        in_scope: impl Fn(&str) -> bool,
+    ) -> bool {
+        let Some(folder) = place::folder(&self.origin) else { return false };
+        let others = documents.iter().filter_map(|document| Some((document, document.origin.as_deref()?)));
+        let others: Vec<_> = others.filter(|(_, origin)| !self.is_at(origin)).collect();
+        let from_here: Vec<&str> = others
+            .iter()
+            .map(|(_, origin)| *origin)
+            .filter(|origin| place::folder(origin) == Some(folder))
+            .collect();
+        if !others.iter().all(|(_, origin)| from_here.iter().any(|here| place::is_same(here, origin))) {
+            return false;
+        }
+        let here: HashSet<(&str, &str)> =
+            files.iter().map(|file| (file.source.as_str(), file.hash.as_str())).collect();
+        let (mut all, mut same) = (0, 0);
+        for (document, _) in others.into_iter().filter(|(document, _)| in_scope(&document.source)) {
+            all += 1;
+            same += usize::from(here.contains(&(document.source.as_str(), document.content_hash.as_str())));
+        }
+        same > 0 && 2 * same >= all
+    }
+
+    fn is_at(&self, origin: &str) -> bool {
+        place::is_same(&self.origin, origin)
     }
 }
 
@@ -86,17 +150,6 @@ pub fn name_of(text: &str) -> Option<String> {
     let letter = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '-' };
     let name: String = text.chars().map(letter).take(128).collect();
     (!name.is_empty()).then_some(name)
-}
-
-/// Where a repository lies, by the address of its remote (may be empty, or a path).
-fn origin(remote: &str, root: &Path) -> String {
-    if let Some(url) = RepoUrl::parse(remote) {
-        return url.place();
-    }
-    // Relative ones are relative to the folder; an absolute one stays what it is.
-    let folder = if remote.is_empty() { root.to_owned() } else { root.join(remote) };
-    let folder = folder.canonicalize().unwrap_or(folder).display().to_string();
-    folder.strip_suffix(".git").map(|folder| folder.trim_end_matches('/').to_owned()).unwrap_or(folder)
 }
 
 /// The commit that is checked out and the files that are as it has them: those that git keeps (`git ls-files -v -z`)
@@ -139,18 +192,60 @@ pub fn is_bare(folder: &Path) -> bool {
     folder.join("HEAD").is_file() && folder.join("objects").is_dir() && folder.join("refs").is_dir()
 }
 
-/// Runs git; `None` when it is missing or fails. Read-only, and without the programs that a
-/// stranger's repository may name in its configuration.
-fn git(root: &Path, args: &[&str]) -> Option<Vec<u8>> {
-    let output = Command::new("git")
+/// Why git said nothing.
+#[derive(Debug)]
+enum Trouble {
+    /// There is no such command.
+    Missing,
+    /// The folder belongs to another user, whose configuration could name programs to be run.
+    NotOurs,
+    /// What it complained of.
+    Other(String),
+}
+
+impl Trouble {
+    fn told(&self, root: &Path) -> String {
+        let root = root.display();
+        let why = match self {
+            Self::Missing => "there is no `git` command here".to_owned(),
+            Self::NotOurs => format!(
+                "{root} belongs to another user, and git looks into it only once you have said that you trust it: \
+                 `git config --global --add safe.directory {root}`"
+            ),
+            Self::Other(complaint) => format!("git cannot tell what has changed in {root} ({complaint})"),
+        };
+        format!("files are indexed without their commit, so nothing links to them: {why}")
+    }
+}
+
+/// Runs git. Read-only, and without the programs that a stranger's repository may name in its configuration.
+fn git(root: &Path, args: &[&str]) -> Result<Vec<u8>, Trouble> {
+    let mut command = Command::new("git");
+    // Of the repository whose hook runs us, if one does.
+    for variable in ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_PREFIX"] {
+        command.env_remove(variable);
+    }
+    // What is wrong with this one is not made good by another around it.
+    if let Some(above) = root.parent() {
+        command.env("GIT_CEILING_DIRECTORIES", above);
+    }
+    let output = command
         .args(["--no-optional-locks", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "-C"])
         .arg(root)
         .args(args)
+        .env("LC_ALL", "C")
         .stdin(Stdio::null())
-        .stderr(Stdio::null())
         .output()
-        .ok()?;
-    output.status.success().then_some(output.stdout)
+        .map_err(|_| Trouble::Missing)?;
+    if output.status.success() {
+        return Ok(output.stdout);
+    }
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    if complaint.contains("dubious ownership") || complaint.contains("unsafe repository") {
+        return Err(Trouble::NotOurs);
+    }
+    let first: String = complaint.lines().next().unwrap_or_default().chars().take(300).collect();
+    Err(Trouble::Other(if first.is_empty() { output.status.to_string() } else { first }))
 }
 
 #[cfg(test)]
@@ -284,13 +379,17 @@ mod tests {
         git(&root, &["init", "--quiet"]);
         let folder = |path: &Path| path.canonicalize().unwrap().display().to_string();
         assert_eq!(Repository::around(&root).origin, root.display().to_string());
+        git(&root, &["config", "url.git@Example.org:.insteadOf", "ex:"]);
         for remote in [
+            "ex:team/api",
             "https://example.org/team/api.git",
             "https://me:hunter2@Example.org/team/api",
             "git@example.org:team/api.git",
             "ssh://git@example.org/team/api/",
         ] {
-            assert_eq!(origin_with(remote), "example.org/team/api", "{remote}");
+            let origin = format!("example.org/team/api in {}", root.display());
+            assert_eq!(origin_with(remote), origin, "{remote}");
+            assert_eq!(Repository::cloned(&root).origin, "example.org/team/api");
         }
         assert_eq!(origin_with("../client/api"), folder(&other));
         assert_eq!(origin_with(&format!("file://{}", folder(&other))), folder(&other));
@@ -303,13 +402,7 @@ mod tests {
 
     #[test]
     fn documents_of_another_origin_are_noticed() {
-        let document = |origin: Option<&str>| IndexedDocument {
-            source: "a.md".to_owned(),
-            content_hash: String::new(),
-            chunks: 1,
-            commit: None,
-            origin: origin.map(str::to_owned),
-        };
+        let document = |origin| indexed("a.md", origin);
         let mine = Repository { origin: "example.org/api".to_owned(), ..Repository::default() };
         assert_eq!(mine.rival(&[]), None);
         assert_eq!(
@@ -322,5 +415,77 @@ mod tests {
             mine.rival(&[document(None), document(theirs), document(theirs)]),
             Some(("/client/api", 2))
         );
+    }
+
+    #[test]
+    fn another_remote_in_the_same_folder_with_the_same_files_is_the_same_repository() {
+        let documents = |origin: &str| -> Vec<IndexedDocument> {
+            ["a", "b", "c", "d"].map(|source| indexed(source, Some(origin))).into()
+        };
+        let files = |hashes: [&str; 4]| -> Vec<Candidate> {
+            ["a", "b", "c", "d"].into_iter().zip(hashes).map(|(source, hash)| file(source, hash)).collect()
+        };
+        let at = |origin: &str| Repository { origin: origin.to_owned(), ..Repository::default() };
+        let as_indexed = files(["1"; 4]);
+        let half = files(["1", "1", "2", "2"]);
+        let new = at("example.org/new in /srv/api");
+        for known in ["/srv/api", "example.org/old in /srv/api"] {
+            let documents = documents(known);
+            assert!(new.rival(&documents).is_some());
+            assert!(new.has_moved(&documents, &half, |_| true), "{known}");
+            assert!(!new.has_moved(&documents, &files(["1", "2", "2", "2"]), |_| true), "{known}");
+            assert!(new.has_moved(&documents, &half[..1], |source| source == "a"), "a part was looked at");
+        }
+        for known in ["/srv/other/api", "example.org/old in /home/api", "example.org/old"] {
+            assert!(!new.has_moved(&documents(known), &as_indexed, |_| true), "{known}");
+        }
+        assert!(at("/srv/api").has_moved(&documents("example.org/old in /srv/api"), &half, |_| true));
+        // One of them is from elsewhere: its clone, or another repository.
+        let mut documents = documents("example.org/old in /srv/api");
+        documents[0].origin = Some("git.example.org/other in /srv/api/x".to_owned());
+        assert!(!new.has_moved(&documents, &as_indexed, |_| true));
+        documents[0].origin = Some("example.org/old in /home/api".to_owned());
+        assert!(new.has_moved(&documents, &as_indexed, |_| true));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_folder_of_another_user_is_told_and_known_by_its_remote() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        fs::write(root.join("a.md"), "a").unwrap();
+        git(root, &["init", "--quiet"]);
+        git(root, &["config", "remote.origin.url", "https://example.org/api"]);
+        git(root, &["add", "."]);
+        git(root, &["commit", "--quiet", "-m", "first"]);
+        assert_eq!(Repository::around(root).trouble, None);
+        // Only root may give files away.
+        let Ok(()) = std::os::unix::fs::chown(root, Some(4711), None) else { return };
+        std::os::unix::fs::chown(root.join(".git"), Some(4711), None).unwrap();
+        let repository = Repository::around(root);
+        assert_eq!(repository.address(), "example.org/api");
+        assert_eq!(repository.commit_of("a.md"), None);
+        let told = repository.trouble.unwrap();
+        assert!(told.contains("another user") && told.contains("safe.directory"), "{told}");
+    }
+
+    fn indexed(source: &str, origin: Option<&str>) -> IndexedDocument {
+        IndexedDocument {
+            source: source.to_owned(),
+            content_hash: "1".to_owned(),
+            chunks: 1,
+            commit: None,
+            origin: origin.map(str::to_owned),
+        }
+    }
+
+    fn file(source: &str, hash: &str) -> Candidate {
+        Candidate {
+            path: source.into(),
+            source: source.to_owned(),
+            hash: hash.to_owned(),
+            bytes: 1,
+            encoding: None,
+        }
     }
 }
