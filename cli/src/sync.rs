@@ -479,6 +479,7 @@ mod tests {
             chunks: 1,
             commit: None,
             origin: None,
+            repo: None,
         }
     }
 

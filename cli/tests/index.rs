@@ -15,7 +15,13 @@ use atlas_shared::gateway_api::{
     IndexedDocument, PutDocuments, PutDocumentsResult, content_hash,
 };
 use atlas_test_support::git;
-use axum::{Json, Router, extract::State, http::StatusCode, response::IntoResponse as _, routing::get};
+use axum::{
+    Json, Router,
+    extract::{Query, State},
+    http::StatusCode,
+    response::IntoResponse as _,
+    routing::get,
+};
 use support::Sandbox;
 use tokio::sync::{Notify, Semaphore};
 
@@ -63,7 +69,10 @@ impl FakeGateway {
     }
 }
 
-async fn list(State(gateway): State<Arc<FakeGateway>>) -> axum::response::Response {
+async fn list(
+    State(gateway): State<Arc<FakeGateway>>,
+    Query(query): Query<BTreeMap<String, String>>,
+) -> axum::response::Response {
     let documents = gateway.documents.lock().unwrap();
     if documents.is_empty() {
         return (
@@ -76,12 +85,16 @@ async fn list(State(gateway): State<Arc<FakeGateway>>) -> axum::response::Respon
     Json(DocumentList {
         documents: documents
             .values()
+            .filter(|document| {
+                query.get("repo").is_none_or(|repo| document.repo.as_ref().is_none_or(|it| it == repo))
+            })
             .map(|document| IndexedDocument {
                 source: document.source.clone(),
                 content_hash: content_hash(&document.text),
                 chunks: 1,
                 commit: document.commit.clone(),
                 origin: document.origin.clone(),
+                repo: document.repo.clone(),
             })
             .collect(),
         mismatch: gateway.mismatch.map(str::to_owned),
@@ -288,6 +301,53 @@ fn another_repository_of_the_same_name_replaces_nothing() {
     assert!(moved.stdout.contains("1 deleted"), "{}", moved.stdout);
     assert_eq!(gateway.sources(), ["b.md"]);
     assert!(sandbox.atlas(&["index", "two/docs"]).ok().stdout.starts_with("Nothing to do"));
+}
+
+#[test]
+fn a_repository_that_gets_a_remote_or_another_one_stays_the_same() {
+    let (gateway, url, _runtime) = FakeGateway::default().listen();
+    let sandbox = Sandbox::new(&[("api/a.md", "# A\n"), ("api/b.md", "# B\n")]).with_env("RAG_URL", &url);
+    let api = sandbox.path().join("api");
+    git(&api, &["init", "--quiet"]);
+    sandbox.atlas(&["index", "api"]).ok();
+    for remote in ["git@example.org:team/api.git", "git@example.org:renamed/api.git"] {
+        git(&api, &["config", "remote.origin.url", remote]);
+        sandbox.atlas(&["index", "api"]).ok();
+        assert!(sandbox.atlas(&["index", "api"]).ok().stdout.starts_with("Nothing to do"));
+    }
+    let origin = gateway.documents.lock().unwrap()["a.md"].origin.clone().unwrap();
+    assert!(origin.starts_with("example.org/renamed/api in ") && origin.ends_with("/api"), "{origin}");
+    // Another way to write it is no other repository, and nothing is sent for it.
+    git(&api, &["config", "remote.origin.url", "https://example.org/renamed/api"]);
+    assert!(sandbox.atlas(&["index", "api"]).ok().stdout.starts_with("Nothing to do"));
+    // Other files at the same place are.
+    sandbox.write("api/a.md", "# C\n");
+    sandbox.write("api/b.md", "# D\n");
+    git(&api, &["config", "remote.origin.url", "https://example.org/other/api"]);
+    let refused = sandbox.atlas(&["index", "api"]);
+    assert!(refused.stderr.contains("stands for another repository"), "{}", refused.stderr);
+    assert!(refused.stderr.contains("--repo other-api"), "{}", refused.stderr);
+}
+
+#[test]
+fn a_worktree_is_told_under_which_name_its_repository_is_indexed() {
+    let (_gateway, url, _runtime) = FakeGateway::default().listen();
+    let sandbox = Sandbox::new(&[("api/a.md", "# A\n")]).with_env("RAG_URL", &url);
+    let api = sandbox.path().join("api");
+    git(&api, &["init", "--quiet"]);
+    git(&api, &["add", "."]);
+    git(&api, &["commit", "--quiet", "-m", "first"]);
+    git(&api, &["config", "remote.origin.url", "git@example.org:team/api.git"]);
+    git(&api, &["worktree", "add", "--quiet", "../feature"]);
+    let first = sandbox.atlas(&["index", "api"]).ok();
+    assert!(!first.stderr.contains("Warning"), "{}", first.stderr);
+    let told = sandbox.atlas(&["index", "feature", "--dry-run"]).ok();
+    for words in ["1 file of this repository (example.org/team/api)", "indexed as api", "`--repo api`"] {
+        assert!(told.stderr.contains(words), "{}", told.stderr);
+    }
+    let named = sandbox.atlas(&["index", "feature", "--repo", "api"]).ok();
+    assert!(named.stdout.starts_with("Nothing to do"), "{}", named.stdout);
+    assert!(!named.stderr.contains("Warning"), "{}", named.stderr);
 }
 
 #[test]

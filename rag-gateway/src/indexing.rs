@@ -770,6 +770,7 @@ pub(crate) fn document_list(
             chunks: document.chunks as usize,
             commit: document.commit,
             origin: document.origin,
+            repo: Some(document.repo).filter(|repo| !repo.is_empty()),
         })
         .collect();
     documents.sort_by(|a, b| a.source.cmp(&b.source));

@@ -330,6 +330,9 @@ pub struct IndexedDocument {
     /// Where its repository lies, as its sender said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<String>,
+    /// Repository it belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repo: Option<String>,
 }
 
 /// Longest `source` (and `origin`) of a document, in bytes.

@@ -400,6 +400,25 @@ impl Job {
             )))
     }
 
+    /// Tells that the repository is indexed under another name: it is a worktree, or a second clone. What the user
+    /// wants is not known: a branch beside the main line, or one of them only.
+    async fn warn_of_other_name(&self, ui: Ui, access: &GatewayAccess, collection: &str) -> Result<()> {
+        let all = match access.client.list_documents(Some(collection), None).await {
+            Ok(all) => all.documents,
+            Err(UpstreamError::Permanent { code, .. }) if code == "unknown_collection" => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        if let Some((name, number)) = self.repository.known_as(&all) {
+            ui.warn(format_args!(
+                "Warning: {} of this repository ({}) are indexed as {name} already, and searches find both. \
+                 `--repo {name}` has this folder take their place instead; another --collection keeps them apart.",
+                count(number, "file"),
+                self.repository.address()
+            ));
+        }
+        Ok(())
+    }
+
     fn collection<'a>(&'a self, access: &'a GatewayAccess) -> &'a str {
         self.collection.as_deref().unwrap_or(&access.config.rag.collection)
     }
@@ -551,6 +570,10 @@ impl Job {
             return Err(UpstreamError::permanent(Dependency::Gateway, "embedding_mismatch", mismatch).into());
         }
         self.check_origin(&manifest, &walked, &collection)?;
+        // Asked once: from then on it has a name of its own.
+        if manifest.documents.is_empty() && !self.is_named && mode != Mode::Watch {
+            stop.unless_stopped(self.warn_of_other_name(ui, access, &collection)).await?;
+        }
         if let Some(why) = manifest.words_only.as_deref().filter(|_| mode != Mode::Watch) {
             warn_of_words_only(ui, why);
         }

@@ -1,7 +1,7 @@
 //! What git says about a folder. Git is asked, never required: without it nothing is recorded.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -108,6 +108,17 @@ impl Repository {
         let mut others = others.filter(|origin| !self.is_at(origin)).peekable();
         let first = *others.peek()?;
         Some((first, others.filter(|origin| *origin == first).count()))
+    }
+
+    /// Another name under which it is indexed, and how many documents are.
+    pub fn known_as<'d>(&self, documents: &'d [IndexedDocument]) -> Option<(&'d str, usize)> {
+        let mine =
+            documents.iter().filter(|it| it.origin.as_deref().is_some_and(|origin| self.is_at(origin)));
+        let mut names: BTreeMap<&str, usize> = BTreeMap::new();
+        for name in mine.filter_map(|document| document.repo.as_deref()) {
+            *names.entry(name).or_default() += 1;
+        }
+        names.into_iter().max_by_key(|(_, number)| *number)
     }
 
     /// Is it the repository of [`Self::rival`] all the same, with another remote by now? It is where documents of it
@@ -476,6 +487,7 @@ mod tests {
             chunks: 1,
             commit: None,
             origin: origin.map(str::to_owned),
+            repo: None,
         }
     }
 
