@@ -79,9 +79,10 @@ impl Plan {
         let mut indexed: BTreeMap<&str, &IndexedDocument> =
             manifest.iter().map(|document| (document.source.as_str(), document)).collect();
         let mut plan = Self::default();
+        let gone = repository.gone(manifest);
         for file in files {
             match indexed.remove(file.source.as_str()) {
-                Some(known) if repository.is_indexed(&file, known) => plan.unchanged += 1,
+                Some(known) if repository.is_indexed(&file, known, &gone) => plan.unchanged += 1,
                 _ => plan.changed.push(file),
             }
         }
@@ -385,6 +386,7 @@ fn read_batch(batch: &[Candidate], target: &Target, options: &WalkOptions, share
                 commit: target.repository.commit_of(&file.source).map(str::to_owned),
                 origin: Some(target.repository.origin.clone()),
                 // The walk has looked, or was told not to.
+                restate: true,
                 not_secret: true,
                 ..Document::default()
             }),

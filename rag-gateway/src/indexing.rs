@@ -291,7 +291,8 @@ impl Indexer {
             }
             results[document.position].outcome = DocumentOutcome::Unchanged;
             results[document.position].chunks = known.chunks as usize;
-            if let Some(provenance) = restated_by(known, first.commit.as_ref(), first.origin.as_ref()) {
+            if let Some(provenance) = restated_by(known, first.commit.as_ref(), first.origin.as_ref(), false)
+            {
                 restated.entry(provenance).or_default().push(document.doc.clone());
             }
             false
@@ -889,7 +890,8 @@ fn prepare_blocking(
         if let Some(known) = known.filter(|known| known.has(&hash, &cut)) {
             result.outcome = DocumentOutcome::Unchanged;
             result.chunks = known.chunks as usize;
-            if let Some(provenance) = restated_by(known, document.commit.as_ref(), document.origin.as_ref()) {
+            let (commit, origin) = (document.commit.as_ref(), document.origin.as_ref());
+            if let Some(provenance) = restated_by(known, commit, origin, document.restate) {
                 restated.entry(provenance).or_default().push(doc);
             }
             results.push(result);
@@ -916,15 +918,17 @@ fn prepare_blocking(
 
 /// What a document whose content is the same says anew of where it comes from; `None`: nothing.
 ///
-/// A commit stays valid when later ones have the same content, so only a missing one is added: otherwise every
-/// commit would write the whole repository.
+/// A commit stays valid when later ones have the same content, so only a missing one is added, or one that the sender
+/// says is gone: otherwise every commit would write the whole repository.
 fn restated_by(
     known: &StoredDocument,
     commit: Option<&String>,
     origin: Option<&String>,
+    is_gone: bool,
 ) -> Option<Provenance> {
+    let replaceable = known.commit.is_none() || (is_gone && known.commit.as_ref() != commit);
     let provenance = Provenance {
-        commit: commit.filter(|_| known.commit.is_none()).cloned(),
+        commit: commit.filter(|_| replaceable).cloned(),
         origin: origin.filter(|origin| known.origin.as_ref() != Some(origin)).cloned(),
     };
     (provenance != Provenance::default()).then_some(provenance)

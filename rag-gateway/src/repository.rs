@@ -193,8 +193,12 @@ impl Sources {
         let known: BTreeMap<&str, &IndexedDocument> =
             documents.iter().map(|document| (document.source.as_str(), document)).collect();
         let present: HashSet<String> = files.iter().map(|file| file.source.clone()).collect();
+        let gone = {
+            let (repository, documents) = (repository.clone(), documents.clone());
+            blocking(move || repository.gone(&documents)).await?
+        };
         let as_indexed = |file: &Candidate| {
-            known.get(file.source.as_str()).is_some_and(|it| repository.is_indexed(file, it))
+            known.get(file.source.as_str()).is_some_and(|it| repository.is_indexed(file, it, &gone))
         };
         let mut changed: Vec<_> = files.into_iter().filter(|file| !as_indexed(file)).collect();
         // Shuffled, in the same way every time: the first ones are a fair sample of their lengths, which the
@@ -233,6 +237,7 @@ impl Sources {
                         text,
                         repo: Some(name.clone()),
                         // The walk has looked, or was told not to.
+                        restate: true,
                         not_secret: true,
                         ..Document::default()
                     }),

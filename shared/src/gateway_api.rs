@@ -158,6 +158,10 @@ pub struct Document {
     /// Commit it was read at. One that was indexed without a commit gets it, though its text is the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub commit: Option<String>,
+    /// The sender has seen that the commit which is known for it may be in no history any more (squashed, amended,
+    /// rebased): `commit` takes its place, though the text is the same.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub restate: bool,
     /// Where its repository lies: the address of its remote without credentials, its folder, or `ADDRESS in FOLDER`.
     /// Senders compare it, so that two repositories of one name do not replace each other.
     #[serde(default, skip_serializing_if = "Option::is_none")]

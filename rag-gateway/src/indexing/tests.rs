@@ -1,6 +1,6 @@
 //! What an index run and a rebuild make of documents that have lost chunks, and of what other gateways write meanwhile.
 
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 #![cfg(feature = "embedded")]
 
 use std::{
@@ -163,6 +163,34 @@ impl Embedder for Model {
 
     fn tokens_upper_bound(&self, texts: &[String]) -> Tokens {
         Tokens(texts.len() as u64)
+    }
+}
+
+#[tokio::test]
+async fn a_commit_that_is_gone_is_replaced_where_the_sender_says_so() {
+    let stand = Stand::start().await;
+    let put = async |commit: Option<&str>, restate: bool| {
+        let document = Document {
+            source: "a.md".to_owned(),
+            text: "A line.\n".to_owned(),
+            commit: commit.map(str::to_owned),
+            restate,
+            ..Document::default()
+        };
+        let done = stand.indexer.put("c", vec![document], |_, _| {}).await.unwrap();
+        let [(_, record)] = &stand.chunks("c", "a.md").await[..] else { panic!("one chunk") };
+        (done.results[0].outcome, record.commit.clone(), record.rev)
+    };
+    let (_, commit, rev) = put(Some("one"), true).await;
+    assert_eq!(commit.as_deref(), Some("one"));
+    for (sent, restate, expected) in [
+        (Some("two"), false, "one"),
+        (None, true, "one"),
+        (Some("two"), true, "two"),
+        (Some("two"), true, "two"),
+    ] {
+        let (outcome, commit, now) = put(sent, restate).await;
+        assert_eq!((outcome, commit.as_deref(), now), (DocumentOutcome::Unchanged, Some(expected), rev));
     }
 }
 

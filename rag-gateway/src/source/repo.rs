@@ -1,7 +1,7 @@
 //! What git says about a folder. Git is asked, never required: without it nothing is recorded.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -9,6 +9,9 @@ use std::{
 use atlas_shared::gateway_api::IndexedDocument;
 
 use super::{place, walk::Candidate};
+
+/// Commits that are looked up at once: what a command line holds anywhere. The next run looks up the others.
+const MAX_COMMITS: usize = 256;
 
 /// The repository that a folder is in.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -96,10 +99,47 @@ impl Repository {
     }
 
     /// Need this file not be sent again, because its content is indexed, and all that is known of where it comes from?
-    pub fn is_indexed(&self, file: &Candidate, known: &IndexedDocument) -> bool {
+    /// `gone`: commits of which nothing is left, by [`Self::gone`].
+    pub fn is_indexed(&self, file: &Candidate, known: &IndexedDocument, gone: &HashSet<String>) -> bool {
+        let has_commit = known.commit.as_ref().is_some_and(|commit| !gone.contains(commit));
         known.content_hash == file.hash
-            && (known.commit.is_some() || self.commit_of(&file.source).is_none())
+            && (has_commit || self.commit_of(&file.source).is_none())
             && known.origin.as_deref().is_none_or(|origin| self.is_at(origin))
+    }
+
+    /// Which commits of these documents are in no branch, tag or remote branch any more, because they were squashed,
+    /// amended or rebased: who follows a citation to one finds nothing. None where git cannot know it: a shallow clone
+    /// has not all of history.
+    pub fn gone(&self, documents: &[IndexedDocument]) -> HashSet<String> {
+        let Some(head) = &self.commit else { return HashSet::new() };
+        let is_hash =
+            |text: &str| matches!(text.len(), 40 | 64) && text.bytes().all(|b| b.is_ascii_hexdigit());
+        let known: BTreeSet<&str> = documents
+            .iter()
+            .filter_map(|document| document.commit.as_deref())
+            .filter(|commit| commit != head && is_hash(commit))
+            .collect();
+        if known.is_empty() {
+            return HashSet::new();
+        }
+        let list = |before: &[&str], after: &[&str]| -> Option<HashSet<String>> {
+            let commits = known.iter().copied().take(MAX_COMMITS);
+            let args: Vec<&str> =
+                before.iter().copied().chain(commits).chain(after.iter().copied()).collect();
+            let answer = String::from_utf8(git(&self.root, &args).ok()?).ok()?;
+            Some(answer.lines().map(str::to_owned).collect())
+        };
+        let find = || {
+            let shallow = git(&self.root, &["rev-parse", "--is-shallow-repository"]).ok()?;
+            if shallow.trim_ascii() != b"false" {
+                return None;
+            }
+            let here = list(&["rev-list", "--no-walk=unsorted", "--ignore-missing"], &[])?;
+            let nowhere = list(&["rev-list", "--ignore-missing"], &["--not", "HEAD", "--all"])?;
+            let looked_at = known.iter().take(MAX_COMMITS).map(|commit| (*commit).to_owned());
+            Some(looked_at.filter(|commit| !here.contains(commit) || nowhere.contains(commit)).collect())
+        };
+        find().unwrap_or_default()
     }
 
     /// Where else documents of this repository's name come from: their origin, and how many they are.
@@ -245,6 +285,8 @@ fn git(root: &Path, args: &[&str]) -> Result<Vec<u8>, Trouble> {
         .arg(root)
         .args(args)
         .env("LC_ALL", "C")
+        // Nothing is fetched: what is not here is not known.
+        .env("GIT_NO_LAZY_FETCH", "1")
         .stdin(Stdio::null())
         .output()
         .map_err(|_| Trouble::Missing)?;
@@ -426,6 +468,57 @@ mod tests {
             mine.rival(&[document(None), document(theirs), document(theirs)]),
             Some(("/client/api", 2))
         );
+    }
+
+    #[test]
+    fn commits_that_are_in_no_history_any_more_are_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("api");
+        fs::create_dir(&root).unwrap();
+        git(&root, &["init", "--quiet", "--initial-branch", "main"]);
+        let commit = |file: &str, more: &[&str]| {
+            fs::write(root.join(file), file).unwrap();
+            git(&root, &["add", "."]);
+            git(&root, &[&["commit", "--quiet", "-m", file], more].concat());
+            Repository::around(&root).commit.unwrap()
+        };
+        let first = commit("a.md", &[]);
+        let amended = commit("b.md", &[]);
+        commit("b.md", &["--amend", "-m", "better"]);
+        git(&root, &["checkout", "--quiet", "-b", "feature"]);
+        let squashed = commit("c.md", &[]);
+        git(&root, &["checkout", "--quiet", "main"]);
+        git(&root, &["merge", "--quiet", "--squash", "feature"]);
+        git(&root, &["commit", "--quiet", "-m", "squashed"]);
+        let never = "0123456789abcdef0123456789abcdef01234567".to_owned();
+
+        let documents: Vec<IndexedDocument> = [&first, &amended, &squashed, &never, &"v1.2".to_owned()]
+            .into_iter()
+            .map(|commit| IndexedDocument { commit: Some(commit.clone()), ..indexed("c.md", None) })
+            .collect();
+        let repository = Repository::around(&root);
+        let gone = |repository: &Repository| repository.gone(&documents);
+        assert_eq!(
+            gone(&repository),
+            HashSet::from([amended.clone(), never.clone()]),
+            "a branch has the other"
+        );
+        git(&root, &["branch", "--quiet", "-D", "feature"]);
+        assert_eq!(gone(&repository), HashSet::from([amended, squashed.clone(), never]));
+        let is_indexed = |at: usize| {
+            let known = IndexedDocument { origin: Some(repository.origin.clone()), ..documents[at].clone() };
+            repository.is_indexed(&file("c.md", "1"), &known, &gone(&repository))
+        };
+        assert_eq!([0, 1, 2, 3, 4].map(is_indexed), [true, false, false, false, true]);
+        git(&root, &["update-ref", "refs/remotes/origin/feature", &squashed]);
+        assert!(!gone(&repository).contains(&squashed));
+
+        git(
+            dir.path(),
+            &["clone", "--quiet", "--depth", "1", &format!("file://{}", root.display()), "shallow"],
+        );
+        let shallow = Repository::around(&dir.path().join("shallow"));
+        assert_eq!((shallow.commit == repository.commit, gone(&shallow)), (true, HashSet::new()));
     }
 
     #[test]
