@@ -7,6 +7,9 @@ use utoipa::ToSchema;
 /// or several of them, separated by `, `.
 pub const DEGRADED_HEADER: &str = "x-atlas-degraded";
 
+/// Longest query, in bytes, without blanks around it: a task's whole text may be one.
+pub const MAX_QUERY_BYTES: usize = 32 * 1024;
+
 /// `POST /v1/query_chat`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

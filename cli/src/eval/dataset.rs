@@ -8,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use atlas_shared::gateway_api::MAX_QUERY_BYTES;
 use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::error::{CliError, Result};
@@ -48,12 +49,17 @@ impl Dataset {
     /// Reads a folder.
     pub(crate) fn read(dir: &Path, split: &str) -> Result<Self> {
         let corpus: Vec<CorpusDocument> =
-            json_lines(&dir.join("corpus.jsonl"), |document: &CorpusDocument| &document.id)?;
-        let mut queries: Vec<Query> = json_lines(&dir.join("queries.jsonl"), |query: &Query| &query.id)?;
+            json_lines(&dir.join("corpus.jsonl"), |document: &CorpusDocument| &document.id, |_| None)?;
         let judgements = judgements(&dir.join("qrels").join(format!("{split}.tsv")))?;
-        queries.retain(|query| {
+        let is_judged = |query: &Query| {
             judgements.get(&query.id).is_some_and(|graded| graded.values().any(|grade| *grade > 0.0))
-        });
+        };
+        // What is not asked may be as it is. A question that the gateway refuses would end the run after the corpus is
+        // indexed and paid for.
+        let problem = |query: &Query| is_judged(query).then(|| unanswerable(&query.text)).flatten();
+        let mut queries: Vec<Query> =
+            json_lines(&dir.join("queries.jsonl"), |query: &Query| &query.id, problem)?;
+        queries.retain(is_judged);
         if corpus.is_empty() || queries.is_empty() {
             return Err(CliError::usage(format!("there is nothing to measure in {}", dir.display()))
                 .because(format_args!(
@@ -79,13 +85,32 @@ fn open(path: &Path) -> Result<BufReader<File>> {
     })
 }
 
-fn json_lines<T: DeserializeOwned>(path: &Path, id: impl Fn(&T) -> &String) -> Result<Vec<T>> {
+/// Why no gateway answers this.
+fn unanswerable(query: &str) -> Option<String> {
+    match query.trim().len() {
+        0 => Some("the question is empty".to_owned()),
+        length if length > MAX_QUERY_BYTES => {
+            Some(format!("the question has {length} bytes; at most {MAX_QUERY_BYTES} are searched for"))
+        }
+        _ => None,
+    }
+}
+
+/// Reads a file. `problem` says why an item cannot be used.
+fn json_lines<T: DeserializeOwned>(
+    path: &Path,
+    id: impl Fn(&T) -> &String,
+    problem: impl Fn(&T) -> Option<String>,
+) -> Result<Vec<T>> {
     let mut items = Vec::new();
     let mut ids = HashSet::new();
     for (number, line) in lines(path)? {
         let item = serde_json::from_str(&line).map_err(|error| bad_line(path, number, &error))?;
         if !ids.insert(id(&item).clone()) {
             return Err(bad_line(path, number, &format_args!("{:?} was there before", id(&item))));
+        }
+        if let Some(problem) = problem(&item) {
+            return Err(bad_line(path, number, &format_args!("{problem} ({:?})", id(&item))));
         }
         items.push(item);
     }
@@ -169,10 +194,18 @@ mod tests {
         write(dir.path(), "query-id\tcorpus-id\tscore\n1\td1\tgood\n");
         let error = Dataset::read(dir.path(), "test").unwrap_err().to_string();
         assert!(error.contains("test.tsv, line 2") && error.contains("\"good\" is no grade"), "{error}");
+        write(dir.path(), "query-id\tcorpus-id\tscore\n1\td1\t1\n");
         std::fs::write(dir.path().join("queries.jsonl"), "{\"_id\":\"1\",\"text\":\"q\"}\n{\"_id\":1}\n")
             .unwrap();
         let error = Dataset::read(dir.path(), "test").unwrap_err().to_string();
         assert!(error.contains("queries.jsonl, line 2"), "{error}");
+        for (text, why) in [(" ".to_owned(), "is empty"), ("long ".repeat(7000), "at most 32768")] {
+            write(dir.path(), "query-id\tcorpus-id\tscore\n1\td1\t1\n");
+            let queries = format!("{{\"_id\":\"2\",\"text\":\"\"}}\n{{\"_id\":\"1\",\"text\":\"{text}\"}}\n");
+            std::fs::write(dir.path().join("queries.jsonl"), queries).unwrap();
+            let error = Dataset::read(dir.path(), "test").unwrap_err().to_string();
+            assert!(error.contains("queries.jsonl, line 2") && error.contains(why), "{error}");
+        }
         let twice = "{\"_id\":\"a\",\"text\":\"q\"}\n";
         std::fs::write(dir.path().join("corpus.jsonl"), twice.repeat(2)).unwrap();
         let error = Dataset::read(dir.path(), "test").unwrap_err().to_string();

@@ -124,6 +124,13 @@ impl Run {
 
     /// This run against an earlier one, over the queries that both have.
     pub(crate) fn compared_with(&self, before: &Self) -> Result<String> {
+        let of = |run: &Self| format!("{} of {} documents", run.dataset, run.documents);
+        let (then, now) = (of(before), of(self));
+        if then != now {
+            return Err(CliError::usage("the two runs cannot be compared")
+                .because(format_args!("they measured two datasets: {then}, {now}"))
+                .fix("measure both on the same dataset; of a folder that was renamed, change `dataset` in one of the files"));
+        }
         let mut rows = Vec::new();
         for (mode, queries) in &self.modes {
             let Some(old) = before.modes.get(mode) else { continue };
@@ -205,6 +212,13 @@ mod tests {
         assert!(line("nDCG@10").contains("+0.100") && line("nDCG@10").contains("yes"), "{table}");
         assert!(line("MRR@10").contains("+0.000") && line("MRR@10").contains("no"), "{table}");
         assert!(run(Mode::Dense, 0.4).compared_with(&run(Mode::Lexical, 0.4)).is_err());
+        for other in [
+            Run { dataset: "other".to_owned(), ..run(Mode::Lexical, 0.4) },
+            Run { documents: 2, ..run(Mode::Lexical, 0.4) },
+        ] {
+            let error = run(Mode::Lexical, 0.4).compared_with(&other).unwrap_err().to_string();
+            assert!(error.contains("two datasets"), "{error}");
+        }
     }
 
     #[test]

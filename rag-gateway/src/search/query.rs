@@ -1,15 +1,12 @@
 //! A query, checked, with its defaults filled in.
 
-use atlas_shared::gateway_api::{QueryChatRequest, QueryFilter, SearchMode};
+use atlas_shared::gateway_api::{MAX_QUERY_BYTES, QueryChatRequest, QueryFilter, SearchMode};
 use globset::GlobSet;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
 use super::SearchConfig;
 use crate::{error::GatewayError, index::names, source::walk::globs};
-
-/// Longest query: a task's whole text may be one.
-const MAX_QUERY_BYTES: usize = 32 * 1024;
 
 /// Longest value of a filter: no name or path that can be indexed is longer.
 const MAX_FILTER_BYTES: usize = 1024;
