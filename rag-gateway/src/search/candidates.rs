@@ -1,29 +1,39 @@
 //! Where a list of candidates ends.
 //!
 //! Of equal scores an engine gives any, and others the next time. A list that ends between them is another one each
-//! time, and so is what fusion makes of it. So some more are asked for than are needed: where all that tie with the
-//! last one needed are among them, their place decides which ones stay. Else still more are asked for, once. What ties
-//! with hundreds of others is left out, where there is enough without it.
+//! time, and so is what fusion makes of it. So one more is asked for than is needed, and what ties with the last one is
+//! left out: it may be any of many. Only where too little would be left more are asked for, once, because a second
+//! search costs as much as the first.
 
 use crate::{
     fusion::best_first,
     index::{Hit, Lists},
 };
 
-/// More than needed that are asked for at first: few chunks are equal to others, and each one that is read costs.
-const BEYOND: usize = 8;
-
-/// Times as many as needed that are asked for where those were not enough.
-const AT_MOST: usize = 4;
-
-/// How many candidates to ask for where `needed` are wanted, first and then.
-pub(super) fn lengths(needed: usize) -> [usize; 2] {
-    [needed + BEYOND, needed.saturating_mul(AT_MOST).max(needed + BEYOND)]
+/// One search of at most two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Attempt {
+    /// How many candidates to ask for.
+    pub(super) asked: usize,
+    /// How many must be left of each list that had more.
+    least: usize,
+    /// What there is must do.
+    is_last: bool,
 }
 
-/// Cuts lists of which `asked` candidates were asked for to the best `needed`. False, and nothing is cut, where it is
-/// not known which ones these are; with `enough`, what is certain stays if it is so many, else what there is.
-pub(super) fn cut(lists: &mut Lists, asked: usize, needed: usize, enough: Option<usize>) -> bool {
+/// The searches for `needed` candidates of which `top_k` passages are made.
+pub(super) fn attempts(needed: usize, top_k: usize) -> [Attempt; 2] {
+    /// Times as many as needed that are asked for in the second search.
+    const AT_MOST: usize = 4;
+    [
+        Attempt { asked: needed + 1, least: top_k.max(needed / 2), is_last: false },
+        Attempt { asked: needed.saturating_mul(AT_MOST), least: top_k, is_last: true },
+    ]
+}
+
+/// Cuts lists to the best `needed`, or to fewer that are certain. False, and nothing is cut, where these are too few.
+pub(super) fn cut(lists: &mut Lists, needed: usize, attempt: Attempt) -> bool {
+    let Attempt { asked, least, is_last } = attempt;
     let end = |list: &mut Vec<Hit>| -> Option<usize> {
         list.sort_by(best_first);
         let wanted = needed.min(list.len());
@@ -32,10 +42,10 @@ pub(super) fn cut(lists: &mut Lists, asked: usize, needed: usize, enough: Option
             Some(last) if list.len() >= asked => list.partition_point(|hit| hit.score > last.score),
             _ => list.len(),
         };
-        if certain >= wanted {
-            return Some(wanted);
+        match certain.min(wanted) {
+            left if left >= least.min(wanted) => Some(left),
+            _ => is_last.then_some(wanted),
         }
-        enough.map(|enough| if certain >= enough { certain } else { wanted })
     };
     let Some((dense, lexical)) = end(&mut lists.dense).zip(end(&mut lists.lexical)) else { return false };
     // Nobody has to ask for these again, where only the lexical list keeps them.
@@ -55,6 +65,7 @@ mod tests {
     use crate::index::ChunkRecord;
 
     const NEEDED: usize = 16;
+    const TOP_K: usize = 4;
 
     /// What an engine gives: the best, and of equal ones any.
     fn engine(scores: &[u8], turn: usize, asked: usize) -> Vec<Hit> {
@@ -75,25 +86,33 @@ mod tests {
 
     /// As the pipeline asks.
     fn candidates(scores: &[u8], turn: usize) -> (Vec<Uuid>, bool) {
-        let [first, then] = lengths(NEEDED);
+        let [first, then] = attempts(NEEDED, TOP_K);
         let ids = |lists: Lists| lists.lexical.into_iter().map(|hit| hit.id).collect();
-        let ask = |asked| Lists { lexical: engine(scores, turn, asked), ..Lists::default() };
+        let ask =
+            |attempt: Attempt| Lists { lexical: engine(scores, turn, attempt.asked), ..Lists::default() };
         let mut lists = ask(first);
-        if cut(&mut lists, first, NEEDED, None) {
+        if cut(&mut lists, NEEDED, first) {
             return (ids(lists), false);
         }
         let mut lists = ask(then);
-        assert!(cut(&mut lists, then, NEEDED, Some(4)));
+        assert!(cut(&mut lists, NEEDED, then));
         (ids(lists), true)
     }
 
     #[test]
-    fn ties_at_the_end_are_cut_by_place() {
+    fn what_ties_with_the_one_after_the_last_is_left_out() {
         let scores: Vec<u8> = (0..14).map(|at| 100 - at).chain([50; 4]).chain(0..40).collect();
-        let (ids, again) = candidates(&scores, 0);
-        assert!(!again, "no second search for it");
-        assert_eq!(ids, (0..16).map(Uuid::from_u128).collect::<Vec<_>>());
-        assert_eq!(candidates(&scores, 16), (ids, false));
+        for turn in [0, 16] {
+            assert_eq!(candidates(&scores, turn), ((0..14).map(Uuid::from_u128).collect(), false));
+        }
+        let distinct: Vec<u8> = (0..40).map(|at| 100 - at).collect();
+        assert_eq!(
+            candidates(&distinct, 7),
+            ((0..16).map(Uuid::from_u128).collect(), false),
+            "no tie, all of them"
+        );
+        let scores: Vec<u8> = (0..6).map(|at| 100 - at).chain([50; 30]).collect();
+        assert_eq!(candidates(&scores, 9), ((0..16).map(Uuid::from_u128).collect(), true), "six are too few");
     }
 
     #[test]
@@ -109,7 +128,7 @@ mod tests {
     fn cosines_of_what_is_cut_are_kept() {
         let dense = engine(&[7; 20], 0, 20);
         let mut lists = Lists { dense, lexical: Vec::new(), cosines: HashMap::new() };
-        assert!(cut(&mut lists, 24, NEEDED, None));
+        assert!(cut(&mut lists, NEEDED, Attempt { asked: 24, ..attempts(NEEDED, TOP_K)[0] }));
         assert_eq!((lists.dense.len(), lists.cosines.len()), (NEEDED, 4));
         assert_eq!(lists.cosines.get(&Uuid::from_u128(19)), Some(&7.0));
     }
@@ -124,7 +143,7 @@ mod tests {
             let better = |score: u8| scores.iter().filter(|other| **other > score).count();
             let as_good = |score: u8| scores.iter().filter(|other| **other >= score).count();
             // Where more tie than are looked at, and hardly anything is before them, the engine decides.
-            let hopeless = scores.iter().any(|score| better(*score) < 4 && as_good(*score) >= 4 * NEEDED);
+            let hopeless = scores.iter().any(|score| better(*score) < TOP_K && as_good(*score) >= 4 * NEEDED);
             prop_assume!(!hopeless);
             prop_assert_eq!(one, two);
         }

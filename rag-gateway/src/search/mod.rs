@@ -422,13 +422,13 @@ impl Inner {
             Vec::new()
         };
         let needed = (query.top_k * CANDIDATES_PER_PASSAGE).max(MIN_CANDIDATES);
-        let [first, then] = candidates::lengths(needed);
-        let mut search = Search { dense, lexical, selection, limit: first };
+        let [first, then] = candidates::attempts(needed, query.top_k);
+        let mut search = Search { dense, lexical, selection, limit: first.asked };
         let mut lists = self.guarded(self.index.search(&target.generation, search.clone())).await?;
-        if !candidates::cut(&mut lists, first, needed, None) {
-            search.limit = then;
+        if !candidates::cut(&mut lists, needed, first) {
+            search.limit = then.asked;
             lists = self.guarded(self.index.search(&target.generation, search)).await?;
-            candidates::cut(&mut lists, then, needed, Some(query.top_k));
+            candidates::cut(&mut lists, needed, then);
         }
         Ok(Candidates { lists, named })
     }
